@@ -1,0 +1,185 @@
+/**
+ * Owns: the normalised configuration, the only shape that anything above src/config sees.
+ * Must not know: YAML, defaults, where a value stood in a file.
+ * Runs: everywhere; plain data, so that it crosses to a worker as it is.
+ *
+ * Every duration is in milliseconds, every size in bytes, every path absolute, every reference checked.
+ */
+import type { PinSource } from './pin.ts';
+import type { Pkcs11Uri } from './pkcs11-uri.ts';
+
+export interface Config {
+  /** Absolute path of the file this came from. */
+  readonly file: string;
+  /** 1..1024, or one per available core. */
+  readonly workers: number | 'auto';
+  /** What the workers run as when the primary starts as root. */
+  readonly user: string | undefined;
+  readonly group: string | undefined;
+  /** Connections that are still open this long after a drain began are closed. */
+  readonly drainDeadlineMs: number;
+  readonly log: LogConfig;
+  readonly admin: AdminConfig | undefined;
+  /** At least one. This and the four below: by name, without a prototype. */
+  readonly tokens: Readonly<Record<string, TokenConfig>>;
+  readonly certificates: Readonly<Record<string, CertificateConfig>>;
+  /** The built-in policies `modern` and `intermediate` are among them. */
+  readonly policies: Readonly<Record<string, PolicyConfig>>;
+  readonly tickets: TicketsConfig;
+  readonly upstreams: Readonly<Record<string, UpstreamConfig>>;
+  readonly listeners: Readonly<Record<string, ListenerConfig>>;
+}
+
+export type LogLevel = 'debug' | 'info' | 'warn' | 'error';
+
+export interface LogConfig {
+  readonly level: LogLevel;
+}
+
+/** `host` is an IP address without brackets, or for upstream servers also a DNS name. */
+export interface TcpAddress {
+  readonly host: string;
+  /** 1..65535; 0 only where a listener may choose any free port. */
+  readonly port: number;
+}
+
+/** Absolute path of a unix stream socket, at most 107 bytes (unix(7)). */
+export interface UnixAddress {
+  readonly path: string;
+}
+
+export interface AdminConfig {
+  /** A loopback address or a unix socket: the admin server has no authentication of its own. */
+  readonly listen: TcpAddress | UnixAddress;
+}
+
+export interface TokenConfig {
+  readonly name: string;
+  /** Absolute path of the PKCS#11 module. */
+  readonly module: string;
+  /** Says which token; has `token` or `serial`, never `object` or `id`. */
+  readonly uri: Pkcs11Uri;
+  readonly pin: PinSource;
+  /** 1..256 signing threads per worker, each with a PKCS#11 session of its own. */
+  readonly lanes: number;
+  /** Signatures that wait for a lane: how many, and for how long. */
+  readonly queue: { readonly max: number; readonly ageMs: number };
+  readonly signDeadlineMs: number;
+  /** How often a signature is verified before it is used: always, or one in N. */
+  readonly verify: { readonly rsa: VerifyRate; readonly ec: VerifyRate };
+  /** Load the module with RTLD_DEEPBIND, so that it binds to its own libcrypto and not to Node's. */
+  readonly isolate: boolean;
+  /** How long a worker waits for another process that is logging in to the same token. */
+  readonly loginLockWaitMs: number;
+}
+
+/** `always`, or N >= 2: one signature in N. */
+export type VerifyRate = 'always' | number;
+
+export interface CertificateConfig {
+  readonly name: string;
+  /** Absolute path of a PEM file: the leaf first, then its issuers. */
+  readonly chain: string;
+  /** Says which private key; has `object` or `id`. */
+  readonly key: Pkcs11Uri;
+  /** Names of tokens that hold the key; at least one. */
+  readonly tokens: readonly string[];
+}
+
+export type TlsVersion = '1.2' | '1.3';
+
+export interface PolicyConfig {
+  readonly name: string;
+  readonly minVersion: TlsVersion;
+  readonly maxVersion: TlsVersion;
+  /** Key exchange groups by their IANA names, preferred first. */
+  readonly groups: readonly Group[];
+  /** Cipher suites by their IANA names, preferred first. */
+  readonly cipherSuites: readonly CipherSuite[];
+  /** Whether TLS sessions can be resumed with session tickets. */
+  readonly tickets: boolean;
+}
+
+export const groups = ['X25519MLKEM768', 'X25519', 'secp256r1', 'secp384r1'] as const;
+export type Group = (typeof groups)[number];
+
+/** What rustls has with aws-lc-rs; the first three are TLS 1.3, the others TLS 1.2. */
+export const cipherSuites = [
+  'TLS_AES_256_GCM_SHA384',
+  'TLS_AES_128_GCM_SHA256',
+  'TLS_CHACHA20_POLY1305_SHA256',
+  'TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384',
+  'TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256',
+  'TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256',
+  'TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384',
+  'TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256',
+  'TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256',
+] as const;
+export type CipherSuite = (typeof cipherSuites)[number];
+
+/**
+ * Invariant: lifetimeMs <= rotationMs. The keys of the previous, the current and the next epoch are kept, so a ticket
+ * issued at the end of an epoch can be opened for one more rotation and no longer.
+ */
+export interface TicketsConfig {
+  /** At most 7 days (RFC 8446 4.6.1). */
+  readonly lifetimeMs: number;
+  readonly rotationMs: number;
+}
+
+export interface UpstreamConfig {
+  readonly name: string;
+  /** At least one, no two equal. */
+  readonly servers: readonly (TcpAddress | UnixAddress)[];
+  readonly balance: 'round-robin' | 'least-connections';
+  /** PROXY protocol version sent to the upstream. */
+  readonly proxyProtocol: 'v1' | 'v2' | undefined;
+  readonly connectDeadlineMs: number;
+  /** How many servers are tried for one connection, 1..16. */
+  readonly attempts: number;
+  /** Active checks; undefined when off. */
+  readonly health: HealthConfig | undefined;
+  /** A server is ejected for a while after this many failed connects in a row. */
+  readonly passive: { readonly failures: number; readonly ejectionMs: number };
+}
+
+/** A TCP connect to each server every `intervalMs`. */
+export interface HealthConfig {
+  readonly intervalMs: number;
+  readonly timeoutMs: number;
+  /** Failed checks in a row until a server is down. */
+  readonly fall: number;
+  /** Passed checks in a row until it is up again. */
+  readonly rise: number;
+}
+
+export interface ListenerConfig {
+  readonly name: string;
+  /** At least one; no two listeners share one. */
+  readonly bind: readonly TcpAddress[];
+  readonly mode: 'offload';
+  /** Names of certificates, at least one; the first is the default. */
+  readonly certificates: readonly string[];
+  /** What a client gets whose SNI matches no certificate: the default certificate, or an alert. */
+  readonly unknownName: 'default' | 'refuse';
+  /** ALPN protocol names, preferred first; empty: ALPN is not negotiated. */
+  readonly alpn: readonly string[];
+  /** Name of a policy. */
+  readonly policy: string;
+  /** Name of an upstream. */
+  readonly upstream: string;
+  readonly deadlines: ListenerDeadlines;
+  /** Per worker. */
+  readonly limits: { readonly connections: number; readonly handshakes: number };
+  /** Length of the accept queue per worker, listen(2). */
+  readonly backlog: number;
+}
+
+export interface ListenerDeadlines {
+  readonly handshakeMs: number;
+  readonly idleMs: number;
+  /** 0: none. */
+  readonly lifetimeMs: number;
+  /** How long a connection may stay after one side has ended its half. */
+  readonly halfClosedMs: number;
+}
