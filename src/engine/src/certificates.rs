@@ -1,0 +1,164 @@
+//! Owns the choice of a certificate for a ClientHello: by name (exact, then wildcard), then by what the client can verify.
+//! Also owns the bridge from rustls' signing call to the suspended step. Knows nothing of lanes. I/O thread only.
+
+use rustls::pki_types::CertificateDer;
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::{CertifiedKey, Signer, SigningKey};
+use rustls::{Error, SignatureAlgorithm, SignatureScheme};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::fiber::{SignatureWanted, suspend_for_signature};
+use crate::signing::{KeyAlgorithm, PrivateKey};
+
+/// A chain, the names it is for, and the key in the token.
+pub struct Certificate {
+    /// DNS names, lower case; a wildcard is `*.` and the rest (RFC 9525 6.3: the whole left-most label).
+    pub names: Vec<String>,
+    pub chain: Vec<CertificateDer<'static>>,
+    pub key: Arc<PrivateKey>,
+}
+
+/// What a client gets that asks for a name no certificate has, or for none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnknownName {
+    /// The certificates named first for the listener.
+    Default,
+    /// The alert unrecognized_name (RFC 6066 3). A client that sends no name at all still gets the default.
+    Refuse,
+}
+
+/// The certificates of a listener.
+pub struct Certificates {
+    by_name: HashMap<String, Vec<Arc<CertifiedKey>>>,
+    default: Vec<Arc<CertifiedKey>>,
+    unknown_name: UnknownName,
+}
+
+/// What the certificate choice learnt from the ClientHello of the step that just ran.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HelloSeen {
+    pub server_name: Option<String>,
+    pub refused_name: bool,
+}
+
+thread_local! {
+    // rustls' unbuffered connection does not tell the server name, and the resolver is not told the connection. Steps run
+    // one at a time on this thread and choose the certificate before they first suspend, so one slot serves all.
+    static HELLO_SEEN: RefCell<Option<HelloSeen>> = const { RefCell::new(None) };
+}
+
+/// What the step that just ran has seen; None if it processed no ClientHello.
+pub fn take_hello_seen() -> Option<HelloSeen> {
+    HELLO_SEEN.take()
+}
+
+impl Certificates {
+    pub fn new(certificates: &[Certificate], unknown_name: UnknownName) -> Self {
+        let mut by_name: HashMap<String, Vec<Arc<CertifiedKey>>> = HashMap::new();
+        let mut default = Vec::new();
+        for certificate in certificates {
+            let signing_key = Arc::new(TokenSigningKey { key: certificate.key.clone() });
+            let certified = Arc::new(CertifiedKey::new(certificate.chain.clone(), signing_key));
+            for name in &certificate.names {
+                by_name.entry(name.clone()).or_default().push(certified.clone());
+            }
+            // The default is the first certificate and those of other key types for the very same names: an EC and RSA pair.
+            if certificates.first().is_some_and(|first| first.names == certificate.names) {
+                default.push(certified);
+            }
+        }
+        Self { by_name, default, unknown_name }
+    }
+
+    fn for_name(&self, name: &str) -> Option<&[Arc<CertifiedKey>]> {
+        let exact = self.by_name.get(name);
+        let wildcard = || {
+            let (_, parent) = name.split_once('.')?;
+            self.by_name.get(&format!("*.{parent}"))
+        };
+        exact.or_else(wildcard).map(Vec::as_slice)
+    }
+}
+
+impl std::fmt::Debug for Certificates {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Certificates").field("names", &self.by_name.keys()).finish_non_exhaustive()
+    }
+}
+
+impl ResolvesServerCert for Certificates {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let server_name = hello.server_name().map(str::to_ascii_lowercase);
+        let found = server_name.as_deref().map(|name| self.for_name(name));
+        let candidates = match found {
+            Some(Some(candidates)) => Some(candidates),
+            Some(None) if self.unknown_name == UnknownName::Refuse => None,
+            _ => Some(self.default.as_slice()),
+        };
+        HELLO_SEEN.set(Some(HelloSeen { server_name, refused_name: candidates.is_none() }));
+        let candidates = candidates?;
+        // In the order of the configuration. When nothing fits, the first goes on and rustls says precisely what is missing.
+        candidates
+            .iter()
+            .find(|certified| is_verifiable(certified, &hello))
+            .or_else(|| candidates.first())
+            .cloned()
+    }
+}
+
+/// Whether the client accepts a signature by this key. rustls has already removed the schemes that go with none of the
+/// client's cipher suites, so this holds for TLS 1.2 as well.
+fn is_verifiable(certified: &CertifiedKey, hello: &ClientHello<'_>) -> bool {
+    certified.key.choose_scheme(hello.signature_schemes()).is_some()
+}
+
+/// A key as rustls sees it.
+struct TokenSigningKey {
+    key: Arc<PrivateKey>,
+}
+
+impl std::fmt::Debug for TokenSigningKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("TokenSigningKey")
+    }
+}
+
+impl SigningKey for TokenSigningKey {
+    fn choose_scheme(&self, offered: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+        let scheme = *self.key.schemes().iter().find(|scheme| offered.contains(scheme))?;
+        Some(Box::new(TokenSigner { key: self.key.clone(), scheme }))
+    }
+
+    fn algorithm(&self) -> SignatureAlgorithm {
+        match self.key.algorithm() {
+            KeyAlgorithm::P256 | KeyAlgorithm::P384 => SignatureAlgorithm::ECDSA,
+            KeyAlgorithm::Rsa { .. } => SignatureAlgorithm::RSA,
+            KeyAlgorithm::Ed25519 => SignatureAlgorithm::ED25519,
+        }
+    }
+}
+
+struct TokenSigner {
+    key: Arc<PrivateKey>,
+    scheme: SignatureScheme,
+}
+
+impl std::fmt::Debug for TokenSigner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TokenSigner").field("scheme", &self.scheme).finish_non_exhaustive()
+    }
+}
+
+impl Signer for TokenSigner {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Error> {
+        let wanted =
+            SignatureWanted { key: self.key.clone(), scheme: self.scheme, message: message.to_vec() };
+        suspend_for_signature(wanted).map_err(|_| Error::General("no signature from the token".into()))
+    }
+
+    fn scheme(&self) -> SignatureScheme {
+        self.scheme
+    }
+}

@@ -1,0 +1,162 @@
+//! Owns the reasons why a connection ends: one closed list, three words each (side / phase / reason), the same in metric,
+//! log, panel and README. Knows nothing of how a connection is run.
+
+use rustls::{AlertDescription, Error, InvalidMessage, PeerIncompatible};
+
+use crate::signing::SignError;
+use crate::stats::Counter;
+
+macro_rules! close_reasons {
+    ($($name:ident = $side:literal / $phase:literal / $reason:literal : $meaning:literal;)+) => {
+        /// Why a connection ended. See `CLOSE_REASONS` for the words and their meaning.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Close { $($name),+ }
+
+        /// The words of every `Close`, in the order of its variants.
+        pub const CLOSE_REASONS: &[CloseReason] = &[
+            $(CloseReason { side: $side, phase: $phase, reason: $reason, meaning: $meaning }),+
+        ];
+    };
+}
+
+pub struct CloseReason {
+    pub side: &'static str,
+    pub phase: &'static str,
+    pub reason: &'static str,
+    pub meaning: &'static str,
+}
+
+close_reasons! {
+    ClientAcceptReset = "client" / "accept" / "reset": "The client was gone before it was accepted.";
+    ProxyAcceptConnectionLimit = "proxy" / "accept" / "connection_limit": "The listener holds `limits.connections` already; shed at once.";
+    ProxyAcceptHandshakeLimit = "proxy" / "accept" / "handshake_limit": "`limits.handshakes` are in flight already; shed at once.";
+
+    ClientHandshakeClosed = "client" / "handshake" / "closed": "The client closed before the handshake was done (port scans and health checks do).";
+    ClientHandshakeReset = "client" / "handshake" / "reset": "The client reset the connection during the handshake.";
+    ClientHandshakeDeadline = "client" / "handshake" / "deadline": "The client did not finish the handshake within `deadlines.handshake`.";
+    ClientHandshakePlainHttp = "client" / "handshake" / "plain_http": "The client spoke plain HTTP to a TLS listener.";
+    ClientHandshakeNotTls = "client" / "handshake" / "not_tls": "The first bytes were not TLS.";
+    ClientHandshakeMalformed = "client" / "handshake" / "malformed": "A TLS message could not be decoded or was too large.";
+    ClientHandshakeProtocolError = "client" / "handshake" / "protocol_error": "The client broke a rule of TLS.";
+    ClientHandshakeAlert = "client" / "handshake" / "alert": "The client refused with an alert: it does not trust the certificate, or lacks a common parameter.";
+    ClientHandshakeNoSharedProtocol = "client" / "handshake" / "no_shared_protocol": "No TLS version in common with the policy.";
+    ClientHandshakeNoSharedCipher = "client" / "handshake" / "no_shared_cipher": "No cipher suite in common with the policy and the certificates.";
+    ClientHandshakeNoSharedGroup = "client" / "handshake" / "no_shared_group": "No key exchange group in common with the policy.";
+    ClientHandshakeNoSharedSignatureScheme = "client" / "handshake" / "no_shared_signature_scheme": "The client accepts no signature that the certificates' keys can make.";
+    ClientHandshakeNoSharedAlpn = "client" / "handshake" / "no_shared_alpn": "No application protocol in common with `alpn`.";
+    ClientHandshakeUnknownName = "client" / "handshake" / "unknown_name": "No certificate for the name the client asked for, and `unknownName: refuse`.";
+
+    TokenSigningQueueFull = "token" / "signing" / "queue_full": "The token's queue was full (`queue.max`): it signs slower than handshakes come.";
+    TokenSigningQueueAged = "token" / "signing" / "queue_aged": "The request waited longer than `queue.age` for a lane.";
+    TokenSigningDeadline = "token" / "signing" / "deadline": "The token did not sign within `signDeadline`: slow, hung or unreachable.";
+    TokenSigningTokenDown = "token" / "signing" / "token_down": "No token that holds the key is up.";
+    TokenSigningWrongSignature = "token" / "signing" / "wrong_signature": "The token's signature did not verify; it was not sent.";
+    TokenSigningFailed = "token" / "signing" / "failed": "The token refused to sign; the log has the CKR code.";
+
+    UpstreamConnectRefused = "upstream" / "connect" / "refused": "Every server tried refused the connection.";
+    UpstreamConnectDeadline = "upstream" / "connect" / "deadline": "No server accepted within `connectDeadline`.";
+    UpstreamConnectUnreachable = "upstream" / "connect" / "unreachable": "No route to the server, or no such socket path.";
+    UpstreamConnectNoServer = "upstream" / "connect" / "no_server": "The upstream has no server that may be tried.";
+    UpstreamConnectFailed = "upstream" / "connect" / "failed": "Connecting failed in another way.";
+    ClientConnectClosed = "client" / "connect" / "closed": "The client closed while the upstream was being connected.";
+
+    ClientRelayClosed = "client" / "relay" / "closed": "The client closed first. Normal.";
+    ClientRelayTruncated = "client" / "relay" / "truncated": "The client closed without close_notify: bytes may be missing (many HTTP clients do so).";
+    ClientRelayReset = "client" / "relay" / "reset": "The client reset the connection.";
+    ClientRelayProtocolError = "client" / "relay" / "protocol_error": "A record from the client did not decrypt or broke a rule of TLS.";
+    UpstreamRelayClosed = "upstream" / "relay" / "closed": "The upstream closed first. Normal.";
+    UpstreamRelayReset = "upstream" / "relay" / "reset": "The upstream reset the connection.";
+    ProxyRelayIdleDeadline = "proxy" / "relay" / "idle_deadline": "No byte in either direction for `deadlines.idle`.";
+    ProxyRelayHalfClosedDeadline = "proxy" / "relay" / "half_closed_deadline": "One direction was closed and the other did not end within `deadlines.halfClosed`.";
+    ProxyRelayLifetimeDeadline = "proxy" / "relay" / "lifetime_deadline": "The connection is older than `deadlines.lifetime`.";
+
+    ProxyDrainDeadline = "proxy" / "drain" / "deadline": "The worker stopped and the connection had not ended by `drain.deadline`.";
+    ProxyInternalPanic = "proxy" / "internal" / "panic": "A defect in keygate ended this connection alone. Report it.";
+}
+
+impl Close {
+    pub fn words(self) -> &'static CloseReason {
+        &CLOSE_REASONS[self as usize]
+    }
+
+    /// The reason for a handshake that rustls ended.
+    pub fn from_tls_error(error: &Error) -> Self {
+        match error {
+            Error::AlertReceived(AlertDescription::CloseNotify) => Self::ClientHandshakeClosed,
+            Error::AlertReceived(_) => Self::ClientHandshakeAlert,
+            Error::NoApplicationProtocol => Self::ClientHandshakeNoSharedAlpn,
+            Error::PeerIncompatible(incompatible) => match incompatible {
+                PeerIncompatible::NoCipherSuitesInCommon => Self::ClientHandshakeNoSharedCipher,
+                PeerIncompatible::NoKxGroupsInCommon
+                | PeerIncompatible::NamedGroupsExtensionRequired
+                | PeerIncompatible::KeyShareExtensionRequired => Self::ClientHandshakeNoSharedGroup,
+                PeerIncompatible::NoSignatureSchemesInCommon
+                | PeerIncompatible::SignatureAlgorithmsExtensionRequired => {
+                    Self::ClientHandshakeNoSharedSignatureScheme
+                }
+                PeerIncompatible::ServerDoesNotSupportTls12Or13
+                | PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig
+                | PeerIncompatible::SupportedVersionsExtensionRequired
+                | PeerIncompatible::Tls12NotOffered
+                | PeerIncompatible::Tls12NotOfferedOrEnabled => Self::ClientHandshakeNoSharedProtocol,
+                _ => Self::ClientHandshakeProtocolError,
+            },
+            Error::InvalidMessage(InvalidMessage::InvalidContentType) => Self::ClientHandshakeNotTls,
+            Error::InvalidMessage(_) | Error::PeerSentOversizedRecord => Self::ClientHandshakeMalformed,
+            _ => Self::ClientHandshakeProtocolError,
+        }
+    }
+
+    /// The reason for a handshake that got no signature.
+    pub fn from_sign_error(error: &SignError) -> Self {
+        match error {
+            SignError::QueueFull => Self::TokenSigningQueueFull,
+            SignError::QueueAged => Self::TokenSigningQueueAged,
+            SignError::Deadline => Self::TokenSigningDeadline,
+            SignError::TokenDown => Self::TokenSigningTokenDown,
+            SignError::WrongSignature => Self::TokenSigningWrongSignature,
+            _ => Self::TokenSigningFailed,
+        }
+    }
+}
+
+/// How often connections ended for each reason.
+pub struct CloseCounters([Counter; CLOSE_REASONS.len()]);
+
+impl Default for CloseCounters {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| Counter::default()))
+    }
+}
+
+impl CloseCounters {
+    pub fn count(&self, close: Close) {
+        self.0[close as usize].add(1);
+    }
+
+    /// Every reason with its count, in the order of `CLOSE_REASONS`.
+    pub fn counts(&self) -> impl Iterator<Item = (&'static CloseReason, u64)> {
+        CLOSE_REASONS.iter().zip(self.0.iter().map(Counter::get))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_reasons_have_the_same_three_words() {
+        let mut words: Vec<_> = CLOSE_REASONS.iter().map(|r| (r.side, r.phase, r.reason)).collect();
+        words.sort_unstable();
+        let count = words.len();
+        words.dedup();
+        assert_eq!(words.len(), count);
+    }
+
+    #[test]
+    fn words_follow_the_order_of_the_variants() {
+        assert_eq!(Close::ClientAcceptReset.words().reason, "reset");
+        assert_eq!(Close::ProxyInternalPanic.words().reason, "panic");
+        assert_eq!(Close::ProxyInternalPanic as usize + 1, CLOSE_REASONS.len());
+    }
+}

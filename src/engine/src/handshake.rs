@@ -1,0 +1,224 @@
+//! Owns a connection from its first byte to Finished: reading, running steps, having them signed, answering with the right
+//! alert. Knows nothing of upstreams or of what the bytes mean afterwards. I/O thread only.
+//!
+//! ```text
+//!  read ──> step ──┬─ needs more ──────────────> flush ──> read
+//!                  ├─ wants signature ─> lane ─> step (again)
+//!                  ├─ established ─────────────> flush ──> Established
+//!                  └─ failed ──────────────────> alert ──> Close
+//! ```
+
+use std::future::poll_fn;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::{Error, ServerConfig};
+use tokio::time::{Instant, timeout_at};
+
+use crate::certificates::take_hello_seen;
+use crate::close::Close;
+use crate::fiber::{Abandoned, Progress, SignatureWanted, Step};
+use crate::signing::SignError;
+use crate::stream::Stream;
+use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX};
+
+/// Read at once during a handshake: a ClientHello with a post-quantum key share is about 1.8 KiB.
+const READ_BYTES: usize = 8 * 1024;
+/// Fatal alerts as records of their own (RFC 8446 6.2): for handshakes that fail before any key is in use.
+const ALERT_INTERNAL_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 80];
+const ALERT_UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
+
+/// A finished handshake.
+pub struct Established {
+    pub tls: Tls,
+    /// Application data that came in the same packet as Finished.
+    pub plaintext: Vec<u8>,
+    pub server_name: Option<String>,
+}
+
+/// Takes `client` through the handshake.
+///
+/// # Errors
+/// Why the connection must be closed. The client was sent the alert that belongs to it.
+pub async fn handshake(
+    client: &Stream,
+    config: Arc<ServerConfig>,
+    deadline: Instant,
+    sign_deadline: Duration,
+) -> Result<Established, Close> {
+    let mut tls = Tls::new(config).map_err(|_| Close::ProxyInternalPanic)?;
+    let mut server_name = None;
+    let mut buffer = [0; READ_BYTES];
+    loop {
+        let received = timeout_at(deadline, read(client, &mut buffer))
+            .await
+            .map_err(|_| Close::ClientHandshakeDeadline)?
+            .map_err(|_| Close::ClientHandshakeReset)?;
+        if received == 0 {
+            return Err(Close::ClientHandshakeClosed);
+        }
+        let is_first = server_name.is_none() && tls.unprocessed().is_empty();
+        tls.receive(&buffer[..received]);
+        let plain_http = is_first && looks_like_http(&buffer[..received]);
+
+        let mut step = run_step(tls, client, deadline, sign_deadline).await?;
+        server_name = step.server_name.or(server_name);
+        let to_client = step.tls.take_to_client();
+        let phase = match step.result {
+            Ok(phase) if step.tls.unprocessed().len() <= UNPROCESSED_MAX => phase,
+            Ok(_) => return Err(refuse(client, &to_client, Close::ClientHandshakeMalformed)),
+            Err((alert, close)) => {
+                let close = if plain_http { Close::ClientHandshakePlainHttp } else { close };
+                return Err(refuse(client, alert.unwrap_or(&to_client), close));
+            }
+        };
+        timeout_at(deadline, write_all(client, &to_client))
+            .await
+            .map_err(|_| Close::ClientHandshakeDeadline)?
+            .map_err(|_| Close::ClientHandshakeReset)?;
+        match phase {
+            TlsPhase::Handshaking => tls = step.tls,
+            TlsPhase::Established => {
+                return Ok(Established { tls: step.tls, plaintext: step.plaintext, server_name });
+            }
+            TlsPhase::ClientClosed => return Err(Close::ClientHandshakeClosed),
+        }
+    }
+}
+
+struct StepOutcome {
+    tls: Tls,
+    plaintext: Vec<u8>,
+    server_name: Option<String>,
+    /// The alert is Some when it must replace what rustls would send.
+    result: Result<TlsPhase, (Option<&'static [u8]>, Close)>,
+}
+
+/// Processes what was received, having it signed by a lane where that is needed.
+async fn run_step(
+    mut tls: Tls,
+    client: &Stream,
+    deadline: Instant,
+    sign_deadline: Duration,
+) -> Result<StepOutcome, Close> {
+    let mut step = Step::new(move || {
+        let mut plaintext = Vec::new();
+        let result = tls.advance(&mut plaintext);
+        (tls, plaintext, result)
+    })
+    .map_err(|_| Close::ProxyAcceptHandshakeLimit)?;
+    let mut server_name = None;
+    let mut refused_name = false;
+    let mut sign_failure = None;
+    let mut answer = Err(Abandoned);
+    loop {
+        let progress = step.resume(answer);
+        if let Some(hello) = take_hello_seen() {
+            server_name = hello.server_name;
+            refused_name = hello.refused_name;
+        }
+        match progress {
+            Progress::WantsSignature(wanted) => {
+                let deadline = deadline.min(Instant::now() + sign_deadline);
+                answer = match signature(wanted, client, deadline).await? {
+                    Ok(signature) => Ok(signature),
+                    Err(error) => {
+                        sign_failure = Some(Close::from_sign_error(&error));
+                        Err(Abandoned)
+                    }
+                };
+            }
+            Progress::Finished((tls, plaintext, result)) => {
+                // Nothing of a failed first flight was sent, so the plain alert is the first thing that the client sees
+                // of it, and no key of that flight is in use on its side.
+                let result = result.map_err(|error| match (sign_failure, refused_name) {
+                    (Some(close), _) => (Some(&ALERT_INTERNAL_ERROR[..]), close),
+                    (None, true) => (Some(&ALERT_UNRECOGNIZED_NAME[..]), Close::ClientHandshakeUnknownName),
+                    (None, false) => (None, close_for(&error)),
+                });
+                return Ok(StepOutcome { tls, plaintext, server_name, result });
+            }
+        }
+    }
+}
+
+fn close_for(error: &Error) -> Close {
+    Close::from_tls_error(error)
+}
+
+/// Has `wanted` signed by a lane. The outer error is the connection's end: the client is gone, so nobody needs it any more.
+async fn signature(
+    wanted: SignatureWanted,
+    client: &Stream,
+    deadline: Instant,
+) -> Result<Result<Vec<u8>, SignError>, Close> {
+    let pending = match wanted.key.sign(wanted.scheme, wanted.message) {
+        Ok(pending) => pending,
+        Err(error) => return Ok(Err(error)),
+    };
+    tokio::select! {
+        biased;
+        signed = timeout_at(deadline, pending) => Ok(match signed {
+            Ok(signed) => signed.map(|signed| signed.signature),
+            Err(_) => Err(SignError::Deadline),
+        }),
+        () = client_gone(client) => Err(Close::ClientHandshakeClosed),
+    }
+}
+
+/// Returns when the client has closed. A client that sends on (it has no reason to) is not watched further.
+async fn client_gone(client: &Stream) {
+    let mut byte = [0];
+    match poll_fn(|context| client.poll_peek(context, &mut byte)).await {
+        Ok(0) | Err(_) => {}
+        Ok(_) => std::future::pending().await,
+    }
+}
+
+async fn read(client: &Stream, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        // Trying first saves a wake-up when the bytes are there already, and they are: clients speak first.
+        match client.try_read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => client.readable().await?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            read => return read,
+        }
+    }
+}
+
+/// Writes all of `bytes`.
+///
+/// # Errors
+/// The peer is gone.
+pub async fn write_all(stream: &Stream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match stream.try_write(bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Sends the alert as far as that goes without waiting, so that refusing costs nothing.
+fn refuse(client: &Stream, alert: &[u8], close: Close) -> Close {
+    let _ = client.try_write(alert);
+    let _ = client.shutdown_write();
+    // Closing with unread bytes would make the kernel reset the connection and take the alert back from the client.
+    let mut unread = [0; READ_BYTES];
+    for _ in 0..UNPROCESSED_MAX / READ_BYTES {
+        if !matches!(client.try_read(&mut unread), Ok(1..)) {
+            break;
+        }
+    }
+    close
+}
+
+fn looks_like_http(bytes: &[u8]) -> bool {
+    const METHODS: [&[u8]; 8] =
+        [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH "];
+    METHODS.iter().any(|method| bytes.starts_with(method))
+}

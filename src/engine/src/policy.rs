@@ -1,0 +1,110 @@
+//! Owns what a listener negotiates: versions, cipher suites, groups, application protocols, tickets. Turns names from the
+//! configuration into a rustls configuration, or says which name is unknown. Runs on the JavaScript thread, at start.
+
+use rustls::crypto::{CryptoProvider, SupportedKxGroup, aws_lc_rs};
+use rustls::server::{NoServerSessionStorage, ResolvesServerCert};
+use rustls::version::{TLS12, TLS13};
+use rustls::{ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
+use std::sync::Arc;
+
+use crate::tickets::Ticketer;
+
+/// One ticket for each full handshake: a second one costs an encryption and 200 bytes, and few clients use it.
+const TICKETS_PER_HANDSHAKE: usize = 1;
+
+pub struct Policy {
+    pub versions: Vec<&'static SupportedProtocolVersion>,
+    pub cipher_suites: Vec<SupportedCipherSuite>,
+    pub groups: Vec<&'static dyn SupportedKxGroup>,
+    pub tickets: bool,
+}
+
+impl Policy {
+    /// Empty lists mean everything that rustls offers, in its order.
+    ///
+    /// # Errors
+    /// A sentence that names the word and what is known instead.
+    pub fn parse(
+        versions: &[String],
+        suites: &[String],
+        groups: &[String],
+        tickets: bool,
+    ) -> Result<Self, String> {
+        let known = aws_lc_rs::default_provider();
+        let versions = match versions {
+            [] => vec![&TLS13, &TLS12],
+            _ => versions.iter().map(|name| parse_version(name)).collect::<Result<_, _>>()?,
+        };
+        let cipher_suites = match suites {
+            [] => known.cipher_suites,
+            _ => pick(suites, &known.cipher_suites, "cipher suite", suite_name)?,
+        };
+        let groups = match groups {
+            [] => known.kx_groups,
+            _ => pick(groups, aws_lc_rs::ALL_KX_GROUPS, "group", |group| format!("{:?}", group.name()))?,
+        };
+        Ok(Self { versions, cipher_suites, groups, tickets })
+    }
+
+    /// # Errors
+    /// The versions, suites and groups do not fit together.
+    pub fn server_config(
+        &self,
+        certificates: Arc<dyn ResolvesServerCert>,
+        alpn: &[String],
+        ticketer: &Ticketer,
+    ) -> Result<Arc<ServerConfig>, rustls::Error> {
+        let provider = CryptoProvider {
+            cipher_suites: self.cipher_suites.clone(),
+            kx_groups: self.groups.clone(),
+            ..aws_lc_rs::default_provider()
+        };
+        let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&self.versions)?
+            .with_no_client_auth()
+            .with_cert_resolver(certificates);
+        config.alpn_protocols = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+        // Resumption is by tickets alone: a session cache in one worker is of no use to the others.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.max_early_data_size = 0;
+        config.ignore_client_order = false;
+        if self.tickets {
+            config.ticketer = Arc::new(ticketer.clone());
+            config.send_tls13_tickets = TICKETS_PER_HANDSHAKE;
+        } else {
+            config.send_tls13_tickets = 0;
+        }
+        Ok(Arc::new(config))
+    }
+}
+
+fn parse_version(name: &str) -> Result<&'static SupportedProtocolVersion, String> {
+    match name {
+        "1.2" => Ok(&TLS12),
+        "1.3" => Ok(&TLS13),
+        _ => Err(format!("unknown TLS version {name:?}, known: 1.2, 1.3")),
+    }
+}
+
+fn pick<T: Copy>(
+    names: &[String],
+    known: &[T],
+    what: &str,
+    name_of: impl Fn(&T) -> String,
+) -> Result<Vec<T>, String> {
+    let find = |name: &String| known.iter().find(|item| name_of(item) == *name).copied();
+    names
+        .iter()
+        .map(|name| {
+            find(name).ok_or_else(|| {
+                let known = known.iter().map(&name_of).collect::<Vec<_>>().join(", ");
+                format!("unknown {what} {name:?}, known: {known}")
+            })
+        })
+        .collect()
+}
+
+/// The IANA name: rustls writes TLS13_ where IANA writes TLS_ for the suites of TLS 1.3.
+pub fn suite_name(suite: &SupportedCipherSuite) -> String {
+    format!("{:?}", suite.suite()).replace("TLS13_", "TLS_")
+}

@@ -1,0 +1,186 @@
+//! Owns session tickets: encrypting what rustls wants to remember under keys that every worker shares, and taking them
+//! back. Knows nothing of where the keys come from (the primary, or a token). Called on the I/O thread.
+//!
+//! A ticket is `name(16) || nonce(12) || AES-256-GCM(state) || tag(16)` (RFC 5077 section 4 in spirit). The name tells the
+//! epoch, so a ticket of the previous or the next epoch is accepted too: a clock that is a little off costs no handshake.
+
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Salt};
+use aws_lc_rs::rand;
+use rustls::server::ProducesTickets;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+use zeroize::Zeroizing;
+
+const NAME_BYTES: usize = 16;
+const KEY_BYTES: usize = 32;
+const TAG_BYTES: usize = 16;
+/// RFC 8446 4.6.1: a ticket fits in 2^16 - 1 bytes; ours are far smaller unless a client certificate chain is in them.
+const TICKET_BYTES_MAX: usize = 16 * 1024;
+/// RFC 8446 4.6.1: clients must not keep tickets longer than seven days.
+pub const LIFETIME_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// The secret of one epoch, from which its name and key are derived.
+pub type EpochSecret = Zeroizing<[u8; 32]>;
+
+/// Which keys to use: `current` encrypts, all three decrypt.
+pub struct TicketKeys {
+    current: EpochKey,
+    others: Vec<EpochKey>,
+}
+
+struct EpochKey {
+    name: [u8; NAME_BYTES],
+    key: LessSafeKey,
+}
+
+/// What rustls talks to. Cloned into every listener's configuration; `rotate` reaches them all.
+#[derive(Clone)]
+pub struct Ticketer {
+    // None until the first rotate: no tickets are given out then, and none taken.
+    keys: Arc<RwLock<Option<TicketKeys>>>,
+    lifetime: Duration,
+}
+
+impl Ticketer {
+    /// `lifetime` (at most `LIFETIME_MAX`) is what clients are told; how long a ticket really works depends on rotation.
+    pub fn new(lifetime: Duration) -> Self {
+        Self { keys: Arc::new(RwLock::new(None)), lifetime: lifetime.min(LIFETIME_MAX) }
+    }
+
+    pub fn rotate(&self, current: &EpochSecret, others: &[EpochSecret]) {
+        let derived =
+            EpochKey::derive(current).zip(others.iter().map(EpochKey::derive).collect::<Option<Vec<_>>>());
+        let keys = derived.map(|(current, others)| TicketKeys { current, others });
+        *self.keys.write().unwrap_or_else(std::sync::PoisonError::into_inner) = keys;
+    }
+}
+
+impl std::fmt::Debug for Ticketer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ticketer").field("lifetime", &self.lifetime).finish_non_exhaustive()
+    }
+}
+
+impl ProducesTickets for Ticketer {
+    fn enabled(&self) -> bool {
+        true
+    }
+
+    fn lifetime(&self) -> u32 {
+        u32::try_from(self.lifetime.as_secs()).unwrap_or(u32::MAX)
+    }
+
+    fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
+        let keys = self.keys.read().ok()?;
+        let EpochKey { name, key } = &keys.as_ref()?.current;
+        let mut nonce = [0; NONCE_LEN];
+        rand::fill(&mut nonce).ok()?;
+        let mut ticket = Vec::with_capacity(NAME_BYTES + NONCE_LEN + plain.len() + TAG_BYTES);
+        ticket.extend_from_slice(name);
+        ticket.extend_from_slice(&nonce);
+        ticket.extend_from_slice(plain);
+        let (head, body) = ticket.split_at_mut(NAME_BYTES + NONCE_LEN);
+        let tag = key
+            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(&*head), body)
+            .ok()?;
+        ticket.extend_from_slice(tag.as_ref());
+        (ticket.len() <= TICKET_BYTES_MAX).then_some(ticket)
+    }
+
+    fn decrypt(&self, ticket: &[u8]) -> Option<Vec<u8>> {
+        if ticket.len() < NAME_BYTES + NONCE_LEN + TAG_BYTES || ticket.len() > TICKET_BYTES_MAX {
+            return None;
+        }
+        let (head, body) = ticket.split_at(NAME_BYTES + NONCE_LEN);
+        let (name, nonce) = head.split_at(NAME_BYTES);
+        let keys = self.keys.read().ok()?;
+        let keys = keys.as_ref()?;
+        // Names are public, so an early exit from the comparison tells nothing.
+        let epoch = std::iter::once(&keys.current).chain(&keys.others).find(|epoch| epoch.name == name)?;
+        let nonce = Nonce::try_assume_unique_for_key(nonce).ok()?;
+        let mut body = body.to_vec();
+        let plain_bytes = epoch.key.open_in_place(nonce, Aad::from(head), &mut body).ok()?.len();
+        body.truncate(plain_bytes);
+        Some(body)
+    }
+}
+
+impl EpochKey {
+    /// HKDF-Expand (RFC 5869) of the epoch's secret; None only if the library refuses lengths that are constants here.
+    fn derive(secret: &EpochSecret) -> Option<Self> {
+        let prk = Salt::new(HKDF_SHA256, b"keygate session tickets").extract(secret.as_slice());
+        let mut name = [0; NAME_BYTES];
+        prk.expand(&[b"name"], Bytes(NAME_BYTES)).ok()?.fill(&mut name).ok()?;
+        let mut key = Zeroizing::new([0; KEY_BYTES]);
+        prk.expand(&[b"key"], Bytes(KEY_BYTES)).ok()?.fill(key.as_mut_slice()).ok()?;
+        Some(Self { name, key: LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key.as_slice()).ok()?) })
+    }
+}
+
+struct Bytes(usize);
+
+impl KeyType for Bytes {
+    fn len(&self) -> usize {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn secret(byte: u8) -> EpochSecret {
+        Zeroizing::new([byte; 32])
+    }
+
+    fn ticketer(current: u8, others: &[u8]) -> Ticketer {
+        let ticketer = Ticketer::new(Duration::from_secs(3600));
+        ticketer.rotate(&secret(current), &others.iter().map(|byte| secret(*byte)).collect::<Vec<_>>());
+        ticketer
+    }
+
+    #[test]
+    fn another_worker_with_the_same_epoch_takes_a_ticket_back() {
+        let ticket = ticketer(1, &[]).encrypt(b"state").expect("a ticket");
+        assert_eq!(ticketer(1, &[]).decrypt(&ticket).as_deref(), Some(&b"state"[..]));
+    }
+
+    #[test]
+    fn previous_and_next_epochs_are_taken_and_others_are_not() {
+        let ticket = ticketer(1, &[]).encrypt(b"state").expect("a ticket");
+        assert!(ticketer(2, &[1, 3]).decrypt(&ticket).is_some());
+        assert!(ticketer(0, &[1]).decrypt(&ticket).is_some());
+        assert!(ticketer(3, &[2, 4]).decrypt(&ticket).is_none());
+    }
+
+    #[test]
+    fn without_keys_no_ticket_is_given_or_taken() {
+        let empty = Ticketer::new(Duration::from_secs(3600));
+        assert!(empty.encrypt(b"state").is_none());
+        assert!(empty.decrypt(&ticketer(1, &[]).encrypt(b"state").expect("a ticket")).is_none());
+    }
+
+    #[test]
+    fn the_lifetime_told_to_clients_is_at_most_seven_days() {
+        assert_eq!(Ticketer::new(Duration::from_secs(30 * 24 * 3600)).lifetime(), 7 * 24 * 3600);
+    }
+
+    proptest! {
+        #[test]
+        fn any_state_survives_and_any_flipped_bit_is_refused(state in prop::collection::vec(any::<u8>(), 0..2000), at in any::<prop::sample::Index>(), bit in 0..8u8) {
+            let ticketer = ticketer(7, &[]);
+            let mut ticket = ticketer.encrypt(&state).expect("a ticket");
+            prop_assert_eq!(ticketer.decrypt(&ticket), Some(state));
+            let index = at.index(ticket.len());
+            ticket[index] ^= 1 << bit;
+            prop_assert_eq!(ticketer.decrypt(&ticket), None);
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_refused_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert_eq!(ticketer(7, &[]).decrypt(&bytes), None);
+        }
+    }
+}
