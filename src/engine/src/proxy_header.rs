@@ -1,1 +1,303 @@
-//! (in progress)
+//! Owns the bytes of a PROXY protocol header (versions 1 and 2), by which the upstream learns who the client is and
+//! what its TLS is. Only writes; knows nothing of sockets or of where its values come from. Runs on the I/O thread.
+//!
+//! Source: "The PROXY protocol, versions 1 & 2", HAProxy's doc/proxy-protocol.txt; its sections are cited.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// Text or binary. Only version 2 carries anything besides the addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyVersion {
+    V1,
+    V2,
+}
+
+/// What the upstream is told. Version 1 has room for the endpoints alone.
+///
+/// A value is left out, never shortened, when it is longer than its limit (`VALUE_BYTES_MAX`, `UNIQUE_ID_BYTES_MAX`,
+/// `NAME_BYTES_MAX`) or, being text, holds a NUL: an upstream would otherwise see another name than the verified one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ProxyInfo<'a> {
+    /// None when the client came over a Unix socket.
+    pub endpoints: Option<Endpoints>,
+    /// The protocol that ALPN settled on.
+    pub alpn: Option<&'a [u8]>,
+    /// The server name the client asked for (SNI).
+    pub authority: Option<&'a str>,
+    /// None when the client spoke no TLS.
+    pub ssl: Option<SslInfo<'a>>,
+    pub unique_id: Option<&'a [u8]>,
+}
+
+/// The two ends of the client's connection, as seen by the listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Endpoints {
+    /// The client.
+    pub source: SocketAddr,
+    /// The listener's address that the client connected to.
+    pub destination: SocketAddr,
+}
+
+/// The client's TLS (spec 2.2.6).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SslInfo<'a> {
+    /// As OpenSSL writes it, because upstreams compare strings: "TLSv1.2", "TLSv1.3".
+    pub version: &'a str,
+    /// As OpenSSL writes it: "TLS_AES_128_GCM_SHA256", "ECDHE-ECDSA-AES128-GCM-SHA256".
+    pub cipher: Option<&'a str>,
+    /// How our certificate was signed by its issuer, e.g. "SHA256".
+    pub signature_algorithm: Option<&'a str>,
+    /// The key of our certificate, e.g. "EC256", "RSA2048".
+    pub key_algorithm: Option<&'a str>,
+    pub client_certificate: Option<ClientCertificate<'a>>,
+}
+
+/// The certificate that the client presented.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClientCertificate<'a> {
+    /// The subject's CN.
+    pub common_name: Option<&'a str>,
+    /// False also when nobody looked.
+    pub verified: bool,
+    /// True when it was presented in an earlier connection of this TLS session and not in this one.
+    pub resumed: bool,
+}
+
+/// ALPN, authority and CN: the longest ALPN name (RFC 7301 3.1), the longest DNS name, more than X.520 allows a CN.
+pub const VALUE_BYTES_MAX: usize = 255;
+
+/// Spec 2.2.5.
+pub const UNIQUE_ID_BYTES_MAX: usize = 128;
+
+/// TLS version, cipher and algorithms.
+pub const NAME_BYTES_MAX: usize = 64;
+
+/// What `write` appends at most. It fits into one TCP segment, as the spec promises to receivers that read once (2.2).
+pub const HEADER_BYTES_MAX: usize = 1_240;
+
+/// Appends the header of a relayed connection.
+pub fn write(version: ProxyVersion, info: &ProxyInfo<'_>, out: &mut Vec<u8>) {
+    match version {
+        ProxyVersion::V1 => write_v1(info.endpoints, out),
+        ProxyVersion::V2 => write_v2(info, out),
+    }
+}
+
+/// Appends the header of a connection that is relayed for nobody (a health check). `own` are that connection's ends:
+/// version 2 has LOCAL for it, version 1 names them because receivers may reject UNKNOWN (spec 2.1, 2.2).
+pub fn write_local(version: ProxyVersion, own: Option<Endpoints>, out: &mut Vec<u8>) {
+    match version {
+        ProxyVersion::V1 => write_v1(own, out),
+        ProxyVersion::V2 => {
+            out.extend_from_slice(SIGNATURE);
+            out.extend_from_slice(&[VERSION_2_LOCAL, UNSPECIFIED, 0, 0]);
+        }
+    }
+}
+
+fn write_v1(endpoints: Option<Endpoints>, out: &mut Vec<u8>) {
+    let line = match endpoints.map(Family::of) {
+        None => "PROXY UNKNOWN\r\n".to_owned(),
+        Some(Family::Inet(source, destination, [source_port, destination_port])) => {
+            format!("PROXY TCP4 {source} {destination} {source_port} {destination_port}\r\n")
+        }
+        Some(Family::Inet6(source, destination, [source_port, destination_port])) => {
+            let (source, destination) = (hexadecimal(source), hexadecimal(destination));
+            format!("PROXY TCP6 {source} {destination} {source_port} {destination_port}\r\n")
+        }
+    };
+    out.extend_from_slice(line.as_bytes());
+}
+
+/// Rust prints a mapped address as `::ffff:192.0.2.1`, but version 1 knows hexadecimal digits and colons only (spec 2.1).
+fn hexadecimal(address: Ipv6Addr) -> String {
+    match address.to_ipv4_mapped() {
+        Some(_) => {
+            let [.., high, low] = address.segments();
+            format!("::ffff:{high:x}:{low:x}")
+        }
+        None => address.to_string(),
+    }
+}
+
+const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
+
+const VERSION_2_LOCAL: u8 = 0x20;
+const VERSION_2_PROXY: u8 = 0x21;
+const UNSPECIFIED: u8 = 0x00;
+const TCP_OVER_IPV4: u8 = 0x11;
+const TCP_OVER_IPV6: u8 = 0x21;
+
+/// Spec 2.2. A client without addresses is PROXY of an unspecified family, not LOCAL: receivers must discard what LOCAL
+/// carries, and the client's TLS with it.
+fn write_v2(info: &ProxyInfo<'_>, out: &mut Vec<u8>) {
+    let start = out.len();
+    let family = info.endpoints.map(Family::of);
+    out.extend_from_slice(SIGNATURE);
+    out.push(VERSION_2_PROXY);
+    out.push(match family {
+        None => UNSPECIFIED,
+        Some(Family::Inet(..)) => TCP_OVER_IPV4,
+        Some(Family::Inet6(..)) => TCP_OVER_IPV6,
+    });
+    let length_at = open_length(out);
+    match family {
+        None => {}
+        Some(Family::Inet(source, destination, ports)) => {
+            out.extend_from_slice(&source.octets());
+            out.extend_from_slice(&destination.octets());
+            write_ports(ports, out);
+        }
+        Some(Family::Inet6(source, destination, ports)) => {
+            out.extend_from_slice(&source.octets());
+            out.extend_from_slice(&destination.octets());
+            write_ports(ports, out);
+        }
+    }
+    write_value(Type::Alpn, info.alpn, out);
+    write_text(Type::Authority, info.authority, out);
+    write_value(Type::UniqueId, info.unique_id, out);
+    if let Some(ssl) = &info.ssl {
+        write_ssl(ssl, out);
+    }
+    write_value(Type::Crc32c, Some(&[0; 4]), out);
+    close_length(length_at, out);
+    // The checksum covers the whole header with its own field zero (spec 2.2.3).
+    let checksum = crc32c(&out[start..]);
+    let checksum_at = out.len() - 4;
+    out[checksum_at..].copy_from_slice(&checksum.to_be_bytes());
+    debug_assert!(out.len() - start <= HEADER_BYTES_MAX, "a header fits into one segment");
+}
+
+fn write_ports(ports: [u16; 2], out: &mut Vec<u8>) {
+    for port in ports {
+        out.extend_from_slice(&port.to_be_bytes());
+    }
+}
+
+/// Spec 2.2 and 2.2.6.
+#[derive(Clone, Copy)]
+enum Type {
+    Alpn = 0x01,
+    Authority = 0x02,
+    Crc32c = 0x03,
+    UniqueId = 0x05,
+    Ssl = 0x20,
+    SslVersion = 0x21,
+    SslCommonName = 0x22,
+    SslCipher = 0x23,
+    SslSignatureAlgorithm = 0x24,
+    SslKeyAlgorithm = 0x25,
+}
+
+impl Type {
+    fn bytes_max(self) -> usize {
+        match self {
+            Type::Alpn | Type::Authority | Type::SslCommonName => VALUE_BYTES_MAX,
+            Type::UniqueId => UNIQUE_ID_BYTES_MAX,
+            Type::SslVersion | Type::SslCipher | Type::SslSignatureAlgorithm | Type::SslKeyAlgorithm => {
+                NAME_BYTES_MAX
+            }
+            Type::Crc32c => 4,
+            // Written by its parts, which are bounded each.
+            Type::Ssl => 0,
+        }
+    }
+}
+
+fn write_ssl(ssl: &SslInfo<'_>, out: &mut Vec<u8>) {
+    const OVER_SSL: u8 = 0x01;
+    const CERTIFICATE_IN_CONNECTION: u8 = 0x02;
+    const CERTIFICATE_IN_SESSION: u8 = 0x04;
+    let certificate = ssl.client_certificate.as_ref();
+    let flags = match certificate {
+        None => OVER_SSL,
+        Some(ClientCertificate { resumed: true, .. }) => OVER_SSL | CERTIFICATE_IN_SESSION,
+        Some(_) => OVER_SSL | CERTIFICATE_IN_CONNECTION | CERTIFICATE_IN_SESSION,
+    };
+    // Zero only for a certificate that was presented and verified.
+    let verify: u32 = if certificate.is_some_and(|certificate| certificate.verified) { 0 } else { 1 };
+
+    out.push(Type::Ssl as u8);
+    let length_at = open_length(out);
+    out.push(flags);
+    out.extend_from_slice(&verify.to_be_bytes());
+    write_text(Type::SslVersion, Some(ssl.version), out);
+    write_text(Type::SslCommonName, certificate.and_then(|certificate| certificate.common_name), out);
+    write_text(Type::SslCipher, ssl.cipher, out);
+    write_text(Type::SslSignatureAlgorithm, ssl.signature_algorithm, out);
+    write_text(Type::SslKeyAlgorithm, ssl.key_algorithm, out);
+    close_length(length_at, out);
+}
+
+fn write_text(kind: Type, text: Option<&str>, out: &mut Vec<u8>) {
+    write_value(kind, text.map(str::as_bytes).filter(|bytes| !bytes.contains(&0)), out);
+}
+
+fn write_value(kind: Type, value: Option<&[u8]>, out: &mut Vec<u8>) {
+    let Some(value) = value.filter(|value| value.len() <= kind.bytes_max()) else { return };
+    out.push(kind as u8);
+    let length_at = open_length(out);
+    out.extend_from_slice(value);
+    close_length(length_at, out);
+}
+
+/// Leaves room for a length; `close_length` fills it in with what was appended since.
+fn open_length(out: &mut Vec<u8>) -> usize {
+    out.extend_from_slice(&[0, 0]);
+    out.len() - 2
+}
+
+fn close_length(length_at: usize, out: &mut [u8]) {
+    // Cannot be cut: HEADER_BYTES_MAX is far below 64 KiB.
+    let length = (out.len() - length_at - 2) as u16;
+    out[length_at..length_at + 2].copy_from_slice(&length.to_be_bytes());
+}
+
+/// Both addresses in one family, as the header demands: a dual-stack listener shows IPv4 clients as mapped addresses.
+#[derive(Clone, Copy)]
+enum Family {
+    Inet(Ipv4Addr, Ipv4Addr, [u16; 2]),
+    Inet6(Ipv6Addr, Ipv6Addr, [u16; 2]),
+}
+
+impl Family {
+    fn of(Endpoints { source, destination }: Endpoints) -> Family {
+        let ports = [source.port(), destination.port()];
+        match (source.ip().to_canonical(), destination.ip().to_canonical()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => Family::Inet(source, destination, ports),
+            (source, destination) => Family::Inet6(mapped(source), mapped(destination), ports),
+        }
+    }
+}
+
+fn mapped(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped(),
+        IpAddr::V6(address) => address,
+    }
+}
+
+/// CRC-32C (Castagnoli), RFC 9260 appendix A: reflected, all ones before and after.
+fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |crc, byte| {
+        let index = (crc ^ u32::from(*byte)) & 0xff;
+        (crc >> 8) ^ CRC32C_TABLE[index as usize]
+    })
+}
+
+const CRC32C_TABLE: [u32; 256] = {
+    let mut table = [0; 256];
+    let mut index = 0;
+    while index < table.len() {
+        let mut crc = index as u32;
+        let mut bit = 0;
+        while bit < 8 {
+            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
+            bit += 1;
+        }
+        table[index] = crc;
+        index += 1;
+    }
+    table
+};

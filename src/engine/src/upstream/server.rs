@@ -1,0 +1,180 @@
+//! Owns what is known about one server: whether it is down or ejected, how many connections are open, and one attempt
+//! to connect. Knows nothing of the other servers. Runs on the I/O thread.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::{Instant, timeout};
+
+use super::{ConnectError, HealthPlan, PassivePlan, ServerAddress, ServerStats, UpstreamPlan, UpstreamStats};
+use crate::stream::Stream;
+
+pub struct Server {
+    pub index: usize,
+    pub address: ServerAddress,
+    /// By the checks.
+    down: Cell<bool>,
+    /// Checks in a row that contradict `down`.
+    contradictions: Cell<u32>,
+    /// Failed connects in a row.
+    failures: Cell<u32>,
+    /// Invariant: Some exactly while ejected. Once it has passed, one connection may try, which moves it on.
+    ejected_until: Cell<Option<Instant>>,
+    stats: Arc<UpstreamStats>,
+}
+
+impl Server {
+    /// A server is taken as up until something shows otherwise: a start need not wait for the first checks.
+    pub fn new(index: usize, plan: &UpstreamPlan, stats: Arc<UpstreamStats>) -> Self {
+        stats.servers[index].up.set(1);
+        Server {
+            index,
+            address: plan.servers[index].clone(),
+            down: Cell::new(false),
+            contradictions: Cell::new(0),
+            failures: Cell::new(0),
+            ejected_until: Cell::new(None),
+            stats,
+        }
+    }
+
+    pub fn is_down(&self) -> bool {
+        self.down.get()
+    }
+
+    /// False again when the ejection is over and nobody has tried yet.
+    pub fn is_ejected(&self) -> bool {
+        self.ejected_until.get().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Open or being opened.
+    pub fn connections(&self) -> i64 {
+        self.stats().connections_open.get()
+    }
+
+    /// To be taken before the connection is tried, so that connects at the same moment see each other.
+    pub fn lease(self: &Rc<Self>, passive: &PassivePlan) -> Lease {
+        if self.ejected_until.get().is_some() {
+            // This one tries; all others stay away until it has succeeded or another ejection has passed.
+            self.ejected_until.set(Some(Instant::now() + passive.ejection));
+        }
+        self.stats().connections_open.add(1);
+        Lease(self.clone())
+    }
+
+    /// One attempt for a client, counted.
+    pub async fn connect(&self, deadline_in: Duration) -> Result<Stream, ConnectError> {
+        let started = Instant::now();
+        let mut attempt = Attempt { stats: self.stats(), outcome: "cancelled" };
+        let opened = self.open(deadline_in).await;
+        attempt.outcome = opened.as_ref().map_or_else(ConnectError::reason, |_| "ok");
+        if opened.is_ok() {
+            self.stats().connect_latency.observe(started.elapsed());
+        }
+        opened
+    }
+
+    /// One attempt, not counted.
+    pub async fn open(&self, deadline_in: Duration) -> Result<Stream, ConnectError> {
+        let open = async {
+            match &self.address {
+                ServerAddress::Tcp(address) => {
+                    let tcp = TcpStream::connect(address).await?;
+                    tcp.set_nodelay(true)?;
+                    Ok(Stream::Tcp(tcp))
+                }
+                ServerAddress::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
+            }
+        };
+        timeout(deadline_in, open).await.unwrap_or(Err(ConnectError::Deadline))
+    }
+
+    /// Learns from a client's attempt. Some(up) when that changed the server's standing.
+    pub fn conclude(&self, opened: &Result<Stream, ConnectError>, passive: &PassivePlan) -> Option<bool> {
+        let before = self.is_up();
+        match opened {
+            Ok(_) => {
+                self.failures.set(0);
+                self.ejected_until.set(None);
+            }
+            Err(ConnectError::Other(_) | ConnectError::NoServer) => {}
+            Err(_) => {
+                self.failures.set(self.failures.get().saturating_add(1));
+                if passive.failures_max > 0 && self.failures.get() >= passive.failures_max {
+                    self.ejected_until.set(Some(Instant::now() + passive.ejection));
+                }
+            }
+        }
+        self.publish(before)
+    }
+
+    /// Learns from a check. Some(up) when that changed the server's standing.
+    pub fn checked(&self, passed: bool, health: &HealthPlan) -> Option<bool> {
+        let before = self.is_up();
+        if passed != self.down.get() {
+            self.contradictions.set(0);
+            return None;
+        }
+        self.contradictions.set(self.contradictions.get() + 1);
+        let needed = if passed { health.rise } else { health.fall };
+        if self.contradictions.get() >= needed {
+            self.contradictions.set(0);
+            self.down.set(!passed);
+        }
+        self.publish(before)
+    }
+
+    fn is_up(&self) -> bool {
+        !self.down.get() && self.ejected_until.get().is_none()
+    }
+
+    fn publish(&self, before: bool) -> Option<bool> {
+        let up = self.is_up();
+        self.stats().up.set(i64::from(up));
+        (up != before).then_some(up)
+    }
+
+    fn stats(&self) -> &ServerStats {
+        &self.stats.servers[self.index]
+    }
+}
+
+/// One connection, open or being opened, in the server's count.
+pub struct Lease(Rc<Server>);
+
+impl Lease {
+    pub(super) fn server(&self) -> &Server {
+        &self.0
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.stats().connections_open.add(-1);
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Lease({})", self.0.address)
+    }
+}
+
+/// Counts an attempt when it ends, however it ends: a future that is dropped ends as its initial outcome.
+struct Attempt<'a> {
+    stats: &'a ServerStats,
+    outcome: &'static str,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        let counter = self.stats.connects(self.outcome);
+        debug_assert!(counter.is_some(), "CONNECT_OUTCOMES lacks {}", self.outcome);
+        if let Some(counter) = counter {
+            counter.add(1);
+        }
+    }
+}
