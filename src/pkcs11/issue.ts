@@ -1,0 +1,162 @@
+/**
+ * Owns: certificate signing requests and self-signed certificates, signed by a key inside a token.
+ * Must not know: how the key was found, the configuration file, files.
+ * Runs: on the main thread of a command.
+ */
+// @peculiar/x509 wires itself with decorators, which need this before it is loaded.
+import 'reflect-metadata';
+import { webcrypto } from 'node:crypto';
+import type { KeyObject } from 'node:crypto';
+import { isIP } from 'node:net';
+import {
+  BasicConstraintsExtension,
+  ExtendedKeyUsage,
+  ExtendedKeyUsageExtension,
+  Extension,
+  KeyUsageFlags,
+  KeyUsagesExtension,
+  Pkcs10CertificateRequestGenerator,
+  SubjectAlternativeNameExtension,
+  SubjectKeyIdentifierExtension,
+  X509CertificateGenerator,
+} from '@peculiar/x509';
+import type { JsonGeneralNames, JsonName } from '@peculiar/x509';
+import { isServerName } from './certificates.ts';
+import { UsageError } from '../errors.ts';
+import { certificateScheme, keyIdentifier } from './algorithm.ts';
+import type { KeyAlgorithm } from './algorithm.ts';
+import { proveKey, publicKeyOf, signRaw } from './keys.ts';
+import type { OpenToken, TokenKey } from './keys.ts';
+
+/** DNS names (also `*.example.org`) and IP addresses; at least one. */
+export interface Subject {
+  readonly names: readonly string[];
+  /** CN; the first name when absent. At most 64 characters (RFC 5280 A.1, ub-common-name). */
+  readonly commonName?: string;
+}
+
+/** The longest that public certificates may live; self-signed ones are for tests and private use and may live longer. */
+export const validityDaysMax = 3650;
+
+/**
+ * @returns PKCS #10 in PEM (RFC 2986), with the names as an extension request.
+ * @throws UsageError for a malformed name, TokenError when the token fails.
+ */
+export async function createSigningRequest(open: OpenToken, key: TokenKey, subject: Subject): Promise<string> {
+  const names = checkedNames(subject);
+  const signer = signerFor(open, key);
+  const request = await Pkcs10CertificateRequestGenerator.create(
+    { name: commonName(subject), keys: signer.keys, signingAlgorithm: signer.algorithm, extensions: extensionsFor(names, signer) },
+    signer.crypto,
+  );
+  return `${request.toString('pem')}\n`;
+}
+
+/**
+ * @param days 1..3650 from now.
+ * @returns a certificate in PEM (RFC 5280) that is no CA and is for TLS servers only.
+ * @throws UsageError for a malformed name or number of days, TokenError when the token fails.
+ */
+export async function createSelfSigned(open: OpenToken, key: TokenKey, subject: Subject, days: number): Promise<string> {
+  if (!Number.isInteger(days) || days < 1 || days > validityDaysMax) {
+    throw new UsageError(`days: found ${days}, expected a whole number from 1 to ${validityDaysMax}`);
+  }
+  const names = checkedNames(subject);
+  const signer = signerFor(open, key);
+  // A minute back: clocks differ, and a client that is a second behind would refuse it.
+  const notBefore = new Date(Date.now() - 60_000);
+  const certificate = await X509CertificateGenerator.createSelfSigned(
+    {
+      name: commonName(subject),
+      notBefore,
+      notAfter: new Date(notBefore.getTime() + days * 86_400_000),
+      keys: signer.keys,
+      signingAlgorithm: signer.algorithm,
+      extensions: [new BasicConstraintsExtension(false, undefined, true), ...extensionsFor(names, signer)],
+    },
+    signer.crypto,
+  );
+  return `${certificate.toString('pem')}\n`;
+}
+
+/** Sorted by kind: a DNS name and an IP address are different names even when they look alike (RFC 5280 4.2.1.6). */
+function checkedNames(subject: Subject): JsonGeneralNames {
+  const { names } = subject;
+  if (names.length === 0 || names.length > namesMax) {
+    throw new UsageError(`names: found ${names.length}, expected 1 to ${namesMax} DNS names or IP addresses`);
+  }
+  return names.map((name) => {
+    if (isIP(name) !== 0) return { type: 'ip', value: name };
+    if (isServerName(name)) return { type: 'dns', value: name.toLowerCase() };
+    throw new UsageError(`names: found ${JSON.stringify(name)}, expected a DNS name such as www.example.org or *.example.org, or an IP address`);
+  });
+}
+
+const namesMax = 100;
+
+/** As a list, never as a string: a comma in it would otherwise begin another attribute. */
+function commonName(subject: Subject): JsonName {
+  const { commonName: given } = subject;
+  if (given !== undefined && (given === '' || given.length > commonNameMax)) {
+    throw new UsageError(`common name: found ${given.length} characters, expected 1 to ${commonNameMax}`);
+  }
+  const name = given ?? subject.names.find((candidate) => candidate.length <= commonNameMax);
+  // A subject may be empty when the names say it all (RFC 5280 4.1.2.6).
+  return name === undefined ? [] : [{ CN: [name] }];
+}
+
+const commonNameMax = 64;
+
+function extensionsFor(names: JsonGeneralNames, signer: Signer): Extension[] {
+  return [
+    new SubjectAlternativeNameExtension(names),
+    // Signing is all the key can do (CKA_DECRYPT is off), and all that TLS 1.3 and ECDHE ask of it.
+    new KeyUsagesExtension(KeyUsageFlags.digitalSignature, true),
+    new ExtendedKeyUsageExtension([ExtendedKeyUsage.serverAuth]),
+    new SubjectKeyIdentifierExtension(keyIdentifier(signer.publicKey).toString('hex')),
+  ];
+}
+
+interface WebAlgorithm {
+  readonly name: string;
+  readonly hash: string;
+  readonly namedCurve?: string;
+}
+
+interface Signer {
+  readonly publicKey: KeyObject;
+  readonly algorithm: WebAlgorithm;
+  readonly keys: webcrypto.CryptoKeyPair;
+  readonly crypto: Crypto;
+}
+
+/** What @peculiar/x509 asks of Web Crypto, answered by the token: the public key, and signatures. */
+function signerFor(open: OpenToken, key: TokenKey): Signer {
+  const publicKey = publicKeyOf(open, key);
+  const spki = publicKey.export({ format: 'der', type: 'spki' });
+  // Before a CA is paid for it: the public key object beside a private key could be another key's.
+  const algorithm = proveKey(open, key, spki);
+  const scheme = certificateScheme(algorithm);
+  const webAlgorithm = webAlgorithms[algorithm];
+  const keys = { publicKey: { algorithm: webAlgorithm }, privateKey: { algorithm: webAlgorithm } } as unknown as webcrypto.CryptoKeyPair;
+  const subtle = {
+    exportKey: () => Promise.resolve(exactBytes(spki)),
+    sign: (_algorithm: unknown, _key: unknown, message: ArrayBuffer) => Promise.resolve(exactBytes(signRaw(open, key, scheme, Buffer.from(message)))),
+  };
+  const crypto = { subtle, getRandomValues: webcrypto.getRandomValues.bind(webcrypto) } as unknown as Crypto;
+  return { publicKey, algorithm: webAlgorithm, keys, crypto };
+}
+
+const webAlgorithms: Record<KeyAlgorithm, WebAlgorithm> = {
+  p256: { name: 'ECDSA', namedCurve: 'P-256', hash: 'SHA-256' },
+  p384: { name: 'ECDSA', namedCurve: 'P-384', hash: 'SHA-384' },
+  p521: { name: 'ECDSA', namedCurve: 'P-521', hash: 'SHA-512' },
+  rsa: { name: 'RSASSA-PKCS1-v1_5', hash: 'SHA-256' },
+  // The hash belongs to Ed25519 itself; the field is there for the type only and appears nowhere.
+  ed25519: { name: 'Ed25519', hash: 'SHA-512' },
+};
+
+/** Not the pool that a small Buffer may be a window of. */
+function exactBytes(bytes: Buffer): ArrayBuffer {
+  return new Uint8Array(bytes).buffer;
+}
