@@ -1,0 +1,328 @@
+/**
+ * Owns: proving that a configuration can be served: every chain, token, PIN and key of it, all looked at before
+ * anything fails.
+ * Must not know: listeners, upstreams, the engine.
+ * Runs: on the main thread of a worker when it starts or reloads, and of `keygate check`.
+ *
+ * Its PKCS#11 sessions are closed when it returns. That logs the process out unless the engine has sessions of its own
+ * (PKCS#11 v3.0 5.6.8), so the engine logs in by itself.
+ */
+import { realpathSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
+import type { Module } from 'graphene-pk11';
+import type { CertificateConfig, Config, TokenConfig } from '../config/config.ts';
+import type { PinSource } from '../config/pin.ts';
+import { ConfigError, formatProblem, KeygateError, TokenError } from '../errors.ts';
+import type { ErrorCode } from '../errors.ts';
+import { readChain } from './certificates.ts';
+import type { CertificateChain, ChainReading } from './certificates.ts';
+import { tokenFailure } from './failure.ts';
+import { findPrivateKey, formatKey, proveConfined, proveKey } from './keys.ts';
+import type { OpenToken, TokenKey } from './keys.ts';
+import { closeSession, findToken, login, openModule, openSession } from './module.ts';
+import type { NativeModuleGuard } from './module.ts';
+
+export interface PlanTools {
+  readonly guard: NativeModuleGuard;
+  /** The buffer is zeroed after use; asked at most once per token. */
+  readonly readPin: (source: PinSource) => Buffer;
+}
+
+/** What the engine may rely on. */
+export interface ProvedPlan {
+  readonly tokens: readonly ProvedToken[];
+  readonly certificates: readonly ProvedCertificate[];
+  readonly warnings: readonly string[];
+}
+
+export interface ProvedToken {
+  /** Name in the configuration. */
+  readonly name: string;
+  /** As the token says them, without padding. */
+  readonly label: string;
+  readonly serial: string;
+}
+
+export interface ProvedCertificate extends CertificateChain {
+  readonly name: string;
+  /** In the order of the configuration; at least one. */
+  readonly perToken: readonly ProvedKey[];
+}
+
+/** Where the private key is; found again by id and label after a module was initialised again. */
+export interface ProvedKey {
+  /** Name of the token in the configuration. */
+  readonly token: string;
+  /** CKA_ID; undefined when the key has none. */
+  readonly keyId: Buffer | undefined;
+  /** CKA_LABEL; may be empty. */
+  readonly keyLabel: string;
+  /** SubjectPublicKeyInfo in DER, the same for every token of the certificate. */
+  readonly spki: Buffer;
+}
+
+/** One thing that was looked at. */
+export interface Finding {
+  readonly severity: 'ok' | 'warning' | 'error';
+  /** `token hsm-a`, `certificate www`. */
+  readonly subject: string;
+  readonly message: string;
+  /** Of an error only. */
+  readonly error?: KeygateError;
+}
+
+export interface Examination {
+  /** What can be served; undefined when an error stands in the way. */
+  readonly plan: ProvedPlan | undefined;
+  /** In the order of the configuration: tokens, then certificates. */
+  readonly findings: readonly Finding[];
+}
+
+/**
+ * Examines and insists.
+ * A token that is out of reach is only a warning as long as every certificate has its key in another one: a worker
+ * must be able to start while one of two tokens is down. A refused PIN or a wrong key is an error wherever it is.
+ * @throws TokenError whose message has a line for every problem, a refused PIN first, because whoever starts workers
+ * must stop at once; ConfigError when only certificate files are wrong.
+ */
+export function provePlan(config: Config, tools: PlanTools): ProvedPlan {
+  const { plan, findings } = examinePlan(config, tools);
+  if (plan !== undefined) return plan;
+  throw combinedError(findings.flatMap(({ error }) => error ?? []));
+}
+
+/** Looks at everything and does not throw for what it finds. Each token sees its PIN at most once. */
+export function examinePlan(config: Config, tools: PlanTools): Examination {
+  const tokens = Object.values(config.tokens).map((token): TokenState => ({ config: token, warnings: [] }));
+  const certificates = Object.values(config.certificates).map(
+    (certificate): CertificateState => ({
+      config: certificate,
+      reading: readChain(certificate),
+      keys: tokens.filter(({ config: { name } }) => certificate.tokens.includes(name)).map((token): KeyState => ({ token, warnings: [] })),
+    }),
+  );
+  try {
+    for (const group of groupByModule(tokens)) enterModule(group, certificates, tools);
+    // Without the login lock from here on: open sessions do not mind other logins, and RSA signatures take their time.
+    for (const certificate of certificates) proveKeys(certificate);
+    for (const token of tokens) warnOfSessionLimit(token, config);
+  } finally {
+    for (const { open } of tokens) if (open !== undefined) closeSession(open.session);
+  }
+  return { plan: planOf(tokens, certificates), findings: [...tokens.flatMap(tokenFindings), ...certificates.flatMap(certificateFindings)] };
+}
+
+/** Filled in step by step; what has an error is left alone by the steps after. */
+interface TokenState {
+  readonly config: TokenConfig;
+  open?: OpenToken;
+  error?: KeygateError;
+  readonly warnings: string[];
+}
+
+interface CertificateState {
+  readonly config: CertificateConfig;
+  readonly reading: ChainReading;
+  readonly keys: readonly KeyState[];
+}
+
+interface KeyState {
+  readonly token: TokenState;
+  key?: TokenKey;
+  proved?: boolean;
+  error?: KeygateError;
+  readonly warnings: string[];
+}
+
+/** Two names of one file are one module, with one C_Initialize and one login lock. */
+function groupByModule(tokens: readonly TokenState[]): TokenState[][] {
+  const groups = Map.groupBy(tokens, ({ config }) => {
+    try {
+      return realpathSync(config.module);
+    } catch {
+      return config.module;
+    }
+  });
+  return [...groups.values()];
+}
+
+/** From C_Initialize until the keys are found, all under the login lock. */
+function enterModule(group: readonly TokenState[], certificates: readonly CertificateState[], { guard, readPin }: PlanTools): void {
+  const { module: path, isolate } = group[0]!.config;
+  let release: (() => void) | undefined;
+  try {
+    release = guard.lockLogin(path, Math.max(...group.map(({ config }) => config.loginLockWaitMs)));
+    const module = openModule(path, isolate, guard);
+    const refused = new Map<string, KeygateError>();
+    for (const state of group) attempt(state, () => enterToken(state, module, refused, readPin));
+    for (const certificate of certificates) {
+      for (const state of certificate.keys) if (group.includes(state.token)) findKey(state, certificate.config);
+    }
+  } catch (error) {
+    for (const state of group) state.error ??= asKeygateError(error, state);
+  } finally {
+    release?.();
+  }
+}
+
+/** @param refused logins by slot: a token that two names mean must not see a wrong PIN twice. */
+function enterToken(state: TokenState, module: Module, refused: Map<string, KeygateError>, readPin: PlanTools['readPin']): void {
+  const token = findToken(module, state.config.uri);
+  const slot = token.slot.handle.toString('hex');
+  const earlier = refused.get(slot);
+  if (earlier !== undefined) throw earlier;
+  const session = openSession(token);
+  state.open = { session, token };
+  try {
+    state.warnings.push(...login(session, token, () => readPin(state.config.pin)));
+  } catch (error) {
+    const failure = asKeygateError(error, state);
+    refused.set(slot, failure);
+    throw failure;
+  }
+}
+
+function findKey(state: KeyState, certificate: CertificateConfig): void {
+  const { open, error } = state.token;
+  if (open === undefined || error !== undefined) return;
+  attempt(state, () => {
+    state.key = findPrivateKey(open, certificate.key);
+  });
+}
+
+function proveKeys({ reading: { chain }, keys }: CertificateState): void {
+  for (const state of keys) {
+    const { key, token } = state;
+    const { open } = token;
+    if (key === undefined || open === undefined) continue;
+    attempt(state, () => {
+      state.warnings.push(...proveConfined(open, key));
+      // Without a chain there is nothing to belong to; its own problems are reported.
+      if (chain === undefined) return;
+      proveKey(open, key, chain.spki);
+      state.proved = true;
+    });
+  }
+}
+
+function warnOfSessionLimit({ config: { name, lanes }, open, warnings }: TokenState, { workers }: Config): void {
+  const max = open?.token.sessions.max;
+  const count = workers === 'auto' ? availableParallelism() : workers;
+  // Beside its lanes each worker holds one session that keeps the login alive.
+  const wanted = count * (lanes + 1);
+  if (max !== undefined && wanted > max) {
+    warnings.push(`token ${name}: ${count} workers with ${lanes} lanes want ${wanted} sessions, the token allows ${max}`);
+  }
+}
+
+function attempt(state: TokenState | KeyState, step: () => void): void {
+  try {
+    step();
+  } catch (error) {
+    state.error = asKeygateError(error, 'token' in state ? state.token : state);
+  }
+}
+
+function asKeygateError(error: unknown, { config }: TokenState): KeygateError {
+  return error instanceof KeygateError ? error : tokenFailure(error, config.name, 'examining it');
+}
+
+function planOf(tokens: readonly TokenState[], certificates: readonly CertificateState[]): ProvedPlan | undefined {
+  const states = [...tokens, ...certificates.flatMap(({ keys }) => keys)];
+  const errors = states.flatMap(({ error }) => error ?? []);
+  if (!errors.every(isOutOfReach)) return undefined;
+  const proved = certificates.flatMap(provedCertificate);
+  if (proved.length < certificates.length) return undefined;
+  return {
+    tokens: tokens.flatMap(({ config: { name }, open, error }) =>
+      open === undefined || error !== undefined ? [] : [{ name, label: open.token.label, serial: open.token.serial }],
+    ),
+    certificates: proved,
+    warnings: [
+      ...certificates.flatMap(({ reading }) => reading.warnings),
+      ...states.flatMap(({ warnings }) => warnings),
+      ...errors.map(({ message }) => message),
+    ],
+  };
+}
+
+/** Empty when the chain is wrong or no token has the key. */
+function provedCertificate({ config: { name, tokens }, reading: { chain }, keys }: CertificateState): ProvedCertificate[] {
+  if (chain === undefined) return [];
+  const perToken = tokens.flatMap((token) => {
+    const state = keys.find((candidate) => candidate.token.config.name === token);
+    if (state?.key === undefined || state.proved !== true) return [];
+    const { id, label } = state.key;
+    return [{ token, keyId: id.length === 0 ? undefined : id, keyLabel: label, spki: chain.spki }];
+  });
+  return perToken.length === 0 ? [] : [{ ...chain, name, perToken }];
+}
+
+/** What may pass by itself, as opposed to what a person must correct. */
+function isOutOfReach(error: KeygateError): boolean {
+  return outOfReachCodes.includes(error.code);
+}
+
+const outOfReachCodes: readonly ErrorCode[] = ['token_module', 'token_not_found', 'token_operation'];
+
+function tokenFindings({ config: { name }, open, error, warnings }: TokenState): Finding[] {
+  const subject = `token ${name}`;
+  if (error !== undefined || open === undefined) return [...warningFindings(subject, warnings), ...errorFinding(subject, error)];
+  const { label, serial, model } = open.token;
+  return [{ severity: 'ok', subject, message: `"${label}" (serial ${serial}, ${model}): logged in` }, ...warningFindings(subject, warnings)];
+}
+
+function certificateFindings({ config: { name }, reading, keys }: CertificateState): Finding[] {
+  const subject = `certificate ${name}`;
+  const { chain, problems, warnings } = reading;
+  return [
+    ...(chain === undefined ? [] : [{ severity: 'ok' as const, subject, message: describeChain(chain) }]),
+    ...problems.map((problem) => ({ severity: 'error' as const, subject, message: formatProblem(problem), error: new ConfigError([problem]) })),
+    ...warningFindings(subject, warnings),
+    ...keys.flatMap((state) => keyFindings(subject, state)),
+  ];
+}
+
+function keyFindings(subject: string, { token, key, proved, error, warnings }: KeyState): Finding[] {
+  if (error !== undefined) return [...warningFindings(subject, warnings), ...errorFinding(subject, error)];
+  // The token's own error says why nothing is known about its keys.
+  if (key === undefined) return [];
+  const belongs = proved === true ? ', belongs to the certificate' : '';
+  return [
+    { severity: 'ok', subject, message: `key ${formatKey(key)} in token ${token.config.name}: cannot leave it${belongs}` },
+    ...warningFindings(subject, warnings),
+  ];
+}
+
+function describeChain({ keyAlgorithm, chainDer, names, notAfter }: CertificateChain): string {
+  return `${keyAlgorithm}, ${chainDer.length} in chain, until ${notAfter.toISOString().slice(0, 10)}, for ${names.join(' ') || 'no name'}`;
+}
+
+function warningFindings(subject: string, warnings: readonly string[]): Finding[] {
+  return warnings.map((message) => ({ severity: 'warning', subject, message }));
+}
+
+function errorFinding(subject: string, error: KeygateError | undefined): Finding[] {
+  return error === undefined ? [] : [{ severity: 'error', subject, message: error.message, error }];
+}
+
+function combinedError(errors: readonly KeygateError[]): KeygateError {
+  const [first, ...others] = errors.toSorted((a, b) => urgency(a) - urgency(b));
+  if (first === undefined) throw new Error('invariant: a plan is missing without an error');
+  if (others.length === 0) return first;
+  if (first instanceof ConfigError) {
+    const problems = errors.flatMap((error) => (error instanceof ConfigError ? error.problems : []));
+    return new ConfigError(problems as [(typeof problems)[number], ...typeof problems]);
+  }
+  const { token, ckr } = first instanceof TokenError ? first : {};
+  return new TokenError(first.code, [first, ...others].map(({ message }) => message).join('\n'), {
+    ...(token === undefined ? {} : { token }),
+    ...(ckr === undefined ? {} : { ckr }),
+    ...(first.hint === undefined ? {} : { hint: first.hint }),
+  });
+}
+
+function urgency(error: KeygateError): number {
+  if (error.code === 'token_login' || error.code === 'token_pin_locked') return 0;
+  return error instanceof ConfigError ? 2 : 1;
+}
