@@ -1,0 +1,62 @@
+//! Owns the lock that keeps logins of different processes apart. Must not know PKCS#11: it is about one file.
+//! Taken on the thread that starts a token or logs in again; never on the I/O thread, because it may wait.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Held from C_Initialize to C_Login by every process that shares a module. SoftHSM 2.6.1 rewrites its token file in
+/// C_Login and flushes it after it has unlocked it: another process then reads an empty file ("token not recognized").
+///
+/// The lock is `flock` on the module file itself: every process of the host that can load the module can open it,
+/// and no lock file has to be named, created or cleaned up. It is advisory and ends with the process.
+/// Two locks on one module exclude each other also within a process: never acquire one while holding one.
+#[derive(Debug)]
+pub struct LoginLock {
+    /// Closing the only descriptor of this open file description releases the lock.
+    _module: File,
+}
+
+impl LoginLock {
+    /// Waits for at most `wait`. Errors: `TimedOut` when another process still holds the lock (the caller may go on,
+    /// and should say so), else what opening or locking the file gave.
+    pub fn acquire(module: &Path, wait: Duration) -> io::Result<LoginLock> {
+        let give_up = Instant::now() + wait;
+        let file = File::open(module)?;
+        let mut pause = PAUSE_MIN;
+        loop {
+            if try_lock(&file)? {
+                return Ok(LoginLock { _module: file });
+            }
+            let left = give_up.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!("another process has held the login lock on {} for {wait:?}", module.display()),
+                ));
+            }
+            // Polled, because a blocking flock has no deadline. A login takes milliseconds.
+            thread::sleep(pause.min(left));
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+}
+
+const PAUSE_MIN: Duration = Duration::from_micros(500);
+const PAUSE_MAX: Duration = Duration::from_millis(10);
+
+fn try_lock(file: &File) -> io::Result<bool> {
+    // SAFETY: flock takes a descriptor and touches no memory; `file` keeps the descriptor open.
+    let status = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    if status == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(false),
+        _ => Err(error),
+    }
+}

@@ -1,0 +1,536 @@
+//! Owns every call into a PKCS#11 module: loading it, its life, PKCS#11 sessions, and who is inside it.
+//! Must not know tokens' labels, recovery or TLS: it reports a `Ckr` and the caller decides.
+//! Runs on lanes and on the thread that starts or stops a token; never on the I/O thread, because any call may hang.
+
+use std::cell::Cell;
+use std::ffi::{CStr, CString, c_void};
+use std::marker::PhantomData;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cryptoki_sys as sys;
+use cryptoki_sys::{CK_ATTRIBUTE, CK_MECHANISM, CK_OBJECT_HANDLE, CK_SESSION_HANDLE, CK_SLOT_ID, CK_ULONG};
+
+use super::ckr::Ckr;
+
+/// A loaded module. One per file and process, for the life of the process: vendors' libraries leave threads and
+/// exit handlers behind, so it is never unloaded.
+pub struct Module {
+    path: PathBuf,
+    functions: &'static sys::CK_FUNCTION_LIST,
+    /// How many threads are inside, and the `CLOSED` bit. C_Finalize closes the gate only when it counts nobody:
+    /// finalising under a running call crashes the process.
+    gate: AtomicU64,
+    life: Mutex<Life>,
+}
+
+#[derive(Default)]
+struct Life {
+    /// Tokens that called `initialize` and not yet `release`.
+    users: usize,
+    /// C_Initialize was ours, so C_Finalize is. Otherwise it belongs to whoever was first (graphene, say).
+    ours: bool,
+}
+
+const CLOSED: u64 = 1 << 63;
+
+/// What became of the module when a user let go of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    Finalized,
+    /// Another token of this process uses the same module.
+    StillUsed,
+    /// Somebody else in this process initialised it and will finalise it.
+    LeftToOthers,
+    /// C_Finalize was not called, because so many threads are inside.
+    ThreadsInside(usize),
+    /// C_Finalize was called and failed.
+    Failed(Ckr),
+}
+
+/// Why a module could not be loaded.
+#[derive(Debug)]
+pub struct LoadError {
+    pub path: PathBuf,
+    pub reason: String,
+}
+
+/// How many threads of this process are inside a PKCS#11 call, all modules together. Lock-free and callable from an
+/// exit handler: while it is not zero, running the modules' destructors crashes the process.
+pub fn threads_in_modules() -> usize {
+    THREADS_IN_MODULES.load(Ordering::SeqCst)
+}
+
+static THREADS_IN_MODULES: AtomicUsize = AtomicUsize::new(0);
+
+/// Every module ever loaded, by the handle of the dynamic linker: two names of one file are one module.
+static LOADED: Mutex<Vec<(usize, Arc<Module>)>> = Mutex::new(Vec::new());
+
+impl Module {
+    /// Loads the module, or returns it when it is loaded already. `path` must be absolute: the login lock needs the
+    /// file, and a search path would let the environment choose the code that sees the PIN.
+    ///
+    /// `isolate` binds the module to its own libraries before those of the process (RTLD_DEEPBIND): in Node, SoftHSM
+    /// would otherwise run on Node's OpenSSL. Switch it off under sanitizers and preloaded allocators.
+    pub fn load(path: &Path, isolate: bool) -> Result<Arc<Module>, LoadError> {
+        let failed = |reason: String| LoadError { path: path.to_owned(), reason };
+        if !path.is_absolute() {
+            return Err(failed("expected an absolute path".into()));
+        }
+        let name = CString::new(path.as_os_str().as_bytes())
+            .map_err(|_| failed("the path contains a zero byte".into()))?;
+        // RTLD_NODELETE: pkcs11js closes its own handle when a JavaScript object is collected.
+        let deepbind = if isolate { libc::RTLD_DEEPBIND } else { 0 };
+        let flags = libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NODELETE | deepbind;
+
+        let mut loaded = lock(&LOADED);
+        // SAFETY: `name` is a C string that outlives the call. The module's constructors run here; running them is
+        // what loading a module that the operator configured means.
+        let handle = unsafe { libc::dlopen(name.as_ptr(), flags) };
+        if handle.is_null() {
+            return Err(failed(dynamic_linker_error()));
+        }
+        if let Some((_, module)) = loaded.iter().find(|(known, _)| *known == handle as usize) {
+            return Ok(module.clone());
+        }
+        let module = Arc::new(Module {
+            path: path.to_owned(),
+            functions: function_list(handle).map_err(failed)?,
+            gate: AtomicU64::new(CLOSED),
+            life: Mutex::default(),
+        });
+        loaded.push((handle as usize, module.clone()));
+        Ok(module)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// C_Initialize with CKF_OS_LOCKING_OK (PKCS#11 v3.0 5.4); without the flag SoftHSM uses no locks at all.
+    /// An already initialised module is fine. Pair each success with one `release`.
+    pub fn initialize(&self) -> Result<(), Ckr> {
+        let mut life = lock(&self.life);
+        if life.users == 0 {
+            let mut arguments = sys::CK_C_INITIALIZE_ARGS {
+                CreateMutex: None,
+                DestroyMutex: None,
+                LockMutex: None,
+                UnlockMutex: None,
+                flags: sys::CKF_OS_LOCKING_OK,
+                pReserved: ptr::null_mut(),
+            };
+            let initialize = self.functions.C_Initialize.ok_or(Ckr::FUNCTION_NOT_SUPPORTED)?;
+            let _inside = Inside::count();
+            // SAFETY: the function comes from the module's own list; `arguments` lives through the call.
+            match Ckr::check(unsafe { initialize(ptr::from_mut(&mut arguments).cast()) }) {
+                Ok(()) => life.ours = true,
+                Err(Ckr::ALREADY_INITIALIZED) => {}
+                Err(ckr) => return Err(ckr),
+            }
+            self.gate.fetch_and(!CLOSED, Ordering::AcqRel);
+        }
+        life.users += 1;
+        Ok(())
+    }
+
+    /// Ends one user's interest; the last one finalises the module, if it is ours and nobody is inside.
+    pub fn release(&self) -> Release {
+        let mut life = lock(&self.life);
+        life.users = life.users.saturating_sub(1);
+        if life.users > 0 {
+            return Release::StillUsed;
+        }
+        if !life.ours {
+            return Release::LeftToOthers;
+        }
+        if let Err(inside) = self.gate.compare_exchange(0, CLOSED, Ordering::AcqRel, Ordering::Acquire) {
+            return Release::ThreadsInside((inside & !CLOSED) as usize);
+        }
+        life.ours = false;
+        let Some(finalize) = self.functions.C_Finalize else {
+            return Release::Failed(Ckr::FUNCTION_NOT_SUPPORTED);
+        };
+        let _inside = Inside::count();
+        // SAFETY: the argument must be NULL (v3.0 5.4); the closed gate proves that no call of ours is running.
+        match Ckr::check(unsafe { finalize(ptr::null_mut()) }) {
+            Ok(()) => Release::Finalized,
+            Err(ckr) => Release::Failed(ckr),
+        }
+    }
+
+    /// The slots that hold a token.
+    pub fn slots(&self) -> Result<Vec<CK_SLOT_ID>, Ckr> {
+        let (list, _inside) = self.enter(self.functions.C_GetSlotList)?;
+        let mut slots = vec![0; SLOTS_MAX];
+        let mut count = SLOTS_MAX as CK_ULONG;
+        // SAFETY: `slots` has room for `count` ids, and both live through the call.
+        Ckr::check(unsafe { list(sys::CK_TRUE, slots.as_mut_ptr(), &mut count) })?;
+        slots.truncate(count as usize);
+        Ok(slots)
+    }
+
+    pub fn token_info(&self, slot: CK_SLOT_ID) -> Result<TokenInfo, Ckr> {
+        let (get, _inside) = self.enter(self.functions.C_GetTokenInfo)?;
+        let mut info = sys::CK_TOKEN_INFO::default();
+        // SAFETY: `info` is a CK_TOKEN_INFO that lives through the call.
+        Ckr::check(unsafe { get(slot, &mut info) })?;
+        Ok(TokenInfo {
+            label: unpad(&info.label),
+            serial: unpad(&info.serialNumber),
+            pin_locked: info.flags & sys::CKF_USER_PIN_LOCKED != 0,
+            pin_final_try: info.flags & sys::CKF_USER_PIN_FINAL_TRY != 0,
+        })
+    }
+
+    /// Whether the slot's token can sign with this mechanism.
+    pub fn can_sign(&self, slot: CK_SLOT_ID, mechanism: sys::CK_MECHANISM_TYPE) -> Result<bool, Ckr> {
+        let (get, _inside) = self.enter(self.functions.C_GetMechanismInfo)?;
+        let mut info = sys::CK_MECHANISM_INFO::default();
+        // SAFETY: `info` is a CK_MECHANISM_INFO that lives through the call.
+        match Ckr::check(unsafe { get(slot, mechanism, &mut info) }) {
+            Ok(()) => Ok(info.flags & sys::CKF_SIGN != 0),
+            Err(Ckr(sys::CKR_MECHANISM_INVALID)) => Ok(false),
+            Err(ckr) => Err(ckr),
+        }
+    }
+
+    /// The one way into the module: refused once the gate is closed, counted while inside.
+    fn enter<F>(&self, function: Option<F>) -> Result<(F, Inside<'_>), Ckr> {
+        let function = function.ok_or(Ckr::FUNCTION_NOT_SUPPORTED)?;
+        let mut inside = Inside::count();
+        let before = self.gate.fetch_add(1, Ordering::AcqRel);
+        inside.gate = Some(&self.gate);
+        if before & CLOSED != 0 {
+            return Err(Ckr::NOT_INITIALIZED);
+        }
+        Ok((function, inside))
+    }
+}
+
+/// More slots than any module here has; a longer list is CKR_BUFFER_TOO_SMALL, an error that says so.
+const SLOTS_MAX: usize = 1024;
+
+/// What a token says of itself, padding removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenInfo {
+    pub label: String,
+    pub serial: String,
+    pub pin_locked: bool,
+    /// The next wrong PIN locks the token.
+    pub pin_final_try: bool,
+}
+
+/// A thread inside the module, for as long as this lives.
+struct Inside<'a> {
+    gate: Option<&'a AtomicU64>,
+}
+
+impl Inside<'_> {
+    fn count() -> Inside<'static> {
+        THREADS_IN_MODULES.fetch_add(1, Ordering::SeqCst);
+        Inside { gate: None }
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        if let Some(gate) = self.gate {
+            gate.fetch_sub(1, Ordering::AcqRel);
+        }
+        THREADS_IN_MODULES.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// A PKCS#11 session; closed when dropped. `Send`, because a lane may open it elsewhere than it uses it; not `Sync`,
+/// because a PKCS#11 session carries one operation at a time (v3.0 5.1) and two threads in it corrupt each other.
+pub struct Session {
+    module: Arc<Module>,
+    handle: CK_SESSION_HANDLE,
+    slot: CK_SLOT_ID,
+    close_on_drop: bool,
+    _not_sync: PhantomData<Cell<()>>,
+}
+
+/// How many private keys match, with the only one's handle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Matches {
+    None,
+    One(CK_OBJECT_HANDLE),
+    Several,
+}
+
+/// The signing mechanisms that TLS needs. All take what the lane has hashed, Eddsa takes the message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Mechanism {
+    Ecdsa,
+    RsaPkcs,
+    RsaPkcsPss(PssHash),
+    Eddsa,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PssHash {
+    Sha256,
+    Sha384,
+    Sha512,
+}
+
+impl Session {
+    /// A read-only PKCS#11 session; it is logged in when another one of this process on the same token is.
+    pub fn open(module: &Arc<Module>, slot: CK_SLOT_ID) -> Result<Session, Ckr> {
+        let (open, _inside) = module.enter(module.functions.C_OpenSession)?;
+        let mut handle: CK_SESSION_HANDLE = 0;
+        // SAFETY: no callback and so no callback argument; `handle` lives through the call.
+        Ckr::check(unsafe { open(slot, sys::CKF_SERIAL_SESSION, ptr::null_mut(), None, &mut handle) })?;
+        Ok(Session { module: module.clone(), handle, slot, close_on_drop: true, _not_sync: PhantomData })
+    }
+
+    pub fn slot(&self) -> CK_SLOT_ID {
+        self.slot
+    }
+
+    /// Ends a session that a call failed in. When the module said that it does not know it any more, it is not closed:
+    /// its number may belong to a newer session of another lane by now.
+    pub fn end_after(mut self, ckr: Ckr) {
+        self.close_on_drop = !matches!(ckr.0, sys::CKR_SESSION_HANDLE_INVALID | sys::CKR_SESSION_CLOSED);
+    }
+
+    /// C_Login as CKU_USER. Holds for all PKCS#11 sessions of the process on this token.
+    pub fn login(&self, pin: &[u8]) -> Result<(), Ckr> {
+        let (login, _inside) = self.module.enter(self.module.functions.C_Login)?;
+        // SAFETY: `pin` is readable for its length through the call; the standard makes the module only read it.
+        Ckr::check(unsafe {
+            login(self.handle, sys::CKU_USER, pin.as_ptr().cast_mut(), pin.len() as CK_ULONG)
+        })
+    }
+
+    /// Whether the user is logged in, by C_GetSessionInfo; also proves that the PKCS#11 session is alive.
+    pub fn is_logged_in(&self) -> Result<bool, Ckr> {
+        let (get, _inside) = self.module.enter(self.module.functions.C_GetSessionInfo)?;
+        let mut info = sys::CK_SESSION_INFO::default();
+        // SAFETY: `info` is a CK_SESSION_INFO that lives through the call.
+        Ckr::check(unsafe { get(self.handle, &mut info) })?;
+        Ok(matches!(info.state, sys::CKS_RO_USER_FUNCTIONS | sys::CKS_RW_USER_FUNCTIONS))
+    }
+
+    /// The private keys with this CKA_ID and this CKA_LABEL, whichever is given.
+    pub fn find_private_keys(&self, id: Option<&[u8]>, label: Option<&str>) -> Result<Matches, Ckr> {
+        let class = sys::CKO_PRIVATE_KEY;
+        let mut template = vec![attribute(sys::CKA_CLASS, ptr::from_ref(&class).cast(), size_of_val(&class))];
+        template.extend(id.map(|id| attribute(sys::CKA_ID, id.as_ptr().cast(), id.len())));
+        template.extend(label.map(|label| attribute(sys::CKA_LABEL, label.as_ptr().cast(), label.len())));
+        self.find_start(&mut template)?;
+        let found = self.find_some();
+        // Also after an error: an unfinished search keeps the PKCS#11 session busy.
+        self.find_end()?;
+        found
+    }
+
+    /// Whether each use of the key needs a login of its own. A token that does not know the attribute says no.
+    pub fn always_authenticates(&self, key: CK_OBJECT_HANDLE) -> Result<bool, Ckr> {
+        let (get, _inside) = self.module.enter(self.module.functions.C_GetAttributeValue)?;
+        let mut value: sys::CK_BBOOL = sys::CK_FALSE;
+        let mut template = [CK_ATTRIBUTE {
+            type_: sys::CKA_ALWAYS_AUTHENTICATE,
+            pValue: ptr::from_mut(&mut value).cast(),
+            ulValueLen: size_of_val(&value) as CK_ULONG,
+        }];
+        // SAFETY: one attribute with room for one CK_BBOOL; both live through the call.
+        match Ckr::check(unsafe { get(self.handle, key, template.as_mut_ptr(), 1) }) {
+            Ok(()) => Ok(value != sys::CK_FALSE),
+            Err(Ckr(sys::CKR_ATTRIBUTE_TYPE_INVALID)) => Ok(false),
+            Err(ckr) => Err(ckr),
+        }
+    }
+
+    /// C_SignInit and C_Sign (v3.0 5.13). `room` must hold the whole signature: asking for its length first would be
+    /// one more round trip to a network token. Returns the length of the signature in `room`.
+    pub fn sign(
+        &self,
+        mechanism: Mechanism,
+        key: CK_OBJECT_HANDLE,
+        input: &[u8],
+        room: &mut [u8],
+    ) -> Result<usize, Ckr> {
+        self.sign_start(mechanism, key)?;
+        let (sign, _inside) = self.module.enter(self.module.functions.C_Sign)?;
+        let mut length = room.len() as CK_ULONG;
+        // SAFETY: `input` is only read, `room` has room for `length` bytes; all live through the call.
+        Ckr::check(unsafe {
+            sign(
+                self.handle,
+                input.as_ptr().cast_mut(),
+                input.len() as CK_ULONG,
+                room.as_mut_ptr(),
+                &mut length,
+            )
+        })?;
+        // A module that claims to have written more than there was room for has at least lied about the length.
+        usize::try_from(length)
+            .ok()
+            .filter(|length| *length <= room.len())
+            .ok_or(Ckr(sys::CKR_BUFFER_TOO_SMALL))
+    }
+
+    fn sign_start(&self, mechanism: Mechanism, key: CK_OBJECT_HANDLE) -> Result<(), Ckr> {
+        let (start, _inside) = self.module.enter(self.module.functions.C_SignInit)?;
+        let mut pss = mechanism.pss_parameters();
+        let (parameter, parameter_bytes) = match &mut pss {
+            Some(pss) => (ptr::from_mut(pss).cast(), size_of_val(pss)),
+            None => (ptr::null_mut(), 0),
+        };
+        let mut raw = CK_MECHANISM {
+            mechanism: mechanism.ck_type(),
+            pParameter: parameter,
+            ulParameterLen: parameter_bytes as CK_ULONG,
+        };
+        // SAFETY: `raw` and the parameter it points to live through the call; the module copies what it keeps.
+        Ckr::check(unsafe { start(self.handle, &mut raw, key) })
+    }
+
+    fn find_start(&self, template: &mut [CK_ATTRIBUTE]) -> Result<(), Ckr> {
+        let (start, _inside) = self.module.enter(self.module.functions.C_FindObjectsInit)?;
+        // SAFETY: the template and the values it points to live through the call, and are only read (v3.0 5.7).
+        Ckr::check(unsafe { start(self.handle, template.as_mut_ptr(), template.len() as CK_ULONG) })
+    }
+
+    fn find_some(&self) -> Result<Matches, Ckr> {
+        let (find, _inside) = self.module.enter(self.module.functions.C_FindObjects)?;
+        let mut handles: [CK_OBJECT_HANDLE; 2] = [0; 2];
+        let mut count: CK_ULONG = 0;
+        // SAFETY: `handles` has room for the two handles asked for; both live through the call.
+        Ckr::check(unsafe { find(self.handle, handles.as_mut_ptr(), 2, &mut count) })?;
+        Ok(match count {
+            0 => Matches::None,
+            1 => Matches::One(handles[0]),
+            _ => Matches::Several,
+        })
+    }
+
+    fn find_end(&self) -> Result<(), Ckr> {
+        let (end, _inside) = self.module.enter(self.module.functions.C_FindObjectsFinal)?;
+        // SAFETY: takes no pointer.
+        Ckr::check(unsafe { end(self.handle) })
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.close_on_drop {
+            return;
+        }
+        let Ok((close, _inside)) = self.module.enter(self.module.functions.C_CloseSession) else { return };
+        // SAFETY: takes no pointer. The result does not matter: a session that cannot be closed is gone already.
+        let _ = unsafe { close(self.handle) };
+    }
+}
+
+impl Mechanism {
+    pub fn ck_type(self) -> sys::CK_MECHANISM_TYPE {
+        match self {
+            Mechanism::Ecdsa => sys::CKM_ECDSA,
+            Mechanism::RsaPkcs => sys::CKM_RSA_PKCS,
+            Mechanism::RsaPkcsPss(_) => sys::CKM_RSA_PKCS_PSS,
+            Mechanism::Eddsa => sys::CKM_EDDSA,
+        }
+    }
+
+    /// The name in the standard.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mechanism::Ecdsa => "CKM_ECDSA",
+            Mechanism::RsaPkcs => "CKM_RSA_PKCS",
+            Mechanism::RsaPkcsPss(_) => "CKM_RSA_PKCS_PSS",
+            Mechanism::Eddsa => "CKM_EDDSA",
+        }
+    }
+
+    /// The mask function must match the hash and the salt be as long as it (RFC 8446 4.2.3).
+    fn pss_parameters(self) -> Option<sys::CK_RSA_PKCS_PSS_PARAMS> {
+        let Mechanism::RsaPkcsPss(hash) = self else { return None };
+        let (hash, mask, salt_bytes) = match hash {
+            PssHash::Sha256 => (sys::CKM_SHA256, sys::CKG_MGF1_SHA256, 32),
+            PssHash::Sha384 => (sys::CKM_SHA384, sys::CKG_MGF1_SHA384, 48),
+            PssHash::Sha512 => (sys::CKM_SHA512, sys::CKG_MGF1_SHA512, 64),
+        };
+        Some(sys::CK_RSA_PKCS_PSS_PARAMS { hashAlg: hash, mgf: mask, sLen: salt_bytes })
+    }
+}
+
+fn attribute(kind: sys::CK_ATTRIBUTE_TYPE, value: *const c_void, bytes: usize) -> CK_ATTRIBUTE {
+    CK_ATTRIBUTE { type_: kind, pValue: value.cast_mut(), ulValueLen: bytes as CK_ULONG }
+}
+
+fn function_list(handle: *mut c_void) -> Result<&'static sys::CK_FUNCTION_LIST, String> {
+    // SAFETY: `handle` is a live handle of dlopen and the name is a C string.
+    let symbol = unsafe { libc::dlsym(handle, c"C_GetFunctionList".as_ptr()) };
+    if symbol.is_null() {
+        return Err("it exports no C_GetFunctionList, so it is not a PKCS#11 module".into());
+    }
+    // SAFETY: PKCS#11 v3.0 5.4 gives this exported symbol exactly this type.
+    let get: unsafe extern "C" fn(*mut *mut sys::CK_FUNCTION_LIST) -> sys::CK_RV =
+        unsafe { std::mem::transmute(symbol) };
+    let mut list: *mut sys::CK_FUNCTION_LIST = ptr::null_mut();
+    // SAFETY: `list` lives through the call, which may precede C_Initialize (v3.0 5.4).
+    Ckr::check(unsafe { get(&mut list) }).map_err(|ckr| format!("C_GetFunctionList returned {ckr}"))?;
+    // SAFETY: on CKR_OK the list is the module's static table, which RTLD_NODELETE keeps for the process' life; it is
+    // not written after that. A null pointer becomes `None`.
+    unsafe { list.as_ref() }.ok_or_else(|| "C_GetFunctionList returned no list".into())
+}
+
+fn dynamic_linker_error() -> String {
+    // SAFETY: dlerror takes nothing, and its string stays valid until this thread's next dl* call.
+    let message = unsafe { libc::dlerror() };
+    if message.is_null() {
+        return "the dynamic linker gave no reason".into();
+    }
+    // SAFETY: not null, so it is a C string, and no dl* call happens before it is copied.
+    unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned()
+}
+
+/// Fixed-width fields are padded with blanks, not ended by a zero (v3.0 3.1); some modules do both.
+fn unpad(field: &[u8]) -> String {
+    String::from_utf8_lossy(field).trim_end_matches([' ', '\0']).to_owned()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere must not take signing down with it; the data is consistent after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl std::fmt::Display for LoadError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cannot load the PKCS#11 module {}: {}", self.path.display(), self.reason)
+    }
+}
+
+impl std::error::Error for LoadError {}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_label_is_compared_without_its_padding() {
+        assert_eq!(unpad(b"key gate        "), "key gate");
+        assert_eq!(unpad(b"keygate\0\0\0"), "keygate");
+    }
+
+    #[test]
+    fn a_relative_module_path_is_refused() {
+        let refused = Module::load(Path::new("libsofthsm2.so"), true).err().unwrap();
+        assert!(refused.to_string().contains("absolute"), "{refused}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_module_is_refused_with_its_path() {
+        let refused = Module::load(Path::new("/nonexistent/module.so"), true).err().unwrap();
+        assert!(refused.to_string().contains("/nonexistent/module.so"), "{refused}");
+    }
+}

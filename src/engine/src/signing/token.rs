@@ -1,0 +1,328 @@
+//! Owns one configured token: its start, its keys, its login and its end.
+//! Must not know TLS connections. `start`, `find_key` and `stop` run on the thread that configures (JavaScript's) and
+//! may wait for the token; `submit` runs on the I/O thread and never waits; the rest runs on lanes.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
+
+use cryptoki_sys::CK_SLOT_ID;
+use zeroize::Zeroizing;
+
+use super::ckr::Ckr;
+use super::desk::{Desk, DownReason, Job, LaneWanted};
+use super::lane;
+use super::login::{self, Login};
+use super::pkcs11::{Module, Release, Session, TokenInfo};
+use super::public_key::PublicKey;
+use super::service_time::ServiceTime;
+use super::token_error::{Problem, TokenError};
+use super::token_key::{Fault, KeyPlan, TokenKey};
+use super::token_stats::TokenStats;
+use super::{Class, SignError};
+
+/// What a token is configured to be.
+pub struct TokenPlan {
+    pub name: String,
+    /// Absolute path of the PKCS#11 module.
+    pub module: PathBuf,
+    /// CKA label of the token, without its padding. Tokens are never addressed by slot id: those change.
+    pub label: String,
+    pub serial: Option<String>,
+    /// Kept to log in again, in memory that is wiped when it is given up.
+    pub pin: Zeroizing<Vec<u8>>,
+    /// 1..=256. Threads are started when they are needed first.
+    pub lanes: usize,
+    /// Waiting requests per class (EC, RSA), 1..; one more is answered `QueueFull`.
+    pub queue_max: usize,
+    /// A request that waited longer is answered `QueueAged`, not signed.
+    pub queue_age_max: Duration,
+    /// How long a login waits for another process' login; then it goes ahead.
+    pub login_lock_wait: Duration,
+    /// RTLD_DEEPBIND.
+    pub isolate: bool,
+    /// 1: verify each RSA signature before use; N: the first of a PKCS#11 session and key, then one in N.
+    pub verify_rsa_every: u32,
+    /// The same for ECDSA and Ed25519.
+    pub verify_ec_every: u32,
+}
+
+pub const LANES_MAX: usize = 256;
+
+pub struct Token {
+    name: Arc<str>,
+    module: Arc<Module>,
+    slot: CK_SLOT_ID,
+    login: Mutex<Login>,
+    /// Counts logins. A handle found in an older epoch is not used.
+    epoch: AtomicU64,
+    keys: Mutex<Vec<Weak<TokenKey>>>,
+    keys_numbered: AtomicU64,
+    /// Signatures that failed since the last good one.
+    failures_in_a_row: AtomicU32,
+    lanes: u32,
+    desk: Desk,
+    stats: Arc<TokenStats>,
+    pub(super) service_ec: ServiceTime,
+    pub(super) service_rsa: ServiceTime,
+    pub(super) verify_rsa_every: u32,
+    pub(super) verify_ec_every: u32,
+    released: OnceLock<Release>,
+}
+
+/// How a token ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopOutcome {
+    /// All lanes are gone; this is what became of the module.
+    Stopped(Release),
+    /// So many lanes did not come back in time. The module was not finalised, and running its exit handlers may crash:
+    /// leave the process with `_exit`.
+    LanesInside(usize),
+}
+
+/// This many failed signatures without a good one between them open the circuit.
+const FAILURES_MAX: u32 = 3;
+
+impl Token {
+    /// Loads the module, finds the token, logs in once and starts the first lane. Takes the login lock of the module:
+    /// the caller must not hold it. Run it before anything else in this process logs in: with read-only token files
+    /// SoftHSM cannot tell its label any more after a login.
+    pub fn start(plan: TokenPlan) -> Result<Arc<Token>, TokenError> {
+        let name = plan.name.clone();
+        start(plan).map_err(|problem| TokenError::token(&name, problem))
+    }
+
+    /// Finds the private key, and proves with one verified signature that it is the certificate's.
+    pub fn find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, TokenError> {
+        let name = plan.name.clone();
+        self.try_find_key(plan).map_err(|problem| TokenError::key(&self.name, &name, problem))
+    }
+
+    /// No new work; waits for lanes until `budget` is over, then leaves them. C_Finalize only when nobody is inside.
+    pub fn stop(&self, budget: Duration) -> StopOutcome {
+        match (self.desk.stop(budget), self.released.get()) {
+            (0, Some(release)) => StopOutcome::Stopped(*release),
+            (lanes, _) => StopOutcome::LanesInside(lanes),
+        }
+    }
+
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.desk.is_up()
+    }
+
+    pub fn down_reason(&self) -> Option<DownReason> {
+        self.desk.down_reason()
+    }
+
+    pub fn stats(&self) -> &TokenStats {
+        &self.stats
+    }
+
+    /// How long a new request would wait and take, roughly. Only good for comparing tokens.
+    pub(super) fn expected(&self, class: Class) -> Duration {
+        let (ec, rsa) = (self.service_ec.estimate(), self.service_rsa.estimate());
+        let depth = |gauge: &crate::stats::Gauge| u32::try_from(gauge.get()).unwrap_or(0);
+        let (ahead, own) = match class {
+            Class::Ec => (ec * depth(&self.stats.queue_depth_ec), ec),
+            Class::Rsa => {
+                (ec * depth(&self.stats.queue_depth_ec) + rsa * depth(&self.stats.queue_depth_rsa), rsa)
+            }
+        };
+        let busy = depth(&self.stats.lanes_busy);
+        let lanes = self.lanes;
+        if busy < lanes { own } else { (ahead + own) / lanes + own }
+    }
+
+    pub(super) fn submit(self: &Arc<Self>, class: Class, job: Job) -> Result<(), (Job, SignError)> {
+        if let Some(wanted) = self.desk.submit(class, job)? {
+            // Out of threads: the lanes that exist will come to the job.
+            let _ = self.start_lane(wanted);
+        }
+        Ok(())
+    }
+
+    pub(super) fn desk(&self) -> &Desk {
+        &self.desk
+    }
+
+    pub(super) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    pub(super) fn open_session(&self) -> Result<Session, Ckr> {
+        Session::open(&self.module, self.slot)
+    }
+
+    /// Logs in again, once for all lanes that found themselves logged out in `epoch`.
+    pub(super) fn login_again(&self, epoch: u64) -> Result<(), Problem> {
+        let mut login = lock(&self.login);
+        if self.epoch() != epoch {
+            return Ok(());
+        }
+        login.again(&self.stats)?;
+        // Every private object handle died with the old login.
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Some key that is still in use.
+    pub(super) fn any_key(&self) -> Option<Arc<TokenKey>> {
+        lock(&self.keys).iter().find_map(Weak::upgrade)
+    }
+
+    pub(super) fn signature_succeeded(&self) {
+        // Read first: lanes must not fight over the cache line when all is well.
+        if self.failures_in_a_row.load(Ordering::Relaxed) != 0 {
+            self.failures_in_a_row.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// True: that was one too many.
+    pub(super) fn signature_failed(&self) -> bool {
+        self.failures_in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= FAILURES_MAX
+    }
+
+    /// The last lane lets go of the token, on its own thread, because these calls may hang too.
+    pub(super) fn release(&self) {
+        lock(&self.login).end();
+        let _ = self.released.set(self.module.release());
+        self.desk.all_ended();
+    }
+
+    fn start_lane(self: &Arc<Self>, wanted: LaneWanted) -> Result<(), std::io::Error> {
+        let token = self.clone();
+        let name = format!("lane-{}", wanted.number);
+        match thread::Builder::new().name(name).spawn(move || lane::run(&token)) {
+            Ok(handle) => {
+                self.desk.lane_started(handle);
+                Ok(())
+            }
+            Err(error) => {
+                self.desk.lane_ended();
+                Err(error)
+            }
+        }
+    }
+
+    fn try_find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, Problem> {
+        if plan.id.is_none() && plan.label.is_none() {
+            return Err(Problem::KeyUnnamed);
+        }
+        let public =
+            PublicKey::from_spki(&plan.spki).map_err(|reason| Problem::PublicKey(reason.to_string()))?;
+        for mechanism in public.mechanisms() {
+            let can = self.module.can_sign(self.slot, mechanism.ck_type());
+            if !can.map_err(Problem::call("C_GetMechanismInfo"))? {
+                return Err(Problem::MechanismMissing(mechanism.name()));
+            }
+        }
+        let number = self.keys_numbered.fetch_add(1, Ordering::Relaxed);
+        let key = Arc::new(TokenKey::new(self.clone(), plan, public, number));
+
+        // A PKCS#11 session of its own: lanes may all be busy, and this one ends with this search.
+        let session = self.open_session().map_err(Problem::call("C_OpenSession"))?;
+        let mut epoch = self.epoch();
+        let mut located = key.locate(&session, epoch, None);
+        if matches!(located, Err(Fault::Call(Ckr::USER_NOT_LOGGED_IN))) {
+            self.login_again(epoch)?;
+            epoch = self.epoch();
+            located = key.locate(&session, epoch, None);
+        }
+        let found = located.map_err(|fault| fault.problem("C_FindObjects"))?;
+        let always = session.always_authenticates(found.handle);
+        if always.map_err(Problem::call("C_GetAttributeValue"))? {
+            return Err(Problem::KeyAlwaysAuthenticates);
+        }
+        key.prove(&session, found).map_err(|fault| fault.problem("C_Sign"))?;
+
+        let mut keys = lock(&self.keys);
+        keys.retain(|key| key.strong_count() > 0);
+        keys.push(Arc::downgrade(&key));
+        Ok(key)
+    }
+}
+
+fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
+    if !(1..=LANES_MAX).contains(&plan.lanes) {
+        return Err(Problem::Plan(format!("lanes: expected 1 to {LANES_MAX}, found {}", plan.lanes)));
+    }
+    if plan.queue_max == 0 || plan.verify_ec_every == 0 || plan.verify_rsa_every == 0 {
+        return Err(Problem::Plan(
+            "queue_max, verify_ec_every and verify_rsa_every: expected at least 1, found 0".into(),
+        ));
+    }
+    let stats = Arc::new(TokenStats::default());
+    let module =
+        Module::load(&plan.module, plan.isolate).map_err(|error| Problem::Load(error.to_string()))?;
+
+    let login_lock = login::take_lock(&plan.module, plan.login_lock_wait, &stats);
+    module.initialize().map_err(Problem::call("C_Initialize"))?;
+    let logged_in = find_slot(&module, &plan.label, plan.serial.as_deref())
+        .and_then(|(slot, info)| Login::start(&module, slot, &info, plan.pin, plan.login_lock_wait, &stats));
+    let login = match logged_in {
+        Ok(login) => login,
+        Err(problem) => {
+            module.release();
+            return Err(problem);
+        }
+    };
+    drop(login_lock);
+
+    let token = Arc::new(Token {
+        name: plan.name.into(),
+        module,
+        slot: login.slot(),
+        login: Mutex::new(login),
+        epoch: AtomicU64::new(1),
+        keys: Mutex::default(),
+        keys_numbered: AtomicU64::new(0),
+        failures_in_a_row: AtomicU32::new(0),
+        lanes: plan.lanes as u32,
+        desk: Desk::new(plan.queue_max, plan.queue_age_max, plan.lanes, stats.clone()),
+        stats,
+        service_ec: ServiceTime::default(),
+        service_rsa: ServiceTime::default(),
+        verify_rsa_every: plan.verify_rsa_every,
+        verify_ec_every: plan.verify_ec_every,
+        released: OnceLock::new(),
+    });
+    // One lane from the start: a token without lanes could not be probed.
+    if let Some(wanted) = token.desk.first_lane()
+        && let Err(error) = token.start_lane(wanted)
+    {
+        token.release();
+        return Err(Problem::Thread(error));
+    }
+    Ok(token)
+}
+
+fn find_slot(module: &Module, label: &str, serial: Option<&str>) -> Result<(CK_SLOT_ID, TokenInfo), Problem> {
+    let slots = module.slots().map_err(Problem::call("C_GetSlotList"))?;
+    // A slot that cannot tell its token is none of ours; one broken reader must not hide the others.
+    let tokens: Vec<(CK_SLOT_ID, TokenInfo)> =
+        slots.into_iter().filter_map(|slot| Some((slot, module.token_info(slot).ok()?))).collect();
+    let matches = |info: &TokenInfo| info.label == label && serial.is_none_or(|serial| info.serial == serial);
+    let matching: Vec<_> = tokens.iter().filter(|(_, info)| matches(info)).collect();
+    match matching[..] {
+        [(slot, info)] => Ok((*slot, info.clone())),
+        [] => Err(Problem::TokenMissing {
+            label: label.to_owned(),
+            serial: serial.map(str::to_owned),
+            present: tokens.into_iter().map(|(_, info)| info.label).collect(),
+        }),
+        _ => Err(Problem::TokenAmbiguous {
+            label: label.to_owned(),
+            serials: matching.iter().map(|(_, info)| info.serial.clone()).collect(),
+        }),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
