@@ -8,9 +8,11 @@ use rustls::{Error, SignatureAlgorithm, SignatureScheme};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::fiber::{SignatureWanted, suspend_for_signature};
-use crate::signing::{KeyAlgorithm, PrivateKey};
+use crate::signing::PrivateKey;
+use crate::signing::public_key::KeyAlgorithm;
 
 /// A chain, the names it is for, and the key in the token.
 pub struct Certificate {
@@ -18,6 +20,8 @@ pub struct Certificate {
     pub names: Vec<String>,
     pub chain: Vec<CertificateDer<'static>>,
     pub key: Arc<PrivateKey>,
+    /// How long a handshake waits for a signature by this key.
+    pub sign_deadline: Duration,
 }
 
 /// What a client gets that asks for a name no certificate has, or for none.
@@ -55,11 +59,14 @@ pub fn take_hello_seen() -> Option<HelloSeen> {
 }
 
 impl Certificates {
-    pub fn new(certificates: &[Certificate], unknown_name: UnknownName) -> Self {
+    pub fn new(certificates: &[Arc<Certificate>], unknown_name: UnknownName) -> Self {
         let mut by_name: HashMap<String, Vec<Arc<CertifiedKey>>> = HashMap::new();
         let mut default = Vec::new();
         for certificate in certificates {
-            let signing_key = Arc::new(TokenSigningKey { key: certificate.key.clone() });
+            let signing_key = Arc::new(TokenSigningKey {
+                key: certificate.key.clone(),
+                sign_deadline: certificate.sign_deadline,
+            });
             let certified = Arc::new(CertifiedKey::new(certificate.chain.clone(), signing_key));
             for name in &certificate.names {
                 by_name.entry(name.clone()).or_default().push(certified.clone());
@@ -117,6 +124,7 @@ fn is_verifiable(certified: &CertifiedKey, hello: &ClientHello<'_>) -> bool {
 /// A key as rustls sees it.
 struct TokenSigningKey {
     key: Arc<PrivateKey>,
+    sign_deadline: Duration,
 }
 
 impl std::fmt::Debug for TokenSigningKey {
@@ -128,7 +136,7 @@ impl std::fmt::Debug for TokenSigningKey {
 impl SigningKey for TokenSigningKey {
     fn choose_scheme(&self, offered: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
         let scheme = *self.key.schemes().iter().find(|scheme| offered.contains(scheme))?;
-        Some(Box::new(TokenSigner { key: self.key.clone(), scheme }))
+        Some(Box::new(TokenSigner { key: self.key.clone(), scheme, sign_deadline: self.sign_deadline }))
     }
 
     fn algorithm(&self) -> SignatureAlgorithm {
@@ -143,6 +151,7 @@ impl SigningKey for TokenSigningKey {
 struct TokenSigner {
     key: Arc<PrivateKey>,
     scheme: SignatureScheme,
+    sign_deadline: Duration,
 }
 
 impl std::fmt::Debug for TokenSigner {
@@ -153,8 +162,12 @@ impl std::fmt::Debug for TokenSigner {
 
 impl Signer for TokenSigner {
     fn sign(&self, message: &[u8]) -> Result<Vec<u8>, Error> {
-        let wanted =
-            SignatureWanted { key: self.key.clone(), scheme: self.scheme, message: message.to_vec() };
+        let wanted = SignatureWanted {
+            key: self.key.clone(),
+            scheme: self.scheme,
+            message: message.to_vec(),
+            deadline_in: self.sign_deadline,
+        };
         suspend_for_signature(wanted).map_err(|_| Error::General("no signature from the token".into()))
     }
 

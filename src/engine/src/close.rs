@@ -51,14 +51,15 @@ close_reasons! {
     TokenSigningDeadline = "token" / "signing" / "deadline": "The token did not sign within `signDeadline`: slow, hung or unreachable.";
     TokenSigningTokenDown = "token" / "signing" / "token_down": "No token that holds the key is up.";
     TokenSigningWrongSignature = "token" / "signing" / "wrong_signature": "The token's signature did not verify; it was not sent.";
-    TokenSigningFailed = "token" / "signing" / "failed": "The token refused to sign; the log has the CKR code.";
+    TokenSigningKeyLost = "token" / "signing" / "key_lost": "The token no longer holds exactly one such private key.";
+    TokenSigningSchemeUnsupported = "token" / "signing" / "scheme_unsupported": "The key cannot sign with the scheme that the handshake chose. A defect: report it.";
+    TokenSigningTokenFailed = "token" / "signing" / "token_failed": "The token refused to sign and no repair helped; the log has the CKR code.";
 
     UpstreamConnectRefused = "upstream" / "connect" / "refused": "Every server tried refused the connection.";
     UpstreamConnectDeadline = "upstream" / "connect" / "deadline": "No server accepted within `connectDeadline`.";
     UpstreamConnectUnreachable = "upstream" / "connect" / "unreachable": "No route to the server, or no such socket path.";
     UpstreamConnectNoServer = "upstream" / "connect" / "no_server": "The upstream has no server that may be tried.";
     UpstreamConnectFailed = "upstream" / "connect" / "failed": "Connecting failed in another way.";
-    ClientConnectClosed = "client" / "connect" / "closed": "The client closed while the upstream was being connected.";
 
     ClientRelayClosed = "client" / "relay" / "closed": "The client closed first. Normal.";
     ClientRelayTruncated = "client" / "relay" / "truncated": "The client closed without close_notify: bytes may be missing (many HTTP clients do so).";
@@ -75,10 +76,6 @@ close_reasons! {
 }
 
 impl Close {
-    pub fn words(self) -> &'static CloseReason {
-        &CLOSE_REASONS[self as usize]
-    }
-
     /// The reason for a handshake that rustls ended.
     pub fn from_tls_error(error: &Error) -> Self {
         match error {
@@ -114,8 +111,10 @@ impl Close {
             SignError::QueueAged => Self::TokenSigningQueueAged,
             SignError::Deadline => Self::TokenSigningDeadline,
             SignError::TokenDown => Self::TokenSigningTokenDown,
-            SignError::WrongSignature => Self::TokenSigningWrongSignature,
-            _ => Self::TokenSigningFailed,
+            SignError::Wrong => Self::TokenSigningWrongSignature,
+            SignError::KeyLost => Self::TokenSigningKeyLost,
+            SignError::SchemeUnsupported => Self::TokenSigningSchemeUnsupported,
+            SignError::Failed(_) => Self::TokenSigningTokenFailed,
         }
     }
 }
@@ -155,8 +154,18 @@ mod tests {
 
     #[test]
     fn words_follow_the_order_of_the_variants() {
-        assert_eq!(Close::ClientAcceptReset.words().reason, "reset");
-        assert_eq!(Close::ProxyInternalPanic.words().reason, "panic");
+        assert_eq!(CLOSE_REASONS[Close::ClientAcceptReset as usize].phase, "accept");
+        assert_eq!(CLOSE_REASONS[Close::ProxyDrainDeadline as usize].phase, "drain");
         assert_eq!(Close::ProxyInternalPanic as usize + 1, CLOSE_REASONS.len());
+    }
+
+    #[test]
+    fn every_reason_of_a_failed_signature_is_a_close_reason() {
+        let mut of_signing: Vec<_> =
+            CLOSE_REASONS.iter().filter(|r| r.phase == "signing").map(|r| r.reason).collect();
+        let mut of_lanes = SignError::REASONS.to_vec();
+        of_signing.sort_unstable();
+        of_lanes.sort_unstable();
+        assert_eq!(of_signing, of_lanes);
     }
 }

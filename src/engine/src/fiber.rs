@@ -20,6 +20,7 @@ use rustls::SignatureScheme;
 use std::cell::{Cell, RefCell};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::signing::PrivateKey;
 
@@ -28,6 +29,8 @@ pub struct SignatureWanted {
     pub key: Arc<PrivateKey>,
     pub scheme: SignatureScheme,
     pub message: Vec<u8>,
+    /// How long a connection waits for it.
+    pub deadline_in: Duration,
 }
 
 /// No signature: the token refused, the deadline passed, or the connection is gone. The caller of `resume` knows which.

@@ -11,20 +11,18 @@
 use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
-use rustls::{Error, ServerConfig};
+use rustls::ServerConfig;
 use tokio::time::{Instant, timeout_at};
 
 use crate::certificates::take_hello_seen;
 use crate::close::Close;
 use crate::fiber::{Abandoned, Progress, SignatureWanted, Step};
+use crate::relay::Scratch;
 use crate::signing::SignError;
 use crate::stream::Stream;
 use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX};
 
-/// Read at once during a handshake: a ClientHello with a post-quantum key share is about 1.8 KiB.
-const READ_BYTES: usize = 8 * 1024;
 /// Fatal alerts as records of their own (RFC 8446 6.2): for handshakes that fail before any key is in use.
 const ALERT_INTERNAL_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 80];
 const ALERT_UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
@@ -45,32 +43,30 @@ pub async fn handshake(
     client: &Stream,
     config: Arc<ServerConfig>,
     deadline: Instant,
-    sign_deadline: Duration,
+    scratch: &Scratch,
 ) -> Result<Established, Close> {
     let mut tls = Tls::new(config).map_err(|_| Close::ProxyInternalPanic)?;
     let mut server_name = None;
-    let mut buffer = [0; READ_BYTES];
+    let mut is_first = true;
     loop {
-        let received = timeout_at(deadline, read(client, &mut buffer))
+        let received = timeout_at(deadline, receive(client, &mut tls, scratch))
             .await
             .map_err(|_| Close::ClientHandshakeDeadline)?
             .map_err(|_| Close::ClientHandshakeReset)?;
         if received == 0 {
             return Err(Close::ClientHandshakeClosed);
         }
-        let is_first = server_name.is_none() && tls.unprocessed().is_empty();
-        tls.receive(&buffer[..received]);
-        let plain_http = is_first && looks_like_http(&buffer[..received]);
+        let plain_http = std::mem::take(&mut is_first) && looks_like_http(tls.unprocessed());
 
-        let mut step = run_step(tls, client, deadline, sign_deadline).await?;
+        let mut step = run_step(tls, client, deadline).await?;
         server_name = step.server_name.or(server_name);
         let to_client = step.tls.take_to_client();
         let phase = match step.result {
             Ok(phase) if step.tls.unprocessed().len() <= UNPROCESSED_MAX => phase,
-            Ok(_) => return Err(refuse(client, &to_client, Close::ClientHandshakeMalformed)),
+            Ok(_) => return Err(refuse(client, &to_client, Close::ClientHandshakeMalformed, scratch)),
             Err((alert, close)) => {
                 let close = if plain_http { Close::ClientHandshakePlainHttp } else { close };
-                return Err(refuse(client, alert.unwrap_or(&to_client), close));
+                return Err(refuse(client, alert.unwrap_or(&to_client), close, scratch));
             }
         };
         timeout_at(deadline, write_all(client, &to_client))
@@ -96,12 +92,7 @@ struct StepOutcome {
 }
 
 /// Processes what was received, having it signed by a lane where that is needed.
-async fn run_step(
-    mut tls: Tls,
-    client: &Stream,
-    deadline: Instant,
-    sign_deadline: Duration,
-) -> Result<StepOutcome, Close> {
+async fn run_step(mut tls: Tls, client: &Stream, deadline: Instant) -> Result<StepOutcome, Close> {
     let mut step = Step::new(move || {
         let mut plaintext = Vec::new();
         let result = tls.advance(&mut plaintext);
@@ -120,7 +111,7 @@ async fn run_step(
         }
         match progress {
             Progress::WantsSignature(wanted) => {
-                let deadline = deadline.min(Instant::now() + sign_deadline);
+                let deadline = deadline.min(Instant::now() + wanted.deadline_in);
                 answer = match signature(wanted, client, deadline).await? {
                     Ok(signature) => Ok(signature),
                     Err(error) => {
@@ -135,16 +126,12 @@ async fn run_step(
                 let result = result.map_err(|error| match (sign_failure, refused_name) {
                     (Some(close), _) => (Some(&ALERT_INTERNAL_ERROR[..]), close),
                     (None, true) => (Some(&ALERT_UNRECOGNIZED_NAME[..]), Close::ClientHandshakeUnknownName),
-                    (None, false) => (None, close_for(&error)),
+                    (None, false) => (None, Close::from_tls_error(&error)),
                 });
                 return Ok(StepOutcome { tls, plaintext, server_name, result });
             }
         }
     }
-}
-
-fn close_for(error: &Error) -> Close {
-    Close::from_tls_error(error)
 }
 
 /// Has `wanted` signed by a lane. The outer error is the connection's end: the client is gone, so nobody needs it any more.
@@ -176,10 +163,16 @@ async fn client_gone(client: &Stream) {
     }
 }
 
-async fn read(client: &Stream, buffer: &mut [u8]) -> io::Result<usize> {
+/// Reads once into `tls`; 0 when the client has closed.
+async fn receive(client: &Stream, tls: &mut Tls, scratch: &Scratch) -> io::Result<usize> {
     loop {
         // Trying first saves a wake-up when the bytes are there already, and they are: clients speak first.
-        match client.try_read(buffer) {
+        let read: io::Result<usize> = scratch.with_ciphertext(|buffer| {
+            let received = client.try_read(buffer)?;
+            tls.receive(&buffer[..received]);
+            Ok(received)
+        });
+        match read {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => client.readable().await?,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             read => return read,
@@ -204,16 +197,13 @@ pub async fn write_all(stream: &Stream, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Sends the alert as far as that goes without waiting, so that refusing costs nothing.
-fn refuse(client: &Stream, alert: &[u8], close: Close) -> Close {
+fn refuse(client: &Stream, alert: &[u8], close: Close, scratch: &Scratch) -> Close {
     let _ = client.try_write(alert);
     let _ = client.shutdown_write();
     // Closing with unread bytes would make the kernel reset the connection and take the alert back from the client.
-    let mut unread = [0; READ_BYTES];
-    for _ in 0..UNPROCESSED_MAX / READ_BYTES {
-        if !matches!(client.try_read(&mut unread), Ok(1..)) {
-            break;
-        }
-    }
+    scratch.with_ciphertext(
+        |unread| while matches!(client.try_read(unread), Ok(read) if read == unread.len()) {},
+    );
     close
 }
 

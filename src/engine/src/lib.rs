@@ -1,7 +1,20 @@
 //! keygate's engine: what happens per byte or per handshake. See ../../README.md for the life of a connection.
 
+mod binding;
+mod certificates;
+mod close;
+mod connection;
+mod fiber;
+mod handshake;
+mod io_thread;
+mod listener;
+mod policy;
+mod process;
 pub mod proxy_header;
+mod relay;
 pub mod signing;
 pub mod stats;
 pub mod stream;
+pub mod tickets;
+mod tls;
 pub mod upstream;

@@ -42,6 +42,13 @@ impl Default for Scratch {
     }
 }
 
+impl Scratch {
+    /// Lends the larger buffer for one read that does not wait.
+    pub fn with_ciphertext<T>(&self, read: impl FnOnce(&mut [u8]) -> T) -> T {
+        read(&mut self.buffers.borrow_mut().ciphertext[..READ_BYTES])
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 pub struct RelayDeadlines {
     /// Without a byte in either direction.
@@ -196,9 +203,8 @@ impl Relay<'_> {
         let mut buffers = self.scratch.buffers.borrow_mut();
         let Buffers { ciphertext, plaintext } = &mut *buffers;
         let kept = self.tls.unprocessed().len();
-        let received =
-            ready!(poll_read(context, self.client, &mut ciphertext[kept..kept + READ_BYTES]))
-                .map_err(|_| self.client_reset())?;
+        let received = ready!(poll_read(context, self.client, &mut ciphertext[kept..kept + READ_BYTES]))
+            .map_err(|_| self.client_reset())?;
         if received == 0 {
             self.client_truncated = true;
             self.end_to_upstream(Close::ClientRelayTruncated);
@@ -226,8 +232,8 @@ impl Relay<'_> {
         let mut buffers = self.scratch.buffers.borrow_mut();
         let Buffers { ciphertext, plaintext } = &mut *buffers;
         plaintext.resize(READ_BYTES, 0);
-        let received = ready!(poll_read(context, self.upstream, plaintext))
-            .map_err(|_| Close::UpstreamRelayReset)?;
+        let received =
+            ready!(poll_read(context, self.upstream, plaintext)).map_err(|_| Close::UpstreamRelayReset)?;
         if received == 0 {
             self.first_ended.get_or_insert(Close::UpstreamRelayClosed);
             self.to_client.state = DirectionState::Ended;

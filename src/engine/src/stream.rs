@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::SockRef;
+use tokio::io::ReadBuf;
 use tokio::net::{TcpStream, UnixStream};
 
 /// A connected byte stream. `&Stream` is also `std::io::Read` and `Write`, answering `WouldBlock` where it would
@@ -56,6 +57,14 @@ impl Stream {
         match self {
             Stream::Tcp(tcp) => tcp.poll_write_ready(context),
             Stream::Unix(unix) => unix.poll_write_ready(context),
+        }
+    }
+
+    /// Looks at the next bytes without taking them; 0 when the peer has closed its direction. Unix sockets cannot.
+    pub fn poll_peek(&self, context: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Stream::Tcp(tcp) => tcp.poll_peek(context, &mut ReadBuf::new(buffer)),
+            Stream::Unix(_) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
         }
     }
 

@@ -171,10 +171,6 @@ impl Tls {
         self.unprocessed.shrink_to_fit();
     }
 
-    pub fn is_handshaking(&self) -> bool {
-        self.state.is_handshaking()
-    }
-
     pub fn is_resumed(&self) -> bool {
         self.state.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
     }
@@ -194,7 +190,9 @@ impl Tls {
 
 /// The most bytes that `plaintext_len` bytes become.
 pub fn ciphertext_max(plaintext_len: usize) -> usize {
-    plaintext_len + plaintext_len.div_ceil(RECORD_PLAINTEXT_MAX).max(1) * RECORD_OVERHEAD_MAX + RECORD_OVERHEAD_MAX
+    plaintext_len
+        + plaintext_len.div_ceil(RECORD_PLAINTEXT_MAX).max(1) * RECORD_OVERHEAD_MAX
+        + RECORD_OVERHEAD_MAX
 }
 
 /// Moves what rustls wants sent behind the end of `out`.

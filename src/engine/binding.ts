@@ -1,0 +1,37 @@
+/**
+ * Owns: loading the engine's shared library and its types.
+ * Must not know: what it is used for.
+ * Runs: main thread; loading starts no thread.
+ */
+import { createRequire } from 'node:module';
+import { isMainThread } from 'node:worker_threads';
+import { ServiceError } from '../errors.ts';
+
+export type EngineBinding = typeof import('./binding.d.ts');
+
+let loaded: EngineBinding | undefined;
+
+/**
+ * The engine. A module of PKCS#11 knows only processes, so the engine refuses to be loaded in a worker thread.
+ * @throws ServiceError `engine_missing`
+ */
+export function engine(): EngineBinding {
+  loaded ??= load();
+  return loaded;
+}
+
+function load(): EngineBinding {
+  if (!isMainThread) {
+    throw new ServiceError('engine_missing', 'the engine can be used on the main thread of a process only');
+  }
+  const path = new URL('keygate-engine.node', import.meta.url).pathname;
+  try {
+    // The addon is trusted to be what binding.d.ts says: both come from one build, which a check compares.
+    return createRequire(import.meta.url)(path) as EngineBinding;
+  } catch (cause) {
+    throw new ServiceError('engine_missing', `${path} cannot be loaded: ${String(cause)}`, {
+      cause,
+      hint: 'run scripts/bootstrap to build it',
+    });
+  }
+}

@@ -1,0 +1,718 @@
+//! Owns the border to JavaScript: the shapes of what crosses it (`binding.d.ts` is generated from here) and their checking.
+//! No panic crosses it, and nothing calls back: JavaScript asks. JavaScript thread only.
+
+use std::net::SocketAddr;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use napi::bindgen_prelude::Buffer;
+use napi::{Error, Result, Status};
+use napi_derive::napi;
+use rustls::pki_types::CertificateDer;
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::certificates::{Certificate, Certificates, UnknownName};
+use crate::close::CLOSE_REASONS;
+use crate::io_thread::IoThread;
+use crate::listener;
+use crate::policy::Policy;
+use crate::process;
+use crate::proxy_header::ProxyVersion;
+use crate::signing::PrivateKey;
+use crate::signing::login_lock;
+use crate::signing::pkcs11::Module;
+use crate::signing::token::{Token, TokenPlan};
+use crate::signing::token_error::TokenError;
+use crate::signing::token_key::KeyPlan;
+use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
+use crate::tickets::{EpochSecret, Ticketer};
+use crate::upstream::{Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
+
+/// A token and how to use it. Durations are milliseconds.
+#[napi(object)]
+pub struct TokenSettings {
+    pub name: String,
+    pub module: String,
+    /// The token's label, without padding.
+    pub label: String,
+    pub serial: Option<String>,
+    /// Overwritten with zeros when it has been taken.
+    pub pin: Buffer,
+    /// Signing threads, each with a PKCS#11 session: 1 to 256.
+    pub lanes: u32,
+    pub queue_max: u32,
+    pub queue_age_ms: u32,
+    pub sign_deadline_ms: u32,
+    pub login_lock_wait_ms: u32,
+    /// Load the module with symbols of its own (RTLD_DEEPBIND).
+    pub isolate: bool,
+    /// Verify each n-th RSA signature before use; 1: all.
+    pub verify_rsa_every: u32,
+    /// Verify the first EC or Ed25519 signature of each PKCS#11 session and key, then each n-th; 1: all.
+    pub verify_ec_every: u32,
+}
+
+/// Where a token holds the private key of a certificate. At least one of id and label.
+#[napi(object)]
+pub struct KeyPlace {
+    pub token: String,
+    pub id: Option<Buffer>,
+    pub label: Option<String>,
+}
+
+#[napi(object)]
+pub struct CertificateSettings {
+    pub name: String,
+    /// DNS names in lower case, wildcards as `*.example.org`.
+    pub names: Vec<String>,
+    /// DER, leaf first.
+    pub chain: Vec<Buffer>,
+    /// The leaf's SubjectPublicKeyInfo, DER (RFC 5280 4.1).
+    pub public_key: Buffer,
+    pub keys: Vec<KeyPlace>,
+}
+
+#[napi(object)]
+pub struct HealthSettings {
+    pub interval_ms: u32,
+    pub timeout_ms: u32,
+    pub fall: u32,
+    pub rise: u32,
+}
+
+#[napi(object)]
+pub struct UpstreamSettings {
+    pub name: String,
+    /// `192.0.2.1:80`, `[2001:db8::1]:80` or `unix:/path`: addresses, not names.
+    pub servers: Vec<String>,
+    #[napi(ts_type = "'round-robin' | 'least-connections'")]
+    pub balance: String,
+    pub connect_deadline_ms: u32,
+    pub connect_attempts_max: u32,
+    #[napi(ts_type = "'v1' | 'v2'")]
+    pub proxy_protocol: Option<String>,
+    pub health: Option<HealthSettings>,
+    pub passive_failures_max: u32,
+    pub passive_ejection_ms: u32,
+}
+
+#[napi(object)]
+pub struct ListenerSettings {
+    pub name: String,
+    /// Names of certificates; the first is the default.
+    pub certificates: Vec<String>,
+    #[napi(ts_type = "'default' | 'refuse'")]
+    pub unknown_name: String,
+    pub alpn: Vec<String>,
+    /// `1.2`, `1.3`; empty: both.
+    pub versions: Vec<String>,
+    /// IANA names in order of preference; empty: all.
+    pub cipher_suites: Vec<String>,
+    /// IANA names in order of preference; empty: all.
+    pub groups: Vec<String>,
+    pub tickets: bool,
+    pub upstream: String,
+    pub handshake_deadline_ms: u32,
+    pub idle_deadline_ms: u32,
+    pub half_closed_deadline_ms: u32,
+    /// 0: none.
+    pub lifetime_deadline_ms: u32,
+    pub connections_max: u32,
+    pub handshakes_max: u32,
+    /// Inherited listening sockets of this worker's slot.
+    pub sockets: Vec<i32>,
+}
+
+#[napi(object)]
+pub struct EngineSettings {
+    pub tokens: Vec<TokenSettings>,
+    pub certificates: Vec<CertificateSettings>,
+    pub upstreams: Vec<UpstreamSettings>,
+    pub listeners: Vec<ListenerSettings>,
+    pub ticket_lifetime_ms: u32,
+}
+
+/// Not cumulative; bucket i counts what is above bound i-1 and at most bound i, the last one what is above all bounds.
+#[napi(object)]
+pub struct LatencySnapshot {
+    pub buckets: Vec<i64>,
+    pub sum_us: i64,
+}
+
+#[napi(object)]
+pub struct HandshakeSnapshot {
+    #[napi(ts_type = "'TLSv1.2' | 'TLSv1.3'")]
+    pub protocol: String,
+    pub resumed: bool,
+    pub latency: LatencySnapshot,
+}
+
+#[napi(object)]
+pub struct ListenerSnapshot {
+    pub name: String,
+    pub accepted: i64,
+    pub accept_failures: i64,
+    pub connections_open: i64,
+    pub handshakes_in_flight: i64,
+    pub to_upstream_bytes: i64,
+    pub to_client_bytes: i64,
+    pub handshakes: Vec<HandshakeSnapshot>,
+}
+
+#[napi(object)]
+pub struct ConnectSnapshot {
+    pub outcome: String,
+    pub count: i64,
+}
+
+#[napi(object)]
+pub struct ServerSnapshot {
+    pub address: String,
+    pub up: bool,
+    pub connections_open: i64,
+    pub connects: Vec<ConnectSnapshot>,
+    pub connect_latency: LatencySnapshot,
+}
+
+#[napi(object)]
+pub struct UpstreamSnapshot {
+    pub name: String,
+    pub servers: Vec<ServerSnapshot>,
+}
+
+#[napi(object)]
+pub struct CloseSnapshot {
+    pub side: String,
+    pub phase: String,
+    pub reason: String,
+    pub count: i64,
+}
+
+#[napi(object)]
+pub struct CloseReason {
+    pub side: String,
+    pub phase: String,
+    pub reason: String,
+    pub meaning: String,
+}
+
+#[napi(object)]
+pub struct MechanismSnapshot {
+    #[napi(ts_type = "'ecdsa' | 'rsa_pkcs' | 'rsa_pkcs_pss' | 'eddsa'")]
+    pub mechanism: String,
+    pub ok: i64,
+    pub failed: i64,
+    /// Signatures that did not verify; none of them was sent.
+    pub wrong: i64,
+    pub latency: LatencySnapshot,
+}
+
+#[napi(object)]
+pub struct TokenSnapshot {
+    pub name: String,
+    pub up: bool,
+    pub mechanisms: Vec<MechanismSnapshot>,
+    pub sign_wait: LatencySnapshot,
+    pub queue_depth_ec: i64,
+    pub queue_depth_rsa: i64,
+    pub lanes_idle: i64,
+    pub lanes_busy: i64,
+    pub lanes_lost: i64,
+    pub reopened: i64,
+    pub logged_in: i64,
+    pub refound: i64,
+    pub shed_queue_full: i64,
+    pub shed_queue_aged: i64,
+    pub shed_token_down: i64,
+    pub cancelled: i64,
+    pub went_down: i64,
+    pub login_lock_timeouts: i64,
+}
+
+#[napi(object)]
+pub struct EngineSnapshot {
+    /// False when the I/O thread has ended without being told to: the worker must be replaced.
+    pub running: bool,
+    pub listeners: Vec<ListenerSnapshot>,
+    pub upstreams: Vec<UpstreamSnapshot>,
+    pub closes: Vec<CloseSnapshot>,
+    pub tokens: Vec<TokenSnapshot>,
+}
+
+/// The data path of one worker.
+#[napi]
+pub struct Engine {
+    io: IoThread,
+    tokens: Vec<Arc<Token>>,
+    ticketer: Ticketer,
+}
+
+#[napi]
+impl Engine {
+    /// Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
+    ///
+    /// Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
+    #[napi(constructor, catch_unwind)]
+    pub fn new(settings: EngineSettings) -> Result<Self> {
+        let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms } = settings;
+        let ticketer = Ticketer::new(ms(ticket_lifetime_ms));
+        let sign_deadlines: Vec<_> =
+            tokens.iter().map(|token| (token.name.clone(), ms(token.sign_deadline_ms))).collect();
+        // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
+        let plans: Vec<_> = tokens.into_iter().map(token_plan).collect();
+        let started = start_tokens(plans)?;
+        process::guard_exit(true);
+        let built = certificates
+            .into_iter()
+            .map(|settings| certificate(settings, &started, &sign_deadlines))
+            .collect::<Result<Vec<_>>>()
+            .and_then(|certificates| {
+                let listeners = listeners
+                    .into_iter()
+                    .map(|settings| listener_plan(settings, &certificates, &ticketer))
+                    .collect::<Result<Vec<_>>>()?;
+                let upstreams = upstreams.into_iter().map(upstream_plan).collect::<Result<Vec<_>>>()?;
+                IoThread::start(listeners, upstreams).map_err(|error| invalid(error.to_string()))
+            });
+        match built {
+            Ok(io) => Ok(Self { io, tokens: started, ticketer }),
+            Err(error) => {
+                process::guard_exit(false);
+                stop_tokens(&started, STOP_BUDGET);
+                Err(error)
+            }
+        }
+    }
+
+    /// Accepts also from a socket of a sibling that is gone. An unknown listener is ignored.
+    #[napi(catch_unwind)]
+    pub fn accept(&self, listener: String, socket: i32) {
+        self.io.accept(listener, RawFd::from(socket));
+    }
+
+    /// Leaves a socket to the sibling that is back.
+    #[napi(catch_unwind)]
+    pub fn stop_accepting(&self, socket: i32) {
+        self.io.stop_accepting(RawFd::from(socket));
+    }
+
+    /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros.
+    #[napi(catch_unwind)]
+    pub fn set_ticket_secrets(&self, secrets: Vec<Buffer>) -> Result<()> {
+        let secrets = secrets.into_iter().map(epoch_secret).collect::<Result<Vec<_>>>()?;
+        let Some((current, others)) = secrets.split_first() else {
+            return Err(invalid("ticket secrets: expected at least one"));
+        };
+        self.ticketer.rotate(current, others);
+        Ok(())
+    }
+
+    /// Accepts no more connections; established ones go on.
+    #[napi(catch_unwind)]
+    pub fn drain(&self) {
+        self.io.drain();
+    }
+
+    /// Ends every connection, the lanes and the PKCS#11 modules. Returns within about `budget_ms` (per token) even if a
+    /// token hangs; the process must then end.
+    #[napi(catch_unwind)]
+    pub fn stop(&mut self, budget_ms: u32) {
+        let io_ended = self.io.stop(ms(budget_ms));
+        stop_tokens(&self.tokens, ms(budget_ms));
+        process::guard_exit(!io_ended);
+    }
+
+    #[napi(catch_unwind)]
+    pub fn snapshot(&self) -> EngineSnapshot {
+        let stats = &self.io.stats;
+        EngineSnapshot {
+            running: stats.running.load(std::sync::atomic::Ordering::SeqCst),
+            listeners: stats
+                .listeners
+                .iter()
+                .map(|(name, stats)| ListenerSnapshot {
+                    name: name.clone(),
+                    accepted: signed(stats.accepted.get()),
+                    accept_failures: signed(stats.accept_failures.get()),
+                    connections_open: stats.connections_open.get(),
+                    handshakes_in_flight: stats.handshakes_in_flight.get(),
+                    to_upstream_bytes: signed(stats.relay_bytes.to_upstream.get()),
+                    to_client_bytes: signed(stats.relay_bytes.to_client.get()),
+                    handshakes: handshake_snapshots(stats),
+                })
+                .collect(),
+            upstreams: stats
+                .upstreams
+                .iter()
+                .map(|upstream| UpstreamSnapshot {
+                    name: upstream.name.clone(),
+                    servers: upstream
+                        .servers
+                        .iter()
+                        .map(|server| ServerSnapshot {
+                            address: server.address.clone(),
+                            up: server.up.get() == 1,
+                            connections_open: server.connections_open.get(),
+                            connects: CONNECT_OUTCOMES
+                                .iter()
+                                .zip(&server.connects)
+                                .map(|(outcome, count)| ConnectSnapshot {
+                                    outcome: (*outcome).to_owned(),
+                                    count: signed(count.get()),
+                                })
+                                .collect(),
+                            connect_latency: latency(server.connect_latency.snapshot()),
+                        })
+                        .collect(),
+                })
+                .collect(),
+            closes: stats
+                .closes
+                .counts()
+                .map(|(words, count)| CloseSnapshot {
+                    side: words.side.into(),
+                    phase: words.phase.into(),
+                    reason: words.reason.into(),
+                    count: signed(count),
+                })
+                .collect(),
+            tokens: self.tokens.iter().map(|token| token_snapshot(token)).collect(),
+        }
+    }
+}
+
+/// How long tokens may take to stop after a failed start.
+const STOP_BUDGET: Duration = Duration::from_millis(200);
+
+/// Upper bounds of every latency histogram, in microseconds.
+#[napi(catch_unwind)]
+pub fn latency_bounds_us() -> Vec<i64> {
+    LATENCY_BOUNDS_US.iter().map(|bound| signed(*bound)).collect()
+}
+
+/// The closed list of reasons why a connection can end.
+#[napi(catch_unwind)]
+pub fn close_reasons() -> Vec<CloseReason> {
+    CLOSE_REASONS
+        .iter()
+        .map(|words| CloseReason {
+            side: words.side.into(),
+            phase: words.phase.into(),
+            reason: words.reason.into(),
+            meaning: words.meaning.into(),
+        })
+        .collect()
+}
+
+#[napi(object)]
+pub struct OpenedListener {
+    /// The caller's to close.
+    pub fd: i32,
+    /// With the port that was chosen for port 0.
+    pub address: String,
+}
+
+/// Opens a listening socket at an address and port.
+/// Throws with the code of bind(2) first in the message: EADDRINUSE, EACCES, …
+#[napi(catch_unwind)]
+pub fn open_listener(address: String, backlog: u32) -> Result<OpenedListener> {
+    let parsed = parse_address(&address)?;
+    let (fd, bound) =
+        process::open_listener(parsed, backlog).map_err(|error| listen_error(&address, &error))?;
+    Ok(OpenedListener { fd, address: bound.to_string() })
+}
+
+/// Throws if somebody already listens at the address, or if it cannot be bound.
+#[napi(catch_unwind)]
+pub fn probe_address(address: String) -> Result<()> {
+    let parsed = parse_address(&address)?;
+    process::probe_address(parsed).map_err(|error| listen_error(&address, &error))
+}
+
+/// No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN.
+#[napi(catch_unwind)]
+pub fn harden() -> Result<()> {
+    process::harden().map_err(|error| invalid(format!("prctl: {error}")))
+}
+
+/// Loads a PKCS#11 module before anybody else does, with symbols of its own if `isolate`. It stays loaded.
+#[napi(catch_unwind)]
+pub fn preload_module(path: String, isolate: bool) -> Result<()> {
+    Module::load(&PathBuf::from(&path), isolate)
+        .map(drop)
+        .map_err(|error| Error::new(Status::GenericFailure, format!("{path}: {error}")))
+}
+
+/// Keeps other processes of this host from logging in to tokens of the same module at the same moment.
+#[napi]
+pub struct LoginLock {
+    lock: Option<login_lock::LoginLock>,
+}
+
+#[napi]
+impl LoginLock {
+    /// Waits at most `wait_ms`, blocking. Throws when the module cannot be opened or the time is over.
+    #[napi(factory, catch_unwind)]
+    pub fn acquire(module: String, wait_ms: u32) -> Result<Self> {
+        let lock = login_lock::LoginLock::acquire(&PathBuf::from(&module), ms(wait_ms)).map_err(|error| {
+            Error::new(Status::GenericFailure, format!("login lock on {module}: {error}"))
+        })?;
+        Ok(Self { lock: Some(lock) })
+    }
+
+    #[napi(catch_unwind)]
+    pub fn release(&mut self) {
+        self.lock = None;
+    }
+}
+
+fn token_plan(mut settings: TokenSettings) -> TokenPlan {
+    let pin = Zeroizing::new(settings.pin.to_vec());
+    settings.pin.as_mut().zeroize();
+    TokenPlan {
+        name: settings.name,
+        module: settings.module.into(),
+        label: settings.label,
+        serial: settings.serial,
+        pin,
+        lanes: settings.lanes as usize,
+        queue_max: settings.queue_max as usize,
+        queue_age_max: ms(settings.queue_age_ms),
+        login_lock_wait: ms(settings.login_lock_wait_ms),
+        isolate: settings.isolate,
+        verify_rsa_every: settings.verify_rsa_every,
+        verify_ec_every: settings.verify_ec_every,
+    }
+}
+
+/// All tokens or none.
+fn start_tokens(plans: Vec<TokenPlan>) -> Result<Vec<Arc<Token>>> {
+    let mut started = Vec::with_capacity(plans.len());
+    for plan in plans {
+        match Token::start(plan) {
+            Ok(token) => started.push(token),
+            Err(error) => {
+                stop_tokens(&started, STOP_BUDGET);
+                return Err(token_error(&error));
+            }
+        }
+    }
+    Ok(started)
+}
+
+/// `token_fault <code>: <message>`: the code says whether another try could cost one of the PIN's few.
+fn token_error(error: &TokenError) -> Error {
+    Error::new(Status::GenericFailure, format!("token_fault {}: {error}", error.problem.code()))
+}
+
+fn stop_tokens(tokens: &[Arc<Token>], budget: Duration) {
+    for token in tokens {
+        token.stop(budget);
+    }
+}
+
+fn certificate(
+    settings: CertificateSettings,
+    tokens: &[Arc<Token>],
+    sign_deadlines: &[(String, Duration)],
+) -> Result<(String, Arc<Certificate>)> {
+    let name = settings.name;
+    let mut keys = Vec::with_capacity(settings.keys.len());
+    let mut sign_deadline = Duration::ZERO;
+    for place in settings.keys {
+        let token = tokens.iter().find(|token| **token.name() == *place.token).ok_or_else(|| {
+            invalid(format!("certificate {name}: expected one of the tokens, found {:?}", place.token))
+        })?;
+        let found = token.find_key(KeyPlan {
+            id: place.id.map(|id| id.to_vec()),
+            label: place.label,
+            spki: settings.public_key.to_vec(),
+            name: name.clone(),
+        });
+        keys.push(found.map_err(|error| token_error(&error))?);
+        let deadline = sign_deadlines.iter().find(|(token, _)| *token == place.token);
+        sign_deadline = sign_deadline.max(deadline.map_or(Duration::ZERO, |(_, deadline)| *deadline));
+    }
+    let key = PrivateKey::new(keys).map_err(|error| invalid(format!("certificate {name}: {error}")))?;
+    let chain = settings.chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
+    Ok((name, Arc::new(Certificate { names: settings.names, chain, key, sign_deadline })))
+}
+
+fn listener_plan(
+    settings: ListenerSettings,
+    certificates: &[(String, Arc<Certificate>)],
+    ticketer: &Ticketer,
+) -> Result<listener::ListenerPlan> {
+    let name = settings.name;
+    let fault = |what: String| invalid(format!("listener {name}: {what}"));
+    let mut chosen = Vec::with_capacity(settings.certificates.len());
+    for wanted in &settings.certificates {
+        let found = certificates.iter().find(|(name, _)| name == wanted);
+        chosen.push(
+            found
+                .map(|(_, certificate)| certificate.clone())
+                .ok_or_else(|| fault(format!("expected one of the certificates, found {wanted:?}")))?,
+        );
+    }
+    if chosen.is_empty() {
+        return Err(fault("expected at least one certificate, found none".into()));
+    }
+    let unknown_name = match settings.unknown_name.as_str() {
+        "default" => UnknownName::Default,
+        "refuse" => UnknownName::Refuse,
+        other => return Err(fault(format!("unknownName: expected default or refuse, found {other:?}"))),
+    };
+    let tls_config =
+        Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.tickets)
+            .map_err(fault)?
+            .server_config(Arc::new(Certificates::new(&chosen, unknown_name)), &settings.alpn, ticketer)
+            .map_err(|error| fault(error.to_string()))?;
+    Ok(listener::ListenerPlan {
+        tls_config,
+        upstream: settings.upstream,
+        handshake_deadline: ms(settings.handshake_deadline_ms),
+        idle_deadline: ms(settings.idle_deadline_ms),
+        half_closed_deadline: ms(settings.half_closed_deadline_ms),
+        lifetime_deadline: (settings.lifetime_deadline_ms > 0).then(|| ms(settings.lifetime_deadline_ms)),
+        connections_max: settings.connections_max as usize,
+        handshakes_max: settings.handshakes_max as usize,
+        sockets: settings.sockets.into_iter().map(RawFd::from).collect(),
+        name,
+    })
+}
+
+fn upstream_plan(settings: UpstreamSettings) -> Result<UpstreamPlan> {
+    let name = settings.name;
+    let fault = |what: String| invalid(format!("upstream {name}: {what}"));
+    let servers = settings
+        .servers
+        .iter()
+        .map(|server| match server.strip_prefix("unix:") {
+            Some(path) => Ok(ServerAddress::Unix(path.into())),
+            None => parse_address(server).map(ServerAddress::Tcp),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let balance = match settings.balance.as_str() {
+        "round-robin" => Balance::RoundRobin,
+        "least-connections" => Balance::LeastConnections,
+        other => {
+            return Err(fault(format!(
+                "balance: expected round-robin or least-connections, found {other:?}"
+            )));
+        }
+    };
+    let proxy_protocol = match settings.proxy_protocol.as_deref() {
+        None => None,
+        Some("v1") => Some(ProxyVersion::V1),
+        Some("v2") => Some(ProxyVersion::V2),
+        Some(other) => return Err(fault(format!("proxyProtocol: expected v1 or v2, found {other:?}"))),
+    };
+    Ok(UpstreamPlan {
+        servers,
+        balance,
+        connect_deadline: ms(settings.connect_deadline_ms),
+        connect_attempts_max: settings.connect_attempts_max as usize,
+        proxy_protocol,
+        health: settings.health.map(|health| HealthPlan {
+            interval: ms(health.interval_ms),
+            timeout: ms(health.timeout_ms),
+            fall: health.fall,
+            rise: health.rise,
+        }),
+        passive: PassivePlan {
+            failures_max: settings.passive_failures_max,
+            ejection: ms(settings.passive_ejection_ms),
+        },
+        name,
+    })
+}
+
+fn epoch_secret(mut buffer: Buffer) -> Result<EpochSecret> {
+    let secret = <[u8; 32]>::try_from(buffer.as_ref()).map(Zeroizing::new);
+    buffer.as_mut().zeroize();
+    secret.map_err(|_| invalid(format!("ticket secret: expected 32 bytes, found {}", buffer.len())))
+}
+
+fn parse_address(address: &str) -> Result<SocketAddr> {
+    address.parse().map_err(|_| invalid(format!("expected an IP address and port, found {address:?}")))
+}
+
+fn handshake_snapshots(stats: &listener::ListenerStats) -> Vec<HandshakeSnapshot> {
+    [(false, false), (false, true), (true, false), (true, true)]
+        .map(|(tls13, resumed)| HandshakeSnapshot {
+            protocol: if tls13 { "TLSv1.3" } else { "TLSv1.2" }.into(),
+            resumed,
+            latency: latency(stats.handshake(tls13, resumed).snapshot()),
+        })
+        .into()
+}
+
+fn token_snapshot(token: &Token) -> TokenSnapshot {
+    let stats = token.stats();
+    let mechanisms = [
+        ("ecdsa", &stats.ecdsa),
+        ("rsa_pkcs", &stats.rsa_pkcs),
+        ("rsa_pkcs_pss", &stats.rsa_pkcs_pss),
+        ("eddsa", &stats.eddsa),
+    ];
+    TokenSnapshot {
+        name: token.name().to_string(),
+        up: token.is_up(),
+        mechanisms: mechanisms
+            .map(|(mechanism, stats)| MechanismSnapshot {
+                mechanism: mechanism.into(),
+                ok: signed(stats.ok.get()),
+                failed: signed(stats.failed.get()),
+                wrong: signed(stats.wrong.get()),
+                latency: latency(stats.sign.snapshot()),
+            })
+            .into(),
+        sign_wait: latency(stats.sign_wait.snapshot()),
+        queue_depth_ec: stats.queue_depth_ec.get(),
+        queue_depth_rsa: stats.queue_depth_rsa.get(),
+        lanes_idle: stats.lanes_idle.get(),
+        lanes_busy: stats.lanes_busy.get(),
+        lanes_lost: stats.lanes_lost.get(),
+        reopened: signed(stats.reopened.get()),
+        logged_in: signed(stats.logged_in.get()),
+        refound: signed(stats.refound.get()),
+        shed_queue_full: signed(stats.shed_queue_full.get()),
+        shed_queue_aged: signed(stats.shed_queue_aged.get()),
+        shed_token_down: signed(stats.shed_token_down.get()),
+        cancelled: signed(stats.cancelled.get()),
+        went_down: signed(stats.went_down.get()),
+        login_lock_timeouts: signed(stats.login_lock_timeouts.get()),
+    }
+}
+
+fn latency(snapshot: HistogramSnapshot) -> LatencySnapshot {
+    LatencySnapshot {
+        buckets: snapshot.buckets.into_iter().map(signed).collect(),
+        sum_us: signed(snapshot.sum_us),
+    }
+}
+
+/// JavaScript's numbers are exact up to 2^53: 285 years in microseconds, 8 PiB.
+fn signed(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn ms(milliseconds: u32) -> Duration {
+    Duration::from_millis(u64::from(milliseconds))
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(Status::InvalidArg, message.into())
+}
+
+fn listen_error(address: &str, error: &std::io::Error) -> Error {
+    let code = match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => "EADDRINUSE",
+        Some(libc::EACCES) => "EACCES",
+        Some(libc::EADDRNOTAVAIL) => "EADDRNOTAVAIL",
+        _ => "ELISTEN",
+    };
+    Error::new(Status::GenericFailure, format!("{code} {address}: {error}"))
+}

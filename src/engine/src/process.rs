@@ -1,0 +1,91 @@
+//! Owns what is done to the process or its sockets and has nothing to do with TLS: opening listening sockets for the
+//! primary, giving up privileges that cannot be given up from JavaScript, and leaving without running the destructors of a
+//! library that a thread is still inside. JavaScript thread only.
+
+use std::ffi::{c_int, c_void};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{IntoRawFd, RawFd};
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::signing::pkcs11::threads_in_modules;
+
+/// Opens a listening socket with SO_REUSEPORT, so that each worker slot can have one of its own at the same address.
+/// Non-blocking and close-on-exec; TCP_NODELAY is inherited by what it accepts, which saves a system call for each.
+///
+/// # Errors
+/// As bind(2) and listen(2).
+pub fn open_listener(address: SocketAddr, backlog: u32) -> io::Result<(RawFd, SocketAddr)> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // "[::]" is IPv6 and nothing else, so that "0.0.0.0" can be bound beside it.
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_port(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(i32::try_from(backlog).unwrap_or(i32::MAX))?;
+    let bound = socket.local_addr()?.as_socket().unwrap_or(address);
+    Ok((socket.into_raw_fd(), bound))
+}
+
+/// Whether somebody else already listens at the address: SO_REUSEPORT alone would let us share it silently with another
+/// process of the same user.
+///
+/// # Errors
+/// As bind(2): EADDRINUSE, EACCES, EADDRNOTAVAIL.
+pub fn probe_address(address: SocketAddr) -> io::Result<()> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())
+}
+
+/// No new privileges by exec, no core dump and no ptrace by others of the same user: the process holds a PIN.
+///
+/// # Errors
+/// As prctl(2).
+pub fn harden() -> io::Result<()> {
+    for (option, value) in [(libc::PR_SET_NO_NEW_PRIVS, 1), (libc::PR_SET_DUMPABLE, 0)] {
+        // SAFETY: both options take one integer and touch no memory of ours.
+        if unsafe { libc::prctl(option, value, 0, 0, 0) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// While true, exit must not run destructors: the I/O thread is using what they would tear down.
+static ENGINE_RUNNING: AtomicBool = AtomicBool::new(false);
+
+/// Says whether the I/O thread runs, and once per process arranges that `exit` with a thread still inside a PKCS#11 module,
+/// or with a running engine, leaves at once. Without it the module's static destructors run under its own threads: a crash.
+/// To be called after the module is loaded, so that this handler runs before the module's.
+pub fn guard_exit(running: bool) {
+    static REGISTERED: Once = Once::new();
+    ENGINE_RUNNING.store(running, SeqCst);
+    REGISTERED.call_once(|| {
+        // SAFETY: the handler is a plain function for the life of the process (the addon is never unloaded by Node), and it
+        // ignores its argument.
+        unsafe { on_exit(leave_if_busy, std::ptr::null_mut()) };
+    });
+}
+
+unsafe extern "C" {
+    // glibc; not in the libc crate.
+    fn on_exit(function: extern "C" fn(c_int, *mut c_void), argument: *mut c_void) -> c_int;
+}
+
+extern "C" fn leave_if_busy(status: c_int, _argument: *mut c_void) {
+    if ENGINE_RUNNING.load(SeqCst) || threads_in_modules() > 0 {
+        // SAFETY: _exit ends the process without touching memory.
+        unsafe { libc::_exit(status) };
+    }
+}

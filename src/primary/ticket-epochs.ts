@@ -1,0 +1,28 @@
+/**
+ * Owns: the secrets of session tickets while no token derives them: random, shared by all workers, gone with the primary.
+ * Must not know: how a ticket is made from them (the engine), or how they reach the workers.
+ * Runs: main thread of the primary.
+ */
+import { randomBytes } from 'node:crypto';
+
+const secretBytes = 32;
+
+/** The previous, the current and the next epoch; a worker encrypts under the current one and opens all three. */
+export class TicketEpochs {
+  #current = randomBytes(secretBytes);
+  #next = randomBytes(secretBytes);
+  #previous: Buffer | undefined;
+
+  /** For a worker, the current epoch first. */
+  get secrets(): readonly Uint8Array[] {
+    return [this.#current, this.#next, ...(this.#previous === undefined ? [] : [this.#previous])];
+  }
+
+  /** The next epoch begins; tickets from before the previous one can no longer be opened. */
+  rotate(): void {
+    this.#previous?.fill(0);
+    this.#previous = this.#current;
+    this.#current = this.#next;
+    this.#next = randomBytes(secretBytes);
+  }
+}
