@@ -1,0 +1,79 @@
+/**
+ * Owns: addresses as people write them: `host:port`, `[v6]:port`, `unix:/path`.
+ * Must not know: what listens or connects there; name resolution.
+ * Runs: everywhere.
+ */
+import { isIPv4, isIPv6, SocketAddress } from 'node:net';
+import type { TcpAddress, UnixAddress } from './config.ts';
+import type { Fault, Parsed } from './fault.ts';
+
+/** sun_path holds 108 bytes with the final zero (unix(7)). */
+const unixPathBytesMax = 107;
+
+/** An IP address and a port, 0 for any free port. IPv6 comes out in its canonical form (RFC 5952). */
+export function parseBindAddress(text: string): Parsed<TcpAddress> {
+  const expected = 'IP-ADDRESS:PORT such as 0.0.0.0:443 or [::]:443';
+  const parsed = parseTcpAddress(text, 0);
+  if ('fault' in parsed) return { fault: { ...parsed.fault, expected } };
+  if (isIPv4(parsed.value.host) || isIPv6(parsed.value.host)) return parsed;
+  return { fault: { expected, hint: 'listeners bind addresses, not names' } };
+}
+
+/** A server: an IP address or a DNS name with a port, or a unix socket. */
+export function parseServerAddress(text: string): Parsed<TcpAddress | UnixAddress> {
+  return text.startsWith('unix:') ? parseUnixAddress(text) : parseTcpAddress(text, 1);
+}
+
+/** Where the admin server listens: loopback or a unix socket. */
+export function parseAdminAddress(text: string): Parsed<TcpAddress | UnixAddress> {
+  if (text.startsWith('unix:')) return parseUnixAddress(text);
+  const parsed = parseBindAddress(text);
+  if ('fault' in parsed) return parsed;
+  const { host } = parsed.value;
+  if (host === '::1' || (isIPv4(host) && host.startsWith('127.'))) return parsed;
+  return {
+    fault: {
+      expected: 'a loopback address such as 127.0.0.1:9180, or unix:/path',
+      hint: 'the admin server has no authentication; put a proxy that has some in front of it',
+    },
+  };
+}
+
+/** `192.0.2.1:443`, `[2001:db8::1]:443`, `unix:/run/web.sock`. */
+export function formatAddress(address: TcpAddress | UnixAddress): string {
+  if ('path' in address) return `unix:${address.path}`;
+  return address.host.includes(':') ? `[${address.host}]:${address.port}` : `${address.host}:${address.port}`;
+}
+
+function parseTcpAddress(text: string, portMin: 0 | 1): Parsed<TcpAddress> {
+  const fault: Fault = { expected: 'HOST:PORT such as 10.0.0.1:8080, [::1]:8080 or web.internal:8080, or unix:/path' };
+  const match = /^(?:\[(?<v6>[0-9A-Fa-f:.]+)\]|(?<host>[^[\]:\s/]+)):(?<port>0|[1-9][0-9]{0,4})$/.exec(text);
+  if (match?.groups === undefined) return { fault };
+  const { v6, host, port } = match.groups;
+  const portNumber = Number(port);
+  if (portNumber < portMin || portNumber > 65_535) return { fault: { ...fault, expected: `a port from ${portMin} to 65535` } };
+  if (v6 !== undefined) {
+    if (!isIPv6(v6)) return { fault: { ...fault, found: `"${v6}", which is not an IPv6 address` } };
+    return { value: { host: new SocketAddress({ address: v6, family: 'ipv6' }).address, port: portNumber } };
+  }
+  if (host !== undefined && (isIPv4(host) || isDnsName(host))) return { value: { host: host.toLowerCase(), port: portNumber } };
+  return { fault };
+}
+
+/** RFC 1123 2.1. The last label is not all digits, so a mistyped IPv4 address does not pass as a name. */
+function isDnsName(host: string): boolean {
+  const labels = host.split('.');
+  return (
+    host.length <= 253 &&
+    labels.every((label) => /^[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?$/.test(label)) &&
+    !/^[0-9]+$/.test(labels.at(-1) ?? '')
+  );
+}
+
+function parseUnixAddress(text: string): Parsed<UnixAddress> {
+  const path = text.slice('unix:'.length);
+  if (path.startsWith('/') && !path.includes('\0') && !path.endsWith('/') && Buffer.byteLength(path) <= unixPathBytesMax) {
+    return { value: { path } };
+  }
+  return { fault: { expected: `unix: and the absolute path of a socket, at most ${unixPathBytesMax} bytes` } };
+}

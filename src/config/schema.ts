@@ -1,0 +1,350 @@
+/**
+ * Owns: the configuration document as people write it: keys, kinds, ranges, defaults and what each means.
+ * Must not know: positions in a file, references between sections (references.ts), the normalised shape (normalise.ts).
+ * Runs: at start and reload, on the main thread.
+ *
+ * The reference in README and the JSON Schema for editors are printed from here, so a description is documentation.
+ * The `error` of a kind is the "expected" of the problem it reports.
+ */
+import * as z from 'zod';
+import { parseAdminAddress, parseBindAddress, parseServerAddress } from './address.ts';
+import { cipherSuites, groups } from './config.ts';
+import type { Fault, Parsed } from './fault.ts';
+import { parsePath } from './path.ts';
+import { parsePkcs11Uri, type Pkcs11Uri } from './pkcs11-uri.ts';
+import { formatDuration, parseDuration } from './units.ts';
+
+/** 7 days (RFC 8446 4.6.1). */
+const ticketLifetimeMsMax = 7 * 24 * 3_600_000;
+
+const token = z.strictObject({
+  module: path('Path of the PKCS#11 module.'),
+  uri: kind('PKCS#11 URI', 'a PKCS#11 URI with a token label', tokenUri).describe(
+    'Which token: `token` and, to be exact, `serial`, `manufacturer`, `model`. No PIN, no object.',
+  ),
+  pin: z
+    .strictObject({
+      file: path('A file that other users cannot read; one newline at its end is ignored.').optional(),
+      env: kind('name', 'the name of an environment variable', parseVariableName).describe('An environment variable.').optional(),
+      credential: kind('name', 'the name of a systemd credential', parseCredentialName)
+        .describe('A systemd credential, read from `$CREDENTIALS_DIRECTORY`.')
+        .optional(),
+    }, { error: 'a place where the PIN is kept: {file: PATH}, {env: NAME} or {credential: NAME}' })
+    .refine((pin) => Object.values(pin).filter((place) => place !== undefined).length === 1, 'exactly one of file, env and credential')
+    .describe('Where the PIN is kept, never the PIN itself: exactly one of these.'),
+  lanes: whole(1, 256, 8).describe('Signing threads per worker, each with a PKCS#11 session of its own.'),
+  queue: z
+    .strictObject({
+      max: whole(1, 1_000_000, 1024).describe('Signatures that may wait for a lane, per worker and kind of key.'),
+      age: duration(10, 60_000, '3s').describe('How long one may wait; then its handshake fails.'),
+    })
+    .prefault({})
+    .describe('What waits for a lane.'),
+  signDeadline: duration(10, 600_000, '5s').describe('A signature that takes longer fails its handshake, and its lane is written off.'),
+  verify: z
+    .strictObject({
+      rsa: verifyRate('always').describe('How often an RSA signature is verified before use: `always` or one in N. A fault in a signature can reveal the key.'),
+      ec: verifyRate(64).describe('The same for ECDSA and EdDSA. The first signature of a session with a key is always verified.'),
+    })
+    .prefault({})
+    .describe('Checks of what the token signed.'),
+  isolate: z
+    .boolean({ error: 'true or false' })
+    .default(true)
+    .describe('Load the module so that it binds to its own libraries and not to those inside Node (RTLD_DEEPBIND).'),
+  loginLockWait: duration(0, 600_000, '10s').describe('How long to wait for another process that is logging in to the same token.'),
+});
+
+const certificate = z.strictObject({
+  chain: path('PEM file with the leaf certificate first, then its issuers.'),
+  key: kind('PKCS#11 URI', 'a PKCS#11 URI with object or id', keyUri).describe('Which private key: `object` (label), `id`, or both.'),
+  tokens: z.array(reference('token'), { error: 'a list of token names' })
+    .min(1, 'at least one token')
+    .optional()
+    .describe('Tokens that hold this key. Default: all tokens.'),
+});
+
+const tlsVersion = z
+  .literal(['1.2', '1.3', 1.2, 1.3], { error: '"1.2" or "1.3"' })
+  .transform((version) => String(version) as '1.2' | '1.3');
+
+const policy = z
+  .strictObject({
+    minVersion: tlsVersion.prefault('1.2').describe('Lowest TLS version.'),
+    maxVersion: tlsVersion.prefault('1.3').describe('Highest TLS version.'),
+    groups: z
+      .array(z.enum(groups, { error: `one of ${groups.join(', ')}` }), { error: 'a list of groups' })
+      .min(1, 'at least one group')
+      .default([...groups])
+      .describe('Key exchange groups, preferred first.'),
+    cipherSuites: z
+      .array(z.enum(cipherSuites, { error: `one of ${cipherSuites.join(', ')}` }), { error: 'a list of cipher suites' })
+      .min(1, 'at least one cipher suite')
+      .optional()
+      .describe('Cipher suites by IANA name, preferred first. Default: all that keygate has for the versions.'),
+    tickets: z.boolean({ error: 'true or false' }).default(true).describe('Whether TLS sessions can be resumed with session tickets.'),
+  })
+  .check((context) => {
+    for (const fault of policyFaults(context.value)) {
+      context.issues.push({ code: 'custom', input: context.value, message: fault.expected, params: { ...fault }, path: [fault.key] });
+    }
+  });
+
+const tickets = z
+  .strictObject({
+    lifetime: duration(1000, ticketLifetimeMsMax, '12h').describe('How long a session ticket is accepted; at most `rotation`.'),
+    rotation: duration(1000, ticketLifetimeMsMax, '12h').describe(
+      'How long one ticket key issues tickets. A key opens tickets for one rotation more, so a stolen key opens at most two rotations.',
+    ),
+  })
+  .refine(({ lifetime, rotation }) => lifetime <= rotation, {
+    path: ['lifetime'],
+    error: 'a lifetime of at most the rotation: keys are kept for one rotation after their last ticket',
+    params: { code: 'config_conflict' },
+  });
+
+const upstream = z.strictObject({
+  servers: z
+    .array(kind('address', 'HOST:PORT or unix:/path', parseServerAddress), { error: 'a list of servers' })
+    .min(1, 'at least one server')
+    .max(256, 'at most 256 servers')
+    .describe('`host:port`, `[v6]:port` or `unix:/path`.'),
+  balance: oneOf(['round-robin', 'least-connections'], 'round-robin').describe('How the next server is chosen.'),
+  proxyProtocol: z
+    .enum(['v1', 'v2'], { error: 'v1 or v2' })
+    .optional()
+    .describe('Tell the upstream about the client with the PROXY protocol. Default: off.'),
+  connectDeadline: duration(10, 600_000, '5s').describe('For connecting to one server.'),
+  attempts: whole(1, 16, 3).describe('Servers tried for one connection.'),
+  health: z
+    .strictObject({
+      tcp: requiredDuration(100, 3_600_000).describe('Connect to each server this often.'),
+      timeout: duration(10, 600_000, '2s').describe('A check that takes longer has failed.'),
+      fall: whole(1, 100, 3).describe('Failed checks in a row until a server is down.'),
+      rise: whole(1, 100, 2).describe('Passed checks in a row until it is up again.'),
+    })
+    .optional()
+    .describe('Active checks. Default: off.'),
+  passive: z
+    .strictObject({
+      failures: whole(1, 1000, 3).describe('Failed connects in a row until a server is ejected.'),
+      ejection: duration(100, 3_600_000, '10s').describe('How long it stays ejected.'),
+    })
+    .prefault({})
+    .describe('What failed connects of clients say about a server.'),
+});
+
+const listener = z.strictObject({
+  bind: z
+    .array(kind('address', 'IP-ADDRESS:PORT', parseBindAddress), { error: 'a list of addresses' })
+    .min(1, 'at least one address')
+    .max(64, 'at most 64 addresses')
+    .describe('`0.0.0.0:443`, `[::]:443`; port 0 takes any free port.'),
+  mode: kind('mode', 'offload', parseMode).prefault('offload').describe('`offload`: TLS from the client, plaintext to the upstream.'),
+  certificates: z
+    .array(reference('certificate'), { error: 'a list of certificate names' })
+    .min(1, 'at least one certificate')
+    .describe('Chosen by the name the client asks for (SNI); the first is the default.'),
+  unknownName: oneOf(['default', 'refuse'], 'default').describe('What a client gets that asks for another name: the default certificate, or an alert.'),
+  alpn: z
+    .array(z.string({ error: 'a protocol name' }).min(1, 'a protocol name of 1 to 255 characters').max(255, 'a protocol name of 1 to 255 characters'), {
+      error: 'a list of protocol names',
+    })
+    .max(16, 'at most 16 protocol names')
+    .default([])
+    .describe('ALPN protocol names, preferred first. Empty: not negotiated.'),
+  policy: reference('policy').prefault('intermediate').describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
+  upstream: reference('upstream').describe('Where connections go.'),
+  deadlines: z
+    .strictObject({
+      handshake: duration(100, 600_000, '10s').describe('From accept to the end of the handshake.'),
+      idle: duration(1000, 7 * 86_400_000, '5m').describe('Without a byte in either direction.'),
+      lifetime: duration(1000, 365 * 86_400_000, 'none', 'none').describe('From accept to close, whatever happens.'),
+      halfClosed: duration(1000, 7 * 86_400_000, '1m').describe('Without a byte, once one side has ended its half.'),
+    })
+    .prefault({})
+    .describe('When a connection is closed.'),
+  limits: z
+    .strictObject({
+      connections: whole(1, 1_000_000, 20_000).describe('Open connections, per worker.'),
+      handshakes: whole(1, 1_000_000, 1024).describe('Handshakes in flight, per worker.'),
+    })
+    .prefault({})
+    .describe('Over a limit a client is turned away at once.'),
+  backlog: whole(1, 65_535, 4096).describe('Accept queue, per worker (listen(2)); the kernel caps it at net.core.somaxconn.'),
+});
+
+const workersExpected = 'auto, or a whole number from 1 to 1024';
+
+/** Parses to `Document`. Every section is checked even when another is wrong. */
+export const documentSchema = z.strictObject({
+  workers: z
+    .union([z.literal('auto'), wholeNumber(1, 1024, workersExpected)], { error: workersExpected })
+    .default('auto')
+    .describe('Worker processes; `auto`: one per core that keygate may use.'),
+  user: account().describe('What workers run as when keygate is started as root. Default: no change.'),
+  group: account().describe('Default: the group of `user`.'),
+  drainDeadline: duration(0, 86_400_000, '30s').describe('Connections still open this long after a drain began are closed.'),
+  log: z
+    .strictObject({ level: oneOf(['debug', 'info', 'warn', 'error'], 'info').describe('The least severe level that is logged.') })
+    .prefault({})
+    .describe('Logging, as JSON lines on standard output.'),
+  admin: z
+    .strictObject({ listen: kind('address', 'a loopback address or unix:/path', parseAdminAddress).describe('`127.0.0.1:9180` or `unix:/path`. Loopback only: there is no authentication.') })
+    .optional()
+    .describe('Admin server: metrics, health, status, reload, drain. Default: off.'),
+  tokens: section('token', token).describe('PKCS#11 tokens, by a name of your choice.'),
+  certificates: section('certificate', certificate).describe('Certificates and where their private keys are.'),
+  policies: z
+    .record(name('policy'), policy, { error: 'policies by name' })
+    .default({})
+    .describe('TLS policies beside the built-in `modern` (TLS 1.3) and `intermediate` (TLS 1.2 and 1.3).'),
+  tickets: tickets.prefault({}).describe('Session tickets.'),
+  upstreams: section('upstream', upstream).describe('Services that connections go to.'),
+  listeners: section('listener', listener).describe('Addresses that clients connect to.'),
+}, { error: 'a mapping with the sections tokens, certificates, upstreams and listeners' });
+
+export type Document = z.output<typeof documentSchema>;
+
+/** JSON Schema (draft 2020-12) of the document, for editors. Faults that a JSON Schema cannot say are left to `keygate check`. */
+export function jsonSchema(): z.core.JSONSchema.BaseSchema {
+  return z.toJSONSchema(documentSchema, { io: 'input' });
+}
+
+export function isTls13Suite(suite: string): boolean {
+  return !suite.includes('_WITH_');
+}
+
+function section<T extends z.ZodType>(singular: string, value: T) {
+  return z
+    .record(name(singular), value, { error: `${singular}s by name` })
+    .refine((entries) => Object.keys(entries).length > 0, `at least one ${singular}`);
+}
+
+function name(singular: string) {
+  return z
+    .string()
+    .regex(/^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$/, `a ${singular} name of 1 to 64 letters, digits, "-", "_" and ".", beginning with a letter or digit`);
+}
+
+/** Whether the name is defined is the business of references.ts. */
+function reference(singular: string) {
+  return z.string({ error: `the name of a ${singular}` }).meta({ title: `${singular} name` });
+}
+
+function account() {
+  return z.string({ error: 'a name' }).regex(/^[A-Za-z_][A-Za-z0-9_.-]{0,31}$/, 'the name of an account, not its number').optional();
+}
+
+function oneOf<const T extends readonly [string, ...string[]]>(values: T, preset: T[number]) {
+  return z.enum(values, { error: `one of ${values.join(', ')}` }).default(preset as never);
+}
+
+function whole(min: number, max: number, preset: number) {
+  return wholeNumber(min, max, `a whole number from ${min} to ${max}`).default(preset);
+}
+
+function wholeNumber(min: number, max: number, error: string) {
+  return z.int({ error }).min(min, error).max(max, error);
+}
+
+function verifyRate(preset: 'always' | number) {
+  const error = 'always, or a whole number N from 2 to 1000000 for one in N';
+  return z.union([z.literal('always'), wholeNumber(2, 1_000_000, error)], { error }).default(preset);
+}
+
+/** A duration in a range of milliseconds; the word `none` stands for 0 where it is allowed. */
+function duration(min: number, max: number, preset: string, word?: 'none') {
+  return requiredDuration(min, max, word).prefault(preset);
+}
+
+function requiredDuration(min: number, max: number, word?: 'none') {
+  const range = `a duration from ${formatDuration(min)} to ${formatDuration(max)}${word === undefined ? '' : `, or ${word}`}`;
+  return kind('duration', `${range}, such as 250ms, 5s, 1m, 2h or 7d`, (text): Parsed<number> => {
+    if (text === word) return { value: 0 };
+    const parsed = parseDuration(text);
+    if ('fault' in parsed || (parsed.value >= min && parsed.value <= max)) return parsed;
+    return { fault: { expected: range } };
+  });
+}
+
+function path(meaning: string) {
+  return kind('path', 'a path', parsePath).describe(meaning);
+}
+
+/** A string with a meaning of its own. The title shows in editors and in the reference. */
+function kind<T>(title: string, error: string, parse: (text: string) => Parsed<T>) {
+  return z
+    .string({ error })
+    .transform((text, context): T => {
+      const parsed = parse(text);
+      if ('value' in parsed) return parsed.value;
+      context.issues.push({ code: 'custom', input: text, message: parsed.fault.expected, params: { ...parsed.fault } });
+      return z.NEVER;
+    })
+    .meta({ title });
+}
+
+function tokenUri(text: string): Parsed<Pkcs11Uri> {
+  const parsed = parsePkcs11Uri(text);
+  if ('fault' in parsed) return parsed;
+  const { token: label, object, id, type } = parsed.value;
+  if (label === undefined) return { fault: { expected: 'a URI with token=LABEL' } };
+  if (object ?? id ?? type) return { fault: { expected: 'a URI without object, id and type', hint: 'objects are named by the key of a certificate' } };
+  return parsed;
+}
+
+function keyUri(text: string): Parsed<Pkcs11Uri> {
+  const parsed = parsePkcs11Uri(text);
+  if ('fault' in parsed) return parsed;
+  const { object, id, type, ...tokenAttributes } = parsed.value;
+  if (Object.keys(tokenAttributes).length > 0) {
+    return { fault: { expected: 'a URI with only object, id and type', hint: 'say which tokens hold the key with "tokens"' } };
+  }
+  if (type !== undefined && type !== 'private') return { fault: { expected: 'type=private or no type' } };
+  if ((object ?? id) === undefined) return { fault: { expected: 'a URI with object=LABEL or id=%XX...' } };
+  return parsed;
+}
+
+function parseVariableName(text: string): Parsed<string> {
+  return /^[A-Za-z_][A-Za-z0-9_]{0,127}$/.test(text) ? { value: text } : { fault: { expected: 'the name of an environment variable', ...hidden } };
+}
+
+/** Slashes would lead out of the directory. */
+function parseCredentialName(text: string): Parsed<string> {
+  if (/^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$/.test(text)) return { value: text };
+  return { fault: { expected: 'the name of a systemd credential, without slashes', ...hidden } };
+}
+
+/** What stands where a PIN may stand by mistake. */
+const hidden = { found: 'a value that is not shown because it may be a PIN' };
+
+function parseMode(text: string): Parsed<'offload'> {
+  if (text === 'offload') return { value: text };
+  if (!['encrypt', 'bridge', 'passthrough', 'forward'].includes(text)) return { fault: { expected: 'offload' } };
+  return { fault: { code: 'config_unsupported', expected: 'offload', hint: `mode ${text} is not in this version` } };
+}
+
+type PolicyDocument = { minVersion: string; maxVersion: string; groups: readonly string[]; cipherSuites?: readonly string[] | undefined };
+
+function* policyFaults(value: PolicyDocument): Generator<Fault & { readonly key: keyof PolicyDocument }> {
+  const { minVersion, maxVersion } = value;
+  if (minVersion > maxVersion) {
+    yield { key: 'minVersion', code: 'config_conflict', expected: `at most maxVersion, which is ${maxVersion}` };
+    return;
+  }
+  if (minVersion === '1.2' && value.groups.every((group) => group === 'X25519MLKEM768')) {
+    yield { key: 'groups', code: 'config_conflict', expected: 'a group that TLS 1.2 has as well: X25519, secp256r1 or secp384r1' };
+  }
+  if (value.cipherSuites === undefined) return;
+  for (const version of ['1.2', '1.3']) {
+    const enabled = minVersion <= version && version <= maxVersion;
+    const suites = value.cipherSuites.filter((suite) => isTls13Suite(suite) === (version === '1.3'));
+    if (enabled && suites.length === 0) {
+      yield { key: 'cipherSuites', code: 'config_conflict', expected: `a cipher suite for TLS ${version}, which the policy allows` };
+    }
+    if (!enabled && suites.length > 0) {
+      yield { key: 'cipherSuites', code: 'config_conflict', expected: `no cipher suite for TLS ${version}, which the policy forbids (${suites.join(', ')})` };
+    }
+  }
+}
