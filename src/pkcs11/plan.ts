@@ -22,6 +22,9 @@ import type { OpenToken, TokenKey } from './keys.ts';
 import { closeSession, findToken, login, openModule, openSession } from './module.ts';
 import type { NativeModuleGuard } from './module.ts';
 
+/** As much of the configuration as this looks at. */
+export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates'>;
+
 export interface PlanTools {
   readonly guard: NativeModuleGuard;
   /** The buffer is zeroed after use; asked at most once per token. */
@@ -85,14 +88,14 @@ export interface Examination {
  * @throws TokenError whose message has a line for every problem, a refused PIN first, because whoever starts workers
  * must stop at once; ConfigError when only certificate files are wrong.
  */
-export function provePlan(config: Config, tools: PlanTools): ProvedPlan {
+export function provePlan(config: PlanConfig, tools: PlanTools): ProvedPlan {
   const { plan, findings } = examinePlan(config, tools);
   if (plan !== undefined) return plan;
   throw combinedError(findings.flatMap(({ error }) => error ?? []));
 }
 
 /** Looks at everything and does not throw for what it finds. Each token sees its PIN at most once. */
-export function examinePlan(config: Config, tools: PlanTools): Examination {
+export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
   const tokens = Object.values(config.tokens).map((token): TokenState => ({ config: token, warnings: [] }));
   const certificates = Object.values(config.certificates).map(
     (certificate): CertificateState => ({
@@ -205,7 +208,7 @@ function proveKeys({ reading: { chain }, keys }: CertificateState): void {
   }
 }
 
-function warnOfSessionLimit({ config: { name, lanes }, open, warnings }: TokenState, { workers }: Config): void {
+function warnOfSessionLimit({ config: { name, lanes }, open, warnings }: TokenState, { workers }: PlanConfig): void {
   const max = open?.token.sessions.max;
   const count = workers === 'auto' ? availableParallelism() : workers;
   // Beside its lanes each worker holds one session that keeps the login alive.

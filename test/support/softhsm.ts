@@ -7,6 +7,10 @@ import { execFileSync } from 'node:child_process';
 import { existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import type { TestContext } from 'node:test';
+import type { OpenToken } from '../../src/pkcs11/keys.ts';
+import { closeModule, closeSession, findToken, login, openModule, openSession } from '../../src/pkcs11/module.ts';
+import type { NativeModuleGuard } from '../../src/pkcs11/module.ts';
 
 export interface DisposableToken {
   /** Private to the test; removed with everything in it. */
@@ -54,6 +58,25 @@ export function disposableToken({ label = 'keygate-test', empty = false } = {}):
   if (!empty) token.addToken(label);
   return token;
 }
+
+/** A disposable token, and a read-write session of this process that is logged in to it; gone when the test ends. */
+export function openDisposableToken(test: TestContext): { readonly disposable: DisposableToken; readonly open: OpenToken } {
+  const disposable = disposableToken();
+  process.env['SOFTHSM2_CONF'] = disposable.env.SOFTHSM2_CONF;
+  const module = openModule(disposable.module, false, unguarded);
+  const token = findToken(module, { token: disposable.label });
+  const session = openSession(token, 'read-write');
+  test.after(() => {
+    closeSession(session);
+    closeModule(module);
+    disposable.dispose();
+  });
+  login(session, token, () => Buffer.from(disposable.pin));
+  return { disposable, open: { session, token } };
+}
+
+/** For processes that have the token directory to themselves: nobody to keep out, and Node's OpenSSL does for SoftHSM. */
+export const unguarded: NativeModuleGuard = { preload: () => {}, lockLogin: () => () => {} };
 
 /** Easy to find in any output it leaks to. */
 const userPin = '73190264';
