@@ -74,6 +74,7 @@ export const errorCodes = {
   bind_failed: 'a listener cannot be bound',
   admin_failed: 'the admin server cannot be started or reached',
   privileges: 'privileges cannot be dropped',
+  upstream_unresolved: 'the name of an upstream server has no address',
   worker_failed: 'a worker ended or never became ready',
   reload_failed: 'a reload was rolled back',
   check_failed: 'keygate check found problems',

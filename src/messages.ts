@@ -4,7 +4,7 @@
  * Runs: types only; the values cross as structured clones (cluster's `advanced` serialization), so byte arrays stay bytes.
  */
 import type { Config } from './config/config.ts';
-import type { EngineSnapshot } from './engine/binding.d.ts';
+import type { EngineSnapshot } from './engine/native.d.ts';
 import type { ErrorCode } from './errors.ts';
 
 /** A listening socket as a worker inherits it. */

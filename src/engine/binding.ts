@@ -7,7 +7,7 @@ import { createRequire } from 'node:module';
 import { isMainThread } from 'node:worker_threads';
 import { ServiceError } from '../errors.ts';
 
-export type EngineBinding = typeof import('./binding.d.ts');
+export type EngineBinding = typeof import('./native.d.ts');
 
 let loaded: EngineBinding | undefined;
 
@@ -26,7 +26,7 @@ function load(): EngineBinding {
   }
   const path = new URL('keygate-engine.node', import.meta.url).pathname;
   try {
-    // The addon is trusted to be what binding.d.ts says: both come from one build, which a check compares.
+    // The addon is trusted to be what native.d.ts says: both come from one build, which a check compares.
     return createRequire(import.meta.url)(path) as EngineBinding;
   } catch (cause) {
     throw new ServiceError('engine_missing', `${path} cannot be loaded: ${String(cause)}`, {

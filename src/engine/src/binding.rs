@@ -1,4 +1,4 @@
-//! Owns the border to JavaScript: the shapes of what crosses it (`binding.d.ts` is generated from here) and their checking.
+//! Owns the border to JavaScript: the shapes of what crosses it (`native.d.ts` is generated from here) and their checking.
 //! No panic crosses it, and nothing calls back: JavaScript asks. JavaScript thread only.
 
 use std::net::SocketAddr;

@@ -1,0 +1,248 @@
+// Printed from the Rust types by scripts/binding-types.ts; do not edit.
+
+export interface CertificateSettings {
+  name: string
+  /** DNS names in lower case, wildcards as `*.example.org`. */
+  names: Array<string>
+  /** DER, leaf first. */
+  chain: Array<Buffer>
+  /** The leaf's SubjectPublicKeyInfo, DER (RFC 5280 4.1). */
+  publicKey: Buffer
+  keys: Array<KeyPlace>
+}
+
+export interface CloseReason {
+  side: string
+  phase: string
+  reason: string
+  meaning: string
+}
+
+export interface CloseSnapshot {
+  side: string
+  phase: string
+  reason: string
+  count: number
+}
+
+export interface ConnectSnapshot {
+  outcome: string
+  count: number
+}
+
+/** The data path of one worker. */
+export declare class Engine {
+  /**
+   * Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
+   *
+   * Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
+   */
+  constructor(settings: EngineSettings)
+  /** Accepts also from a socket of a sibling that is gone. An unknown listener is ignored. */
+  accept(listener: string, socket: number): void
+  /** Leaves a socket to the sibling that is back. */
+  stopAccepting(socket: number): void
+  /** `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. */
+  setTicketSecrets(secrets: Array<Buffer>): void
+  /** Accepts no more connections; established ones go on. */
+  drain(): void
+  /**
+   * Ends every connection, the lanes and the PKCS#11 modules. Returns within about `budget_ms` (per token) even if a
+   * token hangs; the process must then end.
+   */
+  stop(budgetMs: number): void
+  snapshot(): EngineSnapshot
+}
+
+export interface EngineSettings {
+  tokens: Array<TokenSettings>
+  certificates: Array<CertificateSettings>
+  upstreams: Array<UpstreamSettings>
+  listeners: Array<ListenerSettings>
+  ticketLifetimeMs: number
+}
+
+export interface EngineSnapshot {
+  /** False when the I/O thread has ended without being told to: the worker must be replaced. */
+  running: boolean
+  listeners: Array<ListenerSnapshot>
+  upstreams: Array<UpstreamSnapshot>
+  closes: Array<CloseSnapshot>
+  tokens: Array<TokenSnapshot>
+}
+
+export interface HandshakeSnapshot {
+  protocol: 'TLSv1.2' | 'TLSv1.3'
+  resumed: boolean
+  latency: LatencySnapshot
+}
+
+export interface HealthSettings {
+  intervalMs: number
+  timeoutMs: number
+  fall: number
+  rise: number
+}
+
+/** Where a token holds the private key of a certificate. At least one of id and label. */
+export interface KeyPlace {
+  token: string
+  id?: Buffer
+  label?: string
+}
+
+/** Not cumulative; bucket i counts what is above bound i-1 and at most bound i, the last one what is above all bounds. */
+export interface LatencySnapshot {
+  buckets: Array<number>
+  sumUs: number
+}
+
+export interface ListenerSettings {
+  name: string
+  /** Names of certificates; the first is the default. */
+  certificates: Array<string>
+  unknownName: 'default' | 'refuse'
+  alpn: Array<string>
+  /** `1.2`, `1.3`; empty: both. */
+  versions: Array<string>
+  /** IANA names in order of preference; empty: all. */
+  cipherSuites: Array<string>
+  /** IANA names in order of preference; empty: all. */
+  groups: Array<string>
+  tickets: boolean
+  upstream: string
+  handshakeDeadlineMs: number
+  idleDeadlineMs: number
+  halfClosedDeadlineMs: number
+  /** 0: none. */
+  lifetimeDeadlineMs: number
+  connectionsMax: number
+  handshakesMax: number
+  /** Inherited listening sockets of this worker's slot. */
+  sockets: Array<number>
+}
+
+export interface ListenerSnapshot {
+  name: string
+  accepted: number
+  acceptFailures: number
+  connectionsOpen: number
+  handshakesInFlight: number
+  toUpstreamBytes: number
+  toClientBytes: number
+  handshakes: Array<HandshakeSnapshot>
+}
+
+/** Keeps other processes of this host from logging in to tokens of the same module at the same moment. */
+export declare class LoginLock {
+  /** Waits at most `wait_ms`, blocking. Throws when the module cannot be opened or the time is over. */
+  static acquire(module: string, waitMs: number): LoginLock
+  release(): void
+}
+
+export interface MechanismSnapshot {
+  mechanism: 'ecdsa' | 'rsa_pkcs' | 'rsa_pkcs_pss' | 'eddsa'
+  ok: number
+  failed: number
+  /** Signatures that did not verify; none of them was sent. */
+  wrong: number
+  latency: LatencySnapshot
+}
+
+export interface OpenedListener {
+  /** The caller's to close. */
+  fd: number
+  /** With the port that was chosen for port 0. */
+  address: string
+}
+
+export interface ServerSnapshot {
+  address: string
+  up: boolean
+  connectionsOpen: number
+  connects: Array<ConnectSnapshot>
+  connectLatency: LatencySnapshot
+}
+
+/** A token and how to use it. Durations are milliseconds. */
+export interface TokenSettings {
+  name: string
+  module: string
+  /** The token's label, without padding. */
+  label: string
+  serial?: string
+  /** Overwritten with zeros when it has been taken. */
+  pin: Buffer
+  /** Signing threads, each with a PKCS#11 session: 1 to 256. */
+  lanes: number
+  queueMax: number
+  queueAgeMs: number
+  signDeadlineMs: number
+  loginLockWaitMs: number
+  /** Load the module with symbols of its own (RTLD_DEEPBIND). */
+  isolate: boolean
+  /** Verify each n-th RSA signature before use; 1: all. */
+  verifyRsaEvery: number
+  /** Verify the first EC or Ed25519 signature of each PKCS#11 session and key, then each n-th; 1: all. */
+  verifyEcEvery: number
+}
+
+export interface TokenSnapshot {
+  name: string
+  up: boolean
+  mechanisms: Array<MechanismSnapshot>
+  signWait: LatencySnapshot
+  queueDepthEc: number
+  queueDepthRsa: number
+  lanesIdle: number
+  lanesBusy: number
+  lanesLost: number
+  reopened: number
+  loggedIn: number
+  refound: number
+  shedQueueFull: number
+  shedQueueAged: number
+  shedTokenDown: number
+  cancelled: number
+  wentDown: number
+  loginLockTimeouts: number
+}
+
+export interface UpstreamSettings {
+  name: string
+  /** `192.0.2.1:80`, `[2001:db8::1]:80` or `unix:/path`: addresses, not names. */
+  servers: Array<string>
+  balance: 'round-robin' | 'least-connections'
+  connectDeadlineMs: number
+  connectAttemptsMax: number
+  proxyProtocol?: 'v1' | 'v2'
+  health?: HealthSettings
+  passiveFailuresMax: number
+  passiveEjectionMs: number
+}
+
+export interface UpstreamSnapshot {
+  name: string
+  servers: Array<ServerSnapshot>
+}
+
+/** The closed list of reasons why a connection can end. */
+export declare function closeReasons(): Array<CloseReason>
+
+/** No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN. */
+export declare function harden(): void
+
+/** Upper bounds of every latency histogram, in microseconds. */
+export declare function latencyBoundsUs(): Array<number>
+
+/**
+ * Opens a listening socket at an address and port.
+ * Throws with the code of bind(2) first in the message: EADDRINUSE, EACCES, …
+ */
+export declare function openListener(address: string, backlog: number): OpenedListener
+
+/** Loads a PKCS#11 module before anybody else does, with symbols of its own if `isolate`. It stays loaded. */
+export declare function preloadModule(path: string, isolate: boolean): void
+
+/** Throws if somebody already listens at the address, or if it cannot be bound. */
+export declare function probeAddress(address: string): void
