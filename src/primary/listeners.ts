@@ -4,8 +4,8 @@
  * Must not know: TLS, tokens, who accepts.
  * Runs: main thread of the primary.
  */
-import { isIPv6 } from 'node:net';
-import type { Config, ListenerConfig, TcpAddress } from '../config/config.ts';
+import { formatAddress } from '../config/address.ts';
+import type { Config, ListenerConfig } from '../config/config.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { ServiceError } from '../errors.ts';
 import type { InheritedSocket } from '../messages.ts';
@@ -71,8 +71,4 @@ function hintFor(found: string): { hint?: string } {
     return { hint: 'no interface of this host has that address' };
   }
   return {};
-}
-
-function formatAddress({ host, port }: TcpAddress): string {
-  return isIPv6(host) ? `[${host}]:${port}` : `${host}:${port}`;
 }

@@ -132,6 +132,8 @@ pub struct EngineSettings {
     pub upstreams: Vec<UpstreamSettings>,
     pub listeners: Vec<ListenerSettings>,
     pub ticket_lifetime_ms: u32,
+    /// 32 bytes for each epoch, the current one first. Overwritten with zeros.
+    pub ticket_secrets: Vec<Buffer>,
 }
 
 /// Not cumulative; bucket i counts what is above bound i-1 and at most bound i, the last one what is above all bounds.
@@ -256,8 +258,9 @@ impl Engine {
     /// Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
     #[napi(constructor, catch_unwind)]
     pub fn new(settings: EngineSettings) -> Result<Self> {
-        let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms } = settings;
-        let ticketer = Ticketer::new(ms(ticket_lifetime_ms));
+        let EngineSettings { tokens, certificates, upstreams, listeners, .. } = settings;
+        let ticketer = Ticketer::new(ms(settings.ticket_lifetime_ms));
+        rotate(&ticketer, settings.ticket_secrets)?;
         let sign_deadlines: Vec<_> =
             tokens.iter().map(|token| (token.name.clone(), ms(token.sign_deadline_ms))).collect();
         // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
@@ -301,12 +304,7 @@ impl Engine {
     /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros.
     #[napi(catch_unwind)]
     pub fn set_ticket_secrets(&self, secrets: Vec<Buffer>) -> Result<()> {
-        let secrets = secrets.into_iter().map(epoch_secret).collect::<Result<Vec<_>>>()?;
-        let Some((current, others)) = secrets.split_first() else {
-            return Err(invalid("ticket secrets: expected at least one"));
-        };
-        self.ticketer.rotate(current, others);
-        Ok(())
+        rotate(&self.ticketer, secrets)
     }
 
     /// Accepts no more connections; established ones go on.
@@ -627,6 +625,15 @@ fn upstream_plan(settings: UpstreamSettings) -> Result<UpstreamPlan> {
         },
         name,
     })
+}
+
+fn rotate(ticketer: &Ticketer, secrets: Vec<Buffer>) -> Result<()> {
+    let secrets = secrets.into_iter().map(epoch_secret).collect::<Result<Vec<_>>>()?;
+    let Some((current, others)) = secrets.split_first() else {
+        return Err(invalid("ticket secrets: expected at least one"));
+    };
+    ticketer.rotate(current, others);
+    Ok(())
 }
 
 fn epoch_secret(mut buffer: Buffer) -> Result<EpochSecret> {

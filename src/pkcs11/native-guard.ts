@@ -1,0 +1,19 @@
+/**
+ * Owns: what the engine does for graphene in the same process: isolation of the module and the login lock.
+ * Must not know: graphene, tokens.
+ * Runs: main thread of a worker, and of the commands that use a token.
+ */
+import { engine } from '../engine/binding.ts';
+import type { NativeModuleGuard } from './module.ts';
+
+export const nativeGuard: NativeModuleGuard = {
+  preload(modulePath, isolate) {
+    engine().preloadModule(modulePath, isolate);
+  },
+  lockLogin(modulePath, waitMs) {
+    const lock = engine().LoginLock.acquire(modulePath, waitMs);
+    return () => {
+      lock.release();
+    };
+  },
+};

@@ -1,0 +1,129 @@
+/**
+ * Owns: the life of the primary: open the listeners, give up root, start the workers, watch over them, drain, leave.
+ * Must not know: TLS, tokens, HTTP details. Never loads a PKCS#11 module, never starts the engine.
+ * Runs: main thread of the primary.
+ */
+import { X509Certificate } from 'node:crypto';
+import { readFileSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
+import type { Config } from '../config/config.ts';
+import { engine } from '../engine/binding.ts';
+import { openLog } from '../log.ts';
+import type { Log } from '../log.ts';
+import { startAdmin } from './admin.ts';
+import type { Admin } from './admin.ts';
+import { openListeners } from './listeners.ts';
+import type { Listeners } from './listeners.ts';
+import { renderMetrics } from './metrics.ts';
+import { dropPrivileges } from './privileges.ts';
+import { TicketEpochs } from './ticket-epochs.ts';
+import { Workers } from './workers.ts';
+
+/** Keeps what workers have counted from being lost with them. */
+const observeIntervalMs = 1000;
+
+/** A running keygate. */
+export interface Service {
+  /** By listener, with the port that was chosen for port 0. */
+  readonly addresses: Listeners['addresses'];
+  readonly adminAddress: string | undefined;
+  /** Resolves when every worker has left. Safe to call again. */
+  drain(): Promise<void>;
+}
+
+/**
+ * Starts keygate; resolves when every worker is ready.
+ * @throws ServiceError `bind_failed`, `privileges`, `admin_failed`; TokenError or ServiceError of the first worker
+ */
+export async function serve(config: Config): Promise<Service> {
+  const log = openLog(config.log.level);
+  const slots = config.workers === 'auto' ? availableParallelism() : config.workers;
+  const listeners = openListeners(config, slots, engine());
+  dropPrivileges(config, log);
+
+  const workers = new Workers(config, listeners, new TicketEpochs(), log);
+  const drained = Promise.withResolvers<void>();
+  workers.once('drained', drained.resolve);
+  let draining = false;
+  const drain = async (): Promise<void> => {
+    if (!draining) {
+      draining = true;
+      log.info({ event: 'drain_started', deadlineMs: config.drainDeadlineMs }, 'draining');
+      workers.drain(config.drainDeadlineMs);
+    }
+    return drained.promise;
+  };
+
+  const admin = await openAdmin(config, listeners, workers, drain, log);
+  const allReady = Promise.withResolvers<void>();
+  workers.once('allReady', allReady.resolve);
+  const timers = [
+    setInterval(() => void workers.observe(), observeIntervalMs),
+    setInterval(() => {
+      workers.rotateTickets();
+    }, config.tickets.rotationMs),
+  ];
+  void drained.promise.then(async () => {
+    for (const timer of timers) clearInterval(timer);
+    await admin?.close();
+    log.info({ event: 'drained' }, 'every connection has ended');
+  });
+  const stop = (signal: string): void => {
+    log.info({ event: 'signal', signal }, `${signal} received`);
+    void drain();
+  };
+  process.on('SIGTERM', stop);
+  process.on('SIGINT', stop);
+  process.on('SIGHUP', () => {
+    log.warn({ event: 'reload_unsupported' }, 'SIGHUP ignored: this version cannot reload its configuration, restart it');
+  });
+
+  try {
+    await workers.start();
+  } catch (error) {
+    for (const timer of timers) clearInterval(timer);
+    await admin?.close();
+    throw error;
+  }
+  await Promise.race([allReady.promise, drained.promise]);
+  log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
+  return { addresses: listeners.addresses, adminAddress: admin?.address, drain };
+}
+
+async function openAdmin(
+  config: Config,
+  listeners: Listeners,
+  workers: Workers,
+  drain: () => Promise<void>,
+  log: Log,
+): Promise<Admin | undefined> {
+  if (config.admin === undefined) return undefined;
+  const certificates = expiries(config);
+  const view = {
+    get unreadiness() {
+      return workers.unreadiness;
+    },
+    metrics: async () => renderMetrics({ snapshot: await workers.observe(), workers: workers.status, certificates }),
+    status: async () => ({
+      ready: workers.unreadiness === undefined,
+      unreadiness: workers.unreadiness,
+      listeners: listeners.addresses,
+      workers: workers.status,
+      certificates,
+      engine: await workers.observe(),
+    }),
+    drain: () => void drain(),
+  };
+  return startAdmin(config.admin.listen, view, log);
+}
+
+/** A chain that cannot be read is the workers' to report, with everything else that is wrong with it. */
+function expiries(config: Config): readonly { name: string; notAfterMs: number }[] {
+  return Object.values(config.certificates).flatMap(({ name, chain }) => {
+    try {
+      return [{ name, notAfterMs: new X509Certificate(readFileSync(chain)).validToDate.getTime() }];
+    } catch {
+      return [];
+    }
+  });
+}

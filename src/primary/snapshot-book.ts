@@ -1,0 +1,154 @@
+/**
+ * Owns: what the workers have measured, so that a scrape never waits for one of them and nothing counted is ever lost:
+ * the last snapshot of each, and the counts of those that are gone.
+ * Must not know: processes, metric names.
+ * Runs: main thread of the primary.
+ */
+import type {
+  EngineSnapshot,
+  LatencySnapshot,
+  ListenerSnapshot,
+  ServerSnapshot,
+  TokenSnapshot,
+} from '../engine/native.d.ts';
+
+export class SnapshotBook {
+  readonly #living = new Map<number, EngineSnapshot>();
+  #retired: EngineSnapshot | undefined;
+  #awaited = { id: 0, slots: new Set<number>(), done: () => {} };
+
+  /** Resolves when each of `slots` has answered observation `id`. A later call supersedes an earlier one. */
+  async expect(id: number, slots: readonly number[]): Promise<void> {
+    this.#awaited.done();
+    const { promise, resolve } = Promise.withResolvers<void>();
+    this.#awaited = { id, slots: new Set(slots), done: resolve };
+    if (slots.length === 0) resolve();
+    return promise;
+  }
+
+  enter(id: number, slot: number, snapshot: EngineSnapshot): void {
+    this.#living.set(slot, snapshot);
+    if (id !== this.#awaited.id) return;
+    this.#awaited.slots.delete(slot);
+    if (this.#awaited.slots.size === 0) this.#awaited.done();
+  }
+
+  /** The worker is gone: its counts stay, its gauges go with it. */
+  retire(slot: number): void {
+    const last = this.#living.get(slot);
+    this.#living.delete(slot);
+    if (last !== undefined) this.#retired = sum(this.#retired ?? empty, withoutGauges(last));
+  }
+
+  total(): EngineSnapshot {
+    return [...this.#living.values()].reduce(sum, this.#retired ?? empty);
+  }
+}
+
+const empty: EngineSnapshot = { running: true, listeners: [], upstreams: [], closes: [], tokens: [] };
+
+function sum(a: EngineSnapshot, b: EngineSnapshot): EngineSnapshot {
+  return {
+    running: a.running && b.running,
+    listeners: merge(a.listeners, b.listeners, ({ name }) => name, sumListener),
+    upstreams: merge(
+      a.upstreams,
+      b.upstreams,
+      ({ name }) => name,
+      (x, y) => ({ name: x.name, servers: merge(x.servers, y.servers, ({ address }) => address, sumServer) }),
+    ),
+    closes: merge(
+      a.closes,
+      b.closes,
+      ({ side, phase, reason }) => `${side}/${phase}/${reason}`,
+      (x, y) => ({ ...x, count: x.count + y.count }),
+    ),
+    tokens: merge(a.tokens, b.tokens, ({ name }) => name, sumToken),
+  };
+}
+
+function sumListener(a: ListenerSnapshot, b: ListenerSnapshot): ListenerSnapshot {
+  return {
+    ...addNumbers(a, b),
+    handshakes: merge(
+      a.handshakes,
+      b.handshakes,
+      ({ protocol, resumed }) => `${protocol} ${resumed}`,
+      (x, y) => ({ ...x, latency: sumLatency(x.latency, y.latency) }),
+    ),
+  };
+}
+
+function sumServer(a: ServerSnapshot, b: ServerSnapshot): ServerSnapshot {
+  return {
+    ...addNumbers(a, b),
+    up: a.up && b.up, // down for one worker is down enough to be looked at
+    connects: merge(
+      a.connects,
+      b.connects,
+      ({ outcome }) => outcome,
+      (x, y) => ({ outcome: x.outcome, count: x.count + y.count }),
+    ),
+    connectLatency: sumLatency(a.connectLatency, b.connectLatency),
+  };
+}
+
+function sumToken(a: TokenSnapshot, b: TokenSnapshot): TokenSnapshot {
+  return {
+    ...addNumbers(a, b),
+    up: a.up && b.up,
+    mechanisms: merge(
+      a.mechanisms,
+      b.mechanisms,
+      ({ mechanism }) => mechanism,
+      (x, y) => ({ ...addNumbers(x, y), latency: sumLatency(x.latency, y.latency) }),
+    ),
+    signWait: sumLatency(a.signWait, b.signWait),
+  };
+}
+
+function sumLatency(a: LatencySnapshot, b: LatencySnapshot): LatencySnapshot {
+  return { buckets: a.buckets.map((count, index) => count + (b.buckets[index] ?? 0)), sumUs: a.sumUs + b.sumUs };
+}
+
+/** `a` with each of its own numbers increased by that of `b`; everything else is `a`'s. */
+function addNumbers<T extends object>(a: T, b: T): T {
+  const summed: Record<string, unknown> = { ...a };
+  for (const [key, value] of Object.entries(b)) {
+    const own = summed[key];
+    if (typeof own === 'number' && typeof value === 'number') summed[key] = own + value;
+  }
+  return summed as T;
+}
+
+/** Items of both lists; those with the same key as one. */
+function merge<T>(a: readonly T[], b: readonly T[], keyOf: (item: T) => string, add: (x: T, y: T) => T): T[] {
+  const merged = new Map(a.map((item) => [keyOf(item), item]));
+  for (const item of b) {
+    const own = merged.get(keyOf(item));
+    merged.set(keyOf(item), own === undefined ? item : add(own, item));
+  }
+  return [...merged.values()];
+}
+
+/** A dead worker holds no connection, no lane and no queue, and says nothing about what is up. */
+function withoutGauges(snapshot: EngineSnapshot): EngineSnapshot {
+  return {
+    ...snapshot,
+    running: true,
+    listeners: snapshot.listeners.map((listener) => ({ ...listener, connectionsOpen: 0, handshakesInFlight: 0 })),
+    upstreams: snapshot.upstreams.map((upstream) => ({
+      ...upstream,
+      servers: upstream.servers.map((server) => ({ ...server, connectionsOpen: 0, up: true })),
+    })),
+    tokens: snapshot.tokens.map((token) => ({
+      ...token,
+      up: true,
+      queueDepthEc: 0,
+      queueDepthRsa: 0,
+      lanesIdle: 0,
+      lanesBusy: 0,
+      lanesLost: 0,
+    })),
+  };
+}

@@ -1,0 +1,36 @@
+/**
+ * Owns: telling the log when a token or an upstream server goes down or comes back.
+ * Must not know: why; the engine counts that.
+ * Runs: main thread of a worker.
+ */
+import type { EngineSnapshot } from '../engine/native.d.ts';
+import type { Log } from '../log.ts';
+
+/** Remembers what was up at the last look. Everything is up when the engine starts. */
+export class HealthWatch {
+  readonly #log: Log;
+  readonly #down = new Set<string>();
+
+  constructor(log: Log) {
+    this.#log = log;
+  }
+
+  look({ tokens, upstreams }: EngineSnapshot): void {
+    for (const { name, up } of tokens) this.#notice('token', name, up);
+    for (const { name, servers } of upstreams) {
+      for (const { address, up } of servers) this.#notice('server', `${name} ${address}`, up);
+    }
+  }
+
+  #notice(what: 'token' | 'server', name: string, up: boolean): void {
+    const key = `${what} ${name}`;
+    if (up === !this.#down.has(key)) return;
+    if (up) {
+      this.#down.delete(key);
+      this.#log.info({ event: `${what}_up`, [what]: name }, `${key} is back`);
+    } else {
+      this.#down.add(key);
+      this.#log.error({ event: `${what}_down`, [what]: name }, `${key} is down`);
+    }
+  }
+}

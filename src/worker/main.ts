@@ -1,0 +1,134 @@
+/**
+ * Owns: the life of a worker process: prove the tokens, start the engine, obey the primary, drain, leave.
+ * Must not know: the other workers; whatever happens per byte or per handshake.
+ * Runs: main thread of a worker, forked by src/primary/workers.ts.
+ */
+import type { Engine } from '../engine/native.d.ts';
+import { engine as loadEngine } from '../engine/binding.ts';
+import { readPin } from '../config/pin.ts';
+import { KeygateError } from '../errors.ts';
+import { openLog } from '../log.ts';
+import type { Log } from '../log.ts';
+import type { PrimaryMessage, WorkerFailure, WorkerMessage } from '../messages.ts';
+import { nativeGuard } from '../pkcs11/native-guard.ts';
+import { provePlan } from '../pkcs11/plan.ts';
+import { engineSettings } from './plan.ts';
+import { HealthWatch } from './health-watch.ts';
+
+/** How long the I/O thread and each token get to stop when the process leaves. */
+const stopBudgetMs = 200;
+/** How often the engine is looked at: whether it runs, and what became of tokens and servers. */
+const watchIntervalMs = 1000;
+/** How often a draining worker looks whether its last connection has ended. */
+const drainIntervalMs = 50;
+
+let log: Log = openLog('info', Number(process.env['KEYGATE_SLOT']));
+let engine: Engine | undefined;
+let draining = false;
+
+// Ctrl-C reaches the whole process group; the primary decides what it means.
+process.on('SIGINT', () => {});
+process.on('SIGHUP', () => {});
+process.on('SIGTERM', () => {
+  drain(0);
+});
+process.on('uncaughtException', (error) => {
+  log.fatal({ event: 'worker_crashed', error }, 'a defect ended this worker');
+  process.exit(1);
+});
+// However the process leaves, the lanes must be out of the module first: its destructors run at exit.
+process.on('exit', () => {
+  engine?.stop(stopBudgetMs);
+});
+process.on('disconnect', () => {
+  process.exit(1); // the primary is gone, and its sockets with it
+});
+process.on('message', (message: PrimaryMessage) => {
+  obey(message);
+});
+
+function obey(message: PrimaryMessage): void {
+  switch (message.type) {
+    case 'start':
+      start(message).catch(fail);
+      return;
+    case 'tickets':
+      engine?.setTicketSecrets(message.ticketSecrets.map((secret) => Buffer.from(secret)));
+      return;
+    case 'adopt':
+      if (!draining) for (const { listener, fd } of message.sockets) engine?.accept(listener, fd);
+      return;
+    case 'release':
+      for (const { fd } of message.sockets) engine?.stopAccepting(fd);
+      return;
+    case 'drain':
+      drain(message.deadlineMs);
+      return;
+    case 'observe':
+      if (engine !== undefined) tell({ type: 'snapshot', id: message.id, snapshot: engine.snapshot() });
+      return;
+  }
+}
+
+async function start({ config, sockets, ticketSecrets }: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
+  log = openLog(config.log.level, Number(process.env['KEYGATE_SLOT']));
+  const native = loadEngine();
+  native.harden();
+  const proved = provePlan(config, { guard: nativeGuard, readPin });
+  const settings = await engineSettings(config, proved, sockets, ticketSecrets);
+  engine = new native.Engine(settings);
+  watch(engine);
+  tell({ type: 'ready', warnings: proved.warnings });
+}
+
+function watch(running: Engine): void {
+  const health = new HealthWatch(log);
+  setInterval(() => {
+    const snapshot = running.snapshot();
+    if (!snapshot.running) throw new Error('the I/O thread ended by itself');
+    health.look(snapshot);
+  }, watchIntervalMs).unref();
+}
+
+/** A second call only moves the deadline. */
+function drain(deadlineMs: number): void {
+  if (engine === undefined) process.exit(0);
+  engine.drain();
+  setTimeout(leave, deadlineMs);
+  if (draining) return;
+  draining = true;
+  const running = engine;
+  setInterval(() => {
+    if (running.snapshot().listeners.every(({ connectionsOpen }) => connectionsOpen === 0)) leave();
+  }, drainIntervalMs);
+}
+
+function leave(): void {
+  process.exit(0);
+}
+
+function fail(error: unknown): void {
+  const failure = describeFailure(error);
+  // Exit only when the primary has the reason: process.exit would drop what the channel still holds.
+  tell({ type: 'failed', failure }, () => process.exit(failure.exitCode));
+}
+
+function describeFailure(error: unknown): WorkerFailure {
+  const message = error instanceof Error ? error.message : String(error);
+  if (error instanceof KeygateError) {
+    const { code, hint, exitCode } = error;
+    return { code, message, hint, exitCode, haltsForking: pinCodes.has(code) };
+  }
+  // The engine's own words for a refused PIN (signing/token_error.rs).
+  if (/^token_fault pin_/.test(message)) {
+    return { code: 'token_login', message, hint: undefined, exitCode: 69, haltsForking: true };
+  }
+  return { code: 'engine_failed', message, hint: undefined, exitCode: 1, haltsForking: false };
+}
+
+/** Each further try would cost one of the PIN's few. */
+const pinCodes: ReadonlySet<string> = new Set(['token_login', 'token_pin_locked', 'pin_unavailable', 'pin_invalid', 'pin_exposed']);
+
+function tell(message: WorkerMessage, sent?: () => void): void {
+  process.send?.(message, undefined, undefined, sent);
+}

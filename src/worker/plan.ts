@@ -1,0 +1,142 @@
+/**
+ * Owns: turning a configuration and what was proved of it into the engine's settings.
+ * Must not know: PKCS#11 calls, the primary.
+ * Runs: main thread of a worker, once per start.
+ */
+import { lookup } from 'node:dns/promises';
+import { isIP, isIPv6 } from 'node:net';
+import type { Config, ListenerConfig, PolicyConfig, TokenConfig, UpstreamConfig, VerifyRate } from '../config/config.ts';
+import { readPin } from '../config/pin.ts';
+import type {
+  CertificateSettings,
+  EngineSettings,
+  ListenerSettings,
+  TokenSettings,
+  UpstreamSettings,
+} from '../engine/native.d.ts';
+import { ServiceError } from '../errors.ts';
+import type { InheritedSocket } from '../messages.ts';
+import type { ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
+
+/**
+ * Reads every PIN once more; the engine keeps them to log in again, and wipes the buffers.
+ * @throws ServiceError `upstream_unresolved`; TokenError when a PIN's source has gone
+ */
+export async function engineSettings(
+  config: Config,
+  proved: ProvedPlan,
+  sockets: readonly InheritedSocket[],
+  ticketSecrets: readonly Uint8Array[],
+): Promise<EngineSettings> {
+  const upstreams = await Promise.all(Object.values(config.upstreams).map(upstreamSettings));
+  return {
+    tokens: proved.tokens.flatMap(({ name, label, serial }) => {
+      const token = config.tokens[name];
+      return token === undefined ? [] : [tokenSettings(token, label, serial)];
+    }),
+    certificates: proved.certificates.map(certificateSettings),
+    upstreams,
+    listeners: Object.values(config.listeners).map((listener) => listenerSettings(listener, config, sockets)),
+    ticketLifetimeMs: config.tickets.lifetimeMs,
+    ticketSecrets: ticketSecrets.map((secret) => Buffer.from(secret)),
+  };
+}
+
+function tokenSettings(token: TokenConfig, label: string, serial: string): TokenSettings {
+  return {
+    name: token.name,
+    module: token.module,
+    label,
+    serial,
+    pin: readPin(token.pin),
+    lanes: token.lanes,
+    queueMax: token.queue.max,
+    queueAgeMs: token.queue.ageMs,
+    signDeadlineMs: token.signDeadlineMs,
+    loginLockWaitMs: token.loginLockWaitMs,
+    isolate: token.isolate,
+    verifyRsaEvery: everyNth(token.verify.rsa),
+    verifyEcEvery: everyNth(token.verify.ec),
+  };
+}
+
+function everyNth(rate: VerifyRate): number {
+  return rate === 'always' ? 1 : rate;
+}
+
+function certificateSettings(certificate: ProvedCertificate): CertificateSettings {
+  return {
+    name: certificate.name,
+    names: [...certificate.names],
+    chain: [...certificate.chainDer],
+    publicKey: certificate.spki,
+    keys: certificate.perToken.map(({ token, keyId, keyLabel }) => ({
+      token,
+      ...(keyId === undefined ? {} : { id: keyId }),
+      ...(keyLabel === '' ? {} : { label: keyLabel }),
+    })),
+  };
+}
+
+async function upstreamSettings(upstream: UpstreamConfig): Promise<UpstreamSettings> {
+  const servers = await Promise.all(upstream.servers.map((server) => resolveServer(upstream.name, server)));
+  return {
+    name: upstream.name,
+    servers,
+    balance: upstream.balance,
+    connectDeadlineMs: upstream.connectDeadlineMs,
+    connectAttemptsMax: upstream.attempts,
+    ...(upstream.proxyProtocol === undefined ? {} : { proxyProtocol: upstream.proxyProtocol }),
+    ...(upstream.health === undefined ? {} : { health: upstream.health }),
+    passiveFailuresMax: upstream.passive.failures,
+    passiveEjectionMs: upstream.passive.ejectionMs,
+  };
+}
+
+/** The engine connects to addresses; a name is looked up once, when the worker starts. */
+async function resolveServer(upstream: string, server: UpstreamConfig['servers'][number]): Promise<string> {
+  if ('path' in server) return `unix:${server.path}`;
+  const { host, port } = server;
+  const address = isIP(host) === 0 ? await resolveName(upstream, host) : host;
+  return isIPv6(address) ? `[${address}]:${port}` : `${address}:${port}`;
+}
+
+async function resolveName(upstream: string, host: string): Promise<string> {
+  try {
+    return (await lookup(host)).address;
+  } catch (cause) {
+    throw new ServiceError('upstream_unresolved', `upstream ${upstream}: the name ${host} cannot be resolved: ${String(cause)}`, {
+      cause,
+      unavailable: true,
+      hint: 'use an address, or make the name resolvable on this host before keygate starts',
+    });
+  }
+}
+
+function listenerSettings(listener: ListenerConfig, config: Config, sockets: readonly InheritedSocket[]): ListenerSettings {
+  const policy = config.policies[listener.policy];
+  if (policy === undefined) throw new Error(`policy ${listener.policy} passed the configuration's checks and is not there`);
+  const { deadlines, limits } = listener;
+  return {
+    name: listener.name,
+    certificates: [...listener.certificates],
+    unknownName: listener.unknownName,
+    alpn: [...listener.alpn],
+    versions: versionsOf(policy),
+    cipherSuites: [...policy.cipherSuites],
+    groups: [...policy.groups],
+    tickets: policy.tickets,
+    upstream: listener.upstream,
+    handshakeDeadlineMs: deadlines.handshakeMs,
+    idleDeadlineMs: deadlines.idleMs,
+    halfClosedDeadlineMs: deadlines.halfClosedMs,
+    lifetimeDeadlineMs: deadlines.lifetimeMs,
+    connectionsMax: limits.connections,
+    handshakesMax: limits.handshakes,
+    sockets: sockets.filter((socket) => socket.listener === listener.name).map(({ fd }) => fd),
+  };
+}
+
+function versionsOf({ minVersion, maxVersion }: PolicyConfig): string[] {
+  return (['1.3', '1.2'] as const).filter((version) => minVersion <= version && version <= maxVersion);
+}
