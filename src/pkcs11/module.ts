@@ -11,7 +11,7 @@ import { Module, SessionFlag, TokenFlag, UserType } from 'graphene-pk11';
 import type { Session, Slot, Token } from 'graphene-pk11';
 import { formatPkcs11Uri } from '../config/pkcs11-uri.ts';
 import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
-import { TokenError } from '../errors.ts';
+import { KeygateError, TokenError } from '../errors.ts';
 import { ckrName, failureReason, tokenFailure } from './failure.ts';
 
 /** What only native code can do for a module; the engine has it. */
@@ -25,7 +25,7 @@ export interface NativeModuleGuard {
    * Waits at most `waitMs` for the machine-wide login lock of the module and returns its release.
    * SoftHSM 2.6 rewrites the token file in C_Login and unlocks it before the flush: whoever calls C_Initialize or
    * C_Login at that moment sees a token that is not there. Held from C_Initialize until the keys are found.
-   * @throws ServiceError or TokenError when the lock is not free in time.
+   * @throws when the lock is not free in time; the caller goes on and says so.
    */
   lockLogin(modulePath: string, waitMs: number): () => void;
 }
@@ -53,7 +53,7 @@ export interface SessionCounts {
 /**
  * Loads the module and calls C_Initialize with CKF_OS_LOCKING_OK; one that is initialised already is used as it is.
  * The caller holds the login lock.
- * @throws TokenError `token_module`.
+ * @throws TokenError `token_module`, or what the guard throws of its own.
  */
 export function openModule(path: string, isolate: boolean, guard: NativeModuleGuard): Module {
   try {
@@ -266,8 +266,8 @@ function refuseDangerousLogin(token: TokenInSlot): void {
   }
 }
 
-function moduleFailure(error: unknown, path: string): TokenError {
-  if (error instanceof TokenError) return error;
+function moduleFailure(error: unknown, path: string): KeygateError {
+  if (error instanceof KeygateError) return error;
   const ckr = ckrName(error);
   return new TokenError('token_module', `module ${path}: ${failureReason(error)}`, {
     ...(ckr === undefined ? {} : { ckr }),

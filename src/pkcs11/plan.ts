@@ -16,7 +16,7 @@ import { ConfigError, formatProblem, KeygateError, TokenError } from '../errors.
 import type { ErrorCode } from '../errors.ts';
 import { readChain } from './certificates.ts';
 import type { CertificateChain, ChainReading } from './certificates.ts';
-import { tokenFailure } from './failure.ts';
+import { failureReason, tokenFailure } from './failure.ts';
 import { findPrivateKey, formatKey, proveConfined, proveKey } from './keys.ts';
 import type { OpenToken, TokenKey } from './keys.ts';
 import { closeSession, findToken, login, openModule, openSession } from './module.ts';
@@ -151,10 +151,11 @@ function groupByModule(tokens: readonly TokenState[]): TokenState[][] {
 
 /** From C_Initialize until the keys are found, all under the login lock. */
 function enterModule(group: readonly TokenState[], certificates: readonly CertificateState[], { guard, readPin }: PlanTools): void {
-  const { module: path, isolate } = group[0]!.config;
-  let release: (() => void) | undefined;
+  const [first] = group;
+  if (first === undefined) return;
+  const { module: path, isolate } = first.config;
+  const release = lockLogin(first, Math.max(...group.map(({ config }) => config.loginLockWaitMs)), guard);
   try {
-    release = guard.lockLogin(path, Math.max(...group.map(({ config }) => config.loginLockWaitMs)));
     const module = openModule(path, isolate, guard);
     const refused = new Map<string, KeygateError>();
     for (const state of group) attempt(state, () => enterToken(state, module, refused, readPin));
@@ -165,6 +166,16 @@ function enterModule(group: readonly TokenState[], certificates: readonly Certif
     for (const state of group) state.error ??= asKeygateError(error, state);
   } finally {
     release?.();
+  }
+}
+
+/** Going on without the lock is better than not starting: it keeps accidents away, and any local user can hold it. */
+function lockLogin({ config, warnings }: TokenState, waitMs: number, guard: NativeModuleGuard): (() => void) | undefined {
+  try {
+    return guard.lockLogin(config.module, waitMs);
+  } catch (error) {
+    warnings.push(`token ${config.name}: logging in without the login lock: ${failureReason(error)}`);
+    return undefined;
   }
 }
 
