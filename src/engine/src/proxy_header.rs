@@ -18,7 +18,7 @@ pub enum ProxyVersion {
 /// `NAME_BYTES_MAX`) or, being text, holds a NUL: an upstream would otherwise see another name than the verified one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ProxyInfo<'a> {
-    /// None when the client came over a Unix socket.
+    /// None when the client came over a Unix socket: the upstream then sees keygate as the client.
     pub endpoints: Option<Endpoints>,
     /// The protocol that ALPN settled on.
     pub alpn: Option<&'a [u8]>,
@@ -45,7 +45,8 @@ pub struct SslInfo<'a> {
     pub version: &'a str,
     /// As OpenSSL writes it: "TLS_AES_128_GCM_SHA256", "ECDHE-ECDSA-AES128-GCM-SHA256".
     pub cipher: Option<&'a str>,
-    /// How our certificate was signed by its issuer, e.g. "SHA256".
+    /// How our certificate was signed by its issuer, as OpenSSL and with it HAProxy write it: "ecdsa-with-SHA256",
+    /// "RSA-SHA256".
     pub signature_algorithm: Option<&'a str>,
     /// The key of our certificate, e.g. "EC256", "RSA2048".
     pub key_algorithm: Option<&'a str>,
@@ -128,17 +129,16 @@ const UNSPECIFIED: u8 = 0x00;
 const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
 
-/// Spec 2.2. A client without addresses is PROXY of an unspecified family, not LOCAL: receivers must discard what LOCAL
-/// carries, and the client's TLS with it.
+/// Spec 2.2. A client without addresses is LOCAL, as HAProxy sends it, because HAProxy refuses PROXY of an unspecified
+/// family. Receivers must then use the connection's own addresses; whether they read the values is theirs to say.
 fn write_v2(info: &ProxyInfo<'_>, out: &mut Vec<u8>) {
     let start = out.len();
     let family = info.endpoints.map(Family::of);
     out.extend_from_slice(SIGNATURE);
-    out.push(VERSION_2_PROXY);
-    out.push(match family {
-        None => UNSPECIFIED,
-        Some(Family::Inet(..)) => TCP_OVER_IPV4,
-        Some(Family::Inet6(..)) => TCP_OVER_IPV6,
+    out.extend_from_slice(&match family {
+        None => [VERSION_2_LOCAL, UNSPECIFIED],
+        Some(Family::Inet(..)) => [VERSION_2_PROXY, TCP_OVER_IPV4],
+        Some(Family::Inet6(..)) => [VERSION_2_PROXY, TCP_OVER_IPV6],
     });
     let length_at = open_length(out);
     match family {

@@ -162,3 +162,135 @@ impl Write for &Stream {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::ErrorKind;
+    use std::net::Ipv4Addr;
+
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn after_a_half_close_the_peer_sees_the_end_and_can_still_answer() {
+        for (here, there) in [tcp_pair().await, unix_pair()] {
+            assert_eq!((&here).write(b"question").unwrap(), 8);
+            here.shutdown_write().unwrap();
+            assert_eq!(read_to_end(&there).await.unwrap(), b"question");
+            assert_eq!(there.try_write(b"answer").unwrap(), 6);
+            drop(there);
+            assert_eq!(read_to_end(&here).await.unwrap(), b"answer");
+        }
+    }
+
+    #[tokio::test]
+    async fn after_an_abort_the_peer_sees_a_reset_and_not_an_end() {
+        let (here, there) = tcp_pair().await;
+        here.abort();
+        assert_eq!(read_to_end(&there).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn an_aborted_unix_stream_is_closed() {
+        let (here, there) = unix_pair();
+        here.abort();
+        assert_eq!(read_to_end(&there).await.unwrap(), b"");
+    }
+
+    #[tokio::test]
+    async fn a_read_that_would_wait_says_so() {
+        for (here, _there) in [tcp_pair().await, unix_pair()] {
+            assert_eq!((&here).read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_write_that_would_wait_says_so_and_is_ready_again_when_the_peer_has_read() {
+        for (here, there) in [tcp_pair().await, unix_pair()] {
+            let chunk = vec![7; 65_536];
+            let mut written = 0;
+            loop {
+                // The kernel may still be moving bytes to the peer: full is when it stays full.
+                here.writable().await.unwrap();
+                match here.try_write(&chunk) {
+                    Ok(count) => written += count,
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                        break;
+                    }
+                }
+            }
+            let mut read = 0;
+            let drain = async {
+                let mut buffer = vec![0; 65_536];
+                while read < written {
+                    there.readable().await.unwrap();
+                    match there.try_read(&mut buffer) {
+                        Ok(count) => read += count,
+                        Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+                    }
+                }
+            };
+            let (ready, ()) =
+                tokio::join!(std::future::poll_fn(|context| here.poll_write_ready(context)), drain);
+            ready.unwrap();
+            assert_eq!(read, written);
+        }
+    }
+
+    #[tokio::test]
+    async fn slices_arrive_in_order_as_one_write() {
+        for (here, there) in [tcp_pair().await, unix_pair()] {
+            let slices = [IoSlice::new(b"one "), IoSlice::new(b""), IoSlice::new(b"two")];
+            assert_eq!((&here).write_vectored(&slices).unwrap(), 7);
+            drop(here);
+            assert_eq!(read_to_end(&there).await.unwrap(), b"one two");
+        }
+    }
+
+    #[tokio::test]
+    async fn tcp_has_addresses_and_unix_has_none() {
+        let (here, there) = tcp_pair().await;
+        assert!(here.local_addr().unwrap().is_some());
+        assert_eq!(here.local_addr().unwrap(), there.peer_addr().unwrap());
+        let (here, _there) = unix_pair();
+        assert_eq!((here.local_addr().unwrap(), here.peer_addr().unwrap()), (None, None));
+    }
+
+    #[tokio::test]
+    async fn the_address_of_a_peer_that_reset_the_connection_is_an_error_and_not_none() {
+        let (here, there) = tcp_pair().await;
+        here.abort();
+        std::future::poll_fn(|context| there.poll_read_ready(context)).await.unwrap();
+        assert_eq!(there.peer_addr().unwrap_err().kind(), ErrorKind::NotConnected);
+    }
+
+    async fn tcp_pair() -> (Stream, Stream) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let here = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (there, _) = listener.accept().await.unwrap();
+        (here.into(), there.into())
+    }
+
+    fn unix_pair() -> (Stream, Stream) {
+        let (here, there) = UnixStream::pair().unwrap();
+        (here.into(), there.into())
+    }
+
+    async fn read_to_end(mut stream: &Stream) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let mut buffer = [0; 16];
+        loop {
+            stream.readable().await?;
+            match stream.read(&mut buffer) {
+                Ok(0) => return Ok(bytes),
+                Ok(count) => bytes.extend_from_slice(&buffer[..count]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}

@@ -4,6 +4,8 @@
 
 mod health;
 mod server;
+#[cfg(test)]
+mod tests;
 
 use std::cell::{Cell, OnceCell};
 use std::fmt;
