@@ -60,6 +60,8 @@ export interface EngineSettings {
   upstreams: Array<UpstreamSettings>
   listeners: Array<ListenerSettings>
   ticketLifetimeMs: number
+  /** 32 bytes for each epoch, the current one first. Overwritten with zeros. */
+  ticketSecrets: Array<Buffer>
 }
 
 export interface EngineSnapshot {

@@ -113,7 +113,7 @@ function sumLatency(a: LatencySnapshot, b: LatencySnapshot): LatencySnapshot {
 
 /** `a` with each of its own numbers increased by that of `b`; everything else is `a`'s. */
 function addNumbers<T extends object>(a: T, b: T): T {
-  const summed: Record<string, unknown> = { ...a };
+  const summed = { ...a } as Record<string, unknown>;
   for (const [key, value] of Object.entries(b)) {
     const own = summed[key];
     if (typeof own === 'number' && typeof value === 'number') summed[key] = own + value;
