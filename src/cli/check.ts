@@ -1,0 +1,69 @@
+/**
+ * Owns: `keygate check`: everything that can be known before serving, all problems in one run.
+ * Must not know: how tokens and chains are examined.
+ * Runs: on the main thread of a command.
+ */
+import { loadConfig } from '../config/load.ts';
+import type { Config } from '../config/config.ts';
+import { readPin } from '../config/pin.ts';
+import { ConfigError, exitCodes, formatProblem, TokenError } from '../errors.ts';
+import { nativeGuard } from '../pkcs11/native-guard.ts';
+import { examinePlan } from '../pkcs11/plan.ts';
+import type { Finding } from '../pkcs11/plan.ts';
+import { coloured, printJson, printLine } from './output.ts';
+import type { Colour } from './output.ts';
+import { examineUpstreams } from './reachability.ts';
+
+export interface CheckOptions {
+  readonly config: string;
+  readonly json?: boolean;
+}
+
+/**
+ * Prints every finding and sets the exit code: 78 when the configuration or a certificate file is wrong, else 69 when
+ * a token, PIN or key is, else 0, also with warnings.
+ */
+export async function run({ config: file, json }: CheckOptions): Promise<void> {
+  const findings = await examine(file);
+  const exitCode = exitCodeOf(findings);
+  if (json === true) printJson({ ok: exitCode === exitCodes.ok, exitCode, findings: findings.map(describe) });
+  else printFindings(findings);
+  process.exitCode = exitCode;
+}
+
+async function examine(file: string): Promise<Finding[]> {
+  let config: Config;
+  try {
+    config = loadConfig(file);
+  } catch (error) {
+    if (!(error instanceof ConfigError)) throw error;
+    // Tokens and upstreams of a configuration that is wrong are guesses.
+    return error.problems.map((problem) => ({ severity: 'error', subject: 'config', message: formatProblem(problem), error: new ConfigError([problem]) }));
+  }
+  const tools = { guard: nativeGuard, readPin };
+  return [{ severity: 'ok', subject: 'config', message: config.file }, ...examinePlan(config, tools).findings, ...(await examineUpstreams(config))];
+}
+
+function exitCodeOf(findings: readonly Finding[]): number {
+  const errors = findings.flatMap(({ error }) => error ?? []);
+  if (errors.length === 0) return exitCodes.ok;
+  return (errors.find((error) => error instanceof ConfigError) ?? errors.find((error) => error instanceof TokenError) ?? errors[0])?.exitCode ?? exitCodes.other;
+}
+
+const marks: Record<Finding['severity'], Colour> = { ok: 'green', warning: 'yellow', error: 'red' };
+
+function printFindings(findings: readonly Finding[]): void {
+  const width = Math.max(...findings.map(({ subject }) => subject.length));
+  for (const { severity, subject, message, error } of findings) {
+    printLine(`${coloured(marks[severity], severity.padEnd(7))}  ${subject.padEnd(width)}  ${message}`);
+    // A configuration problem has its hint in its message.
+    if (error?.hint !== undefined) printLine(`${' '.repeat(9 + width + 2)}${coloured('dim', error.hint)}`);
+  }
+  const count = (wanted: Finding['severity']) => findings.filter(({ severity }) => severity === wanted).length;
+  printLine(`${count('error')} errors, ${count('warning')} warnings`);
+}
+
+function describe({ severity, subject, message, error }: Finding) {
+  const { token, ckr } = error instanceof TokenError ? error : {};
+  return { severity, subject, message, code: error?.code, hint: error?.hint, token, ckr };
+}

@@ -1,0 +1,112 @@
+/**
+ * Owns: `keygate key list`, `generate`, `csr` and `self-sign`.
+ * Must not know: how PKCS#11 is called.
+ * Runs: on the main thread of a command.
+ */
+import { parsePkcs11Uri } from '../config/pkcs11-uri.ts';
+import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
+import { UsageError } from '../errors.ts';
+import { createSelfSigned, createSigningRequest } from '../pkcs11/issue.ts';
+import { findPrivateKey, formatKey, formatKeyType, listKeys } from '../pkcs11/keys.ts';
+import type { TokenKey } from '../pkcs11/keys.ts';
+import { generatedKinds, generateKeyPair, generateTicketKey } from '../pkcs11/provision.ts';
+import type { GeneratedKind } from '../pkcs11/provision.ts';
+import { printJson, printLine, printTable, writeResult } from './output.ts';
+import { withToken } from './with-token.ts';
+import type { TokenOptions } from './with-token.ts';
+
+export interface KeyListOptions extends TokenOptions {
+  readonly json?: boolean;
+}
+
+export interface KeyGenerateOptions extends TokenOptions {
+  readonly label: string;
+  /** `p256`, `p384`, `rsa2048`, `rsa3072`, `rsa4096`, `ed25519`, or `ticket` for the secret behind session tickets. */
+  readonly kind: string;
+}
+
+export interface KeySubjectOptions extends TokenOptions {
+  /** Label of the private key, or a PKCS#11 URI with `object` or `id`. */
+  readonly key: string;
+  /** DNS names and IP addresses; at least one. */
+  readonly name: readonly string[];
+  readonly commonName?: string;
+  /** A file that is not there yet; standard output when absent. */
+  readonly out?: string;
+}
+
+export interface KeySelfSignOptions extends KeySubjectOptions {
+  /** A whole number, 1..3650. */
+  readonly days: number;
+}
+
+export const generateKinds = [...generatedKinds, 'ticket'] as const;
+
+export async function list(options: KeyListOptions): Promise<void> {
+  const keys = await withToken(options, 'read', (open) => listKeys(open).map(describe));
+  if (options.json === true) {
+    printJson(keys);
+    return;
+  }
+  printTable(
+    ['LABEL', 'ID', 'KIND', 'TYPE', 'CAN LEAVE'],
+    keys.map(({ label, id, kind, type, confined }) => [label === '' ? '-' : label, id === '' ? '-' : id, kind, type, confined ? 'no' : 'YES']),
+  );
+}
+
+export async function generate(options: KeyGenerateOptions): Promise<void> {
+  const { label, kind } = options;
+  if (!isGenerateKind(kind)) throw new UsageError(`kind: found ${JSON.stringify(kind)}, expected one of ${generateKinds.join(', ')}`);
+  const length = Buffer.byteLength(label);
+  if (length < 1 || length > labelBytesMax) throw new UsageError(`label: found ${length} bytes, expected 1 to ${labelBytesMax}`);
+  await withToken(options, 'read-write', (open) => {
+    const key = kind === 'ticket' ? generateTicketKey(open, label) : generateKeyPair(open, label, kind).key;
+    printLine(`token "${open.token.label}": ${kind} key ${formatKey(key)}: generated`);
+  });
+}
+
+export async function csr(options: KeySubjectOptions): Promise<void> {
+  const uri = keyUri(options.key);
+  const pem = await withToken(options, 'read', (open) => createSigningRequest(open, findPrivateKey(open, uri), subjectOf(options)));
+  writeResult(pem, options.out);
+}
+
+export async function selfSign(options: KeySelfSignOptions): Promise<void> {
+  const uri = keyUri(options.key);
+  const pem = await withToken(options, 'read', (open) => createSelfSigned(open, findPrivateKey(open, uri), subjectOf(options), options.days));
+  writeResult(pem, options.out);
+}
+
+/** What fits into a PKCS#11 URI of the configuration. */
+const labelBytesMax = 255;
+
+function describe(key: TokenKey) {
+  return {
+    label: key.label,
+    id: key.id.toString('hex'),
+    kind: key.kind,
+    type: formatKeyType(key.keyType),
+    confined: key.sensitive === true && key.extractable === false,
+    sensitive: key.sensitive,
+    extractable: key.extractable,
+    alwaysSensitive: key.alwaysSensitive,
+    neverExtractable: key.neverExtractable,
+    local: key.local,
+  };
+}
+
+function isGenerateKind(kind: string): kind is GeneratedKind | 'ticket' {
+  return (generateKinds as readonly string[]).includes(kind);
+}
+
+function keyUri(key: string): Pkcs11Uri {
+  if (!/^pkcs11:/i.test(key)) return { object: key };
+  const parsed = parsePkcs11Uri(key);
+  if ('fault' in parsed) throw new UsageError(`key: ${parsed.fault.found ?? 'found a URI'}, expected ${parsed.fault.expected}`);
+  if (parsed.value.object === undefined && parsed.value.id === undefined) throw new UsageError('key: expected a URI with object or id');
+  return parsed.value;
+}
+
+function subjectOf({ name, commonName }: KeySubjectOptions) {
+  return { names: name, ...(commonName === undefined ? {} : { commonName }) };
+}

@@ -1,0 +1,46 @@
+/**
+ * Owns: whether upstream servers accept connections right now.
+ * Must not know: health checks of the engine; tokens.
+ * Runs: on the main thread of a command.
+ */
+import { connect } from 'node:net';
+import { formatAddress } from '../config/address.ts';
+import type { Config, TcpAddress, UnixAddress } from '../config/config.ts';
+import type { Finding } from '../pkcs11/plan.ts';
+
+/** A server that does not answer is a warning: it may be started after keygate. Waits 2 s at most for each. */
+export async function examineUpstreams(config: Pick<Config, 'upstreams'>): Promise<Finding[]> {
+  const servers = Object.values(config.upstreams).flatMap(({ name, servers: addresses }) => addresses.map((address) => ({ name, address })));
+  const findings: Finding[] = [];
+  for (let start = 0; start < servers.length; start += connectsAtOnceMax) {
+    findings.push(...(await Promise.all(servers.slice(start, start + connectsAtOnceMax).map(examineServer))));
+  }
+  return findings;
+}
+
+const connectDeadlineMs = 2000;
+const connectsAtOnceMax = 64;
+
+async function examineServer({ name, address }: { readonly name: string; readonly address: TcpAddress | UnixAddress }): Promise<Finding> {
+  const reason = await whyUnreachable(address);
+  const subject = `upstream ${name}`;
+  const place = formatAddress(address);
+  return reason === undefined
+    ? { severity: 'ok', subject, message: `${place} accepts connections` }
+    : { severity: 'warning', subject, message: `${place} cannot be reached: ${reason}` };
+}
+
+/** @returns undefined when it can be reached. */
+async function whyUnreachable(address: TcpAddress | UnixAddress): Promise<string | undefined> {
+  const { promise, resolve } = Promise.withResolvers<string | undefined>();
+  const socket = connect('path' in address ? { path: address.path } : { host: address.host, port: address.port });
+  socket.setTimeout(connectDeadlineMs, () => resolve(`no answer in ${connectDeadlineMs} ms`));
+  socket.once('connect', () => resolve(undefined));
+  socket.once('error', (error: NodeJS.ErrnoException) => resolve(error.code ?? error.message));
+  try {
+    return await promise;
+  } finally {
+    // A late error of a socket that nobody waits for must not end the command.
+    socket.on('error', () => {}).destroy();
+  }
+}
