@@ -12,7 +12,7 @@ import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { UsageError } from '../errors.ts';
 import { failureReason } from '../pkcs11/failure.ts';
 import type { OpenToken } from '../pkcs11/keys.ts';
-import { closeModule, closeSession, findToken, login, openModule, openSession } from '../pkcs11/module.ts';
+import { closeSession, findToken, login, openModule, openSession } from '../pkcs11/module.ts';
 import { nativeGuard } from '../pkcs11/native-guard.ts';
 
 /** Which module; either of the two. */
@@ -77,11 +77,11 @@ export async function withModule<Result>(
 ): Promise<Result> {
   const release = lockLogin(chosen);
   try {
-    const module = openModule(chosen.module, chosen.isolate, nativeGuard);
+    const opened = openModule(chosen.module, chosen.isolate, nativeGuard);
     try {
-      return await use(module, release);
+      return await use(opened.module, release);
     } finally {
-      closeModule(module);
+      opened.close();
     }
   } finally {
     release();

@@ -50,12 +50,22 @@ export interface SessionCounts {
   readonly max: number | undefined;
 }
 
+/** A module in use. Who initialised it finalises it; whoever found it initialised leaves it so. */
+export interface OpenModule {
+  readonly module: Module;
+  /**
+   * C_Finalize if this is who called C_Initialize: whoever uses the module next begins afresh. Otherwise nothing,
+   * because the engine's sessions in the same process would be gone.
+   */
+  close(): void;
+}
+
 /**
  * Loads the module and calls C_Initialize with CKF_OS_LOCKING_OK; one that is initialised already is used as it is.
  * The caller holds the login lock.
  * @throws TokenError `token_module`, or what the guard throws of its own.
  */
-export function openModule(path: string, isolate: boolean, guard: NativeModuleGuard): Module {
+export function openModule(path: string, isolate: boolean, guard: NativeModuleGuard): OpenModule {
   try {
     let module = loadedModules.get(path);
     if (module === undefined) {
@@ -63,17 +73,10 @@ export function openModule(path: string, isolate: boolean, guard: NativeModuleGu
       module = Module.load(path);
       loadedModules.set(path, module);
     }
-    module.initialize({ flags: osLockingOk });
-    return module;
+    return { module, close: initialise(module) ? () => finalise(module) : () => {} };
   } catch (error) {
     throw moduleFailure(error, path);
   }
-}
-
-/** C_Finalize: for commands and tests only, because it takes the module from the engine in the same process as well. */
-export function closeModule(module: Module): void {
-  rememberedTokens.delete(module);
-  module.finalize();
 }
 
 /** Every token that is present, initialised or not. */
@@ -177,6 +180,25 @@ export function sendPin(session: Session, label: string, pin: Buffer, user: User
       code: ckrName(error) === 'CKR_PIN_LOCKED' ? 'token_pin_locked' : 'token_login',
       ...(hint === undefined ? {} : { hint }),
     });
+  }
+}
+
+/** @returns whether it was not initialised before. Not graphene's initialize, which keeps that to itself. */
+function initialise(module: Module): boolean {
+  try {
+    module.lib.C_Initialize({ flags: osLockingOk });
+    return true;
+  } catch (error) {
+    if (ckrName(error) === 'CKR_CRYPTOKI_ALREADY_INITIALIZED') return false;
+    throw error;
+  }
+}
+
+function finalise(module: Module): void {
+  try {
+    module.lib.C_Finalize();
+  } catch {
+    // A module that does not let go is in no state to be used; what it was used for is done.
   }
 }
 

@@ -4,8 +4,9 @@
  * Must not know: listeners, upstreams, the engine.
  * Runs: on the main thread of a worker when it starts or reloads, and of `keygate check`.
  *
- * Its PKCS#11 sessions are closed when it returns. That logs the process out unless the engine has sessions of its own
- * (PKCS#11 v3.0 5.6.8), so the engine logs in by itself.
+ * Its PKCS#11 sessions are closed when it returns, and modules that nothing else in the process uses are finalised: the
+ * engine begins afresh, which SoftHSM with a read-only token directory needs (C_GetTokenInfo fails there after a
+ * login). When the engine uses them already, its sessions and its login stay as they are.
  */
 import { realpathSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
@@ -20,7 +21,7 @@ import { failureReason, tokenFailure } from './failure.ts';
 import { findPrivateKey, formatKey, proveConfined, proveKey } from './keys.ts';
 import type { OpenToken, TokenKey } from './keys.ts';
 import { closeSession, findToken, login, openModule, openSession } from './module.ts';
-import type { NativeModuleGuard } from './module.ts';
+import type { NativeModuleGuard, OpenModule } from './module.ts';
 
 /** As much of the configuration as this looks at. */
 export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates'>;
@@ -104,13 +105,15 @@ export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
       keys: tokens.filter(({ config: { name } }) => certificate.tokens.includes(name)).map((token): KeyState => ({ token, warnings: [] })),
     }),
   );
+  const modules: OpenModule[] = [];
   try {
-    for (const group of groupByModule(tokens)) enterModule(group, certificates, tools);
+    for (const group of groupByModule(tokens)) enterModule(group, certificates, modules, tools);
     // Without the login lock from here on: open sessions do not mind other logins, and RSA signatures take their time.
     for (const certificate of certificates) proveKeys(certificate);
     for (const token of tokens) warnOfSessionLimit(token, config);
   } finally {
     for (const { open } of tokens) if (open !== undefined) closeSession(open.session);
+    for (const module of modules) module.close();
   }
   return { plan: planOf(tokens, certificates), findings: [...tokens.flatMap(tokenFindings), ...certificates.flatMap(certificateFindings)] };
 }
@@ -150,15 +153,21 @@ function groupByModule(tokens: readonly TokenState[]): TokenState[][] {
 }
 
 /** From C_Initialize until the keys are found, all under the login lock. */
-function enterModule(group: readonly TokenState[], certificates: readonly CertificateState[], { guard, readPin }: PlanTools): void {
+function enterModule(
+  group: readonly TokenState[],
+  certificates: readonly CertificateState[],
+  modules: OpenModule[],
+  { guard, readPin }: PlanTools,
+): void {
   const [first] = group;
   if (first === undefined) return;
   const { module: path, isolate } = first.config;
   const release = lockLogin(first, Math.max(...group.map(({ config }) => config.loginLockWaitMs)), guard);
   try {
-    const module = openModule(path, isolate, guard);
+    const opened = openModule(path, isolate, guard);
+    modules.push(opened);
     const refused = new Map<string, KeygateError>();
-    for (const state of group) attempt(state, () => enterToken(state, module, refused, readPin));
+    for (const state of group) attempt(state, () => enterToken(state, opened.module, refused, readPin));
     for (const certificate of certificates) {
       for (const state of certificate.keys) if (group.includes(state.token)) findKey(state, certificate.config);
     }

@@ -9,17 +9,16 @@ import type { TestContext } from 'node:test';
 import { TokenFlag } from 'graphene-pk11';
 import type { Module } from 'graphene-pk11';
 import { TokenError } from '../../src/errors.ts';
-import { closeModule, closeSession, findToken, listTokens, login, openModule, openSession } from '../../src/pkcs11/module.ts';
+import { closeSession, findToken, listTokens, login, openModule, openSession } from '../../src/pkcs11/module.ts';
 import { initialiseToken } from '../../src/pkcs11/provision.ts';
 import { disposableToken, unguarded } from '../support/softhsm.ts';
 import type { DisposableToken } from '../support/softhsm.ts';
 
 it('a token is found by its label, and by label and serial when two have it', (test) => {
-  const { disposable, module } = open(test);
-  const { serial } = findToken(module, { token: disposable.label });
+  const disposable = disposableToken();
   disposable.addToken(disposable.label);
-  closeModule(module);
-  openModule(disposable.module, false, unguarded);
+  const { module } = open(test, disposable);
+  const serial = listTokens(module)[0]?.serial ?? '';
   assert.throws(() => findToken(module, { token: disposable.label }), tokenError('token_not_found', /means 2 tokens.*serial/));
   assert.equal(findToken(module, { token: disposable.label, serial }).serial, serial);
   assert.throws(() => findToken(module, { token: disposable.label, model: 'other' }), tokenError('token_not_found', /is not in module/));
@@ -32,6 +31,14 @@ it('a token that is absent is named together with those that are there', (test) 
 
 it('a module that cannot be loaded is named', () => {
   assert.throws(() => openModule('/nonexistent/module.so', false, unguarded), tokenError('token_module', /\/nonexistent\/module\.so/));
+});
+
+it('a module is finalised by who initialised it, and by nobody else', (test) => {
+  const { disposable, module } = open(test);
+  const session = openSession(findToken(module, { token: disposable.label }));
+  openModule(disposable.module, false, unguarded).close();
+  assert.equal(module.lib.C_GetSessionInfo(session.handle).state, 0);
+  closeSession(session);
 });
 
 it('a login wipes the PIN, and a second login does not ask for it', (test) => {
@@ -96,7 +103,7 @@ it('a PIN that is not UTF-8 is not sent', (test) => {
 });
 
 it('an empty token is initialised once, with a label of up to 32 bytes, and never again', (test) => {
-  const { module } = open(test, true);
+  const { module } = open(test, disposableToken({ empty: true }));
   const label = 'ä'.repeat(16);
   const pins = () => ({ securityOfficer: Buffer.from('12345678'), user: Buffer.from('87654321') });
   assert.equal(initialiseToken(module, label, pins()).label, label);
@@ -108,15 +115,14 @@ it('an empty token is initialised once, with a label of up to 32 bytes, and neve
   assert.equal(listTokens(module).filter((candidate) => candidate.label === label).length, 1);
 });
 
-function open(test: TestContext, empty = false): { disposable: DisposableToken; module: Module } {
-  const disposable = disposableToken({ empty });
+function open(test: TestContext, disposable = disposableToken()): { disposable: DisposableToken; module: Module } {
   process.env['SOFTHSM2_CONF'] = disposable.env.SOFTHSM2_CONF;
-  const module = openModule(disposable.module, false, unguarded);
+  const opened = openModule(disposable.module, false, unguarded);
   test.after(() => {
-    closeModule(module);
+    opened.close();
     disposable.dispose();
   });
-  return { disposable, module };
+  return { disposable, module: opened.module };
 }
 
 function tokenError(code: TokenError['code'], message: RegExp): (error: unknown) => true {

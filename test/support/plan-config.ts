@@ -12,7 +12,7 @@ export function planConfig(tokens: readonly TokenConfig[], certificates: readonl
   return { workers: 1, tokens: byName(tokens), certificates: byName(certificates) };
 }
 
-export function tokenConfig(disposable: DisposableToken, overrides: Partial<TokenConfig> = {}): TokenConfig {
+export function tokenConfig(disposable: Pick<DisposableToken, 'module' | 'label' | 'pinFile'>, overrides: Partial<TokenConfig> = {}): TokenConfig {
   return {
     name: 'hsm',
     module: disposable.module,

@@ -9,7 +9,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { TestContext } from 'node:test';
 import type { OpenToken } from '../../src/pkcs11/keys.ts';
-import { closeModule, closeSession, findToken, login, openModule, openSession } from '../../src/pkcs11/module.ts';
+import { closeSession, findToken, login, openModule, openSession } from '../../src/pkcs11/module.ts';
 import type { NativeModuleGuard } from '../../src/pkcs11/module.ts';
 
 export interface DisposableToken {
@@ -63,12 +63,12 @@ export function disposableToken({ label = 'keygate-test', empty = false } = {}):
 export function openDisposableToken(test: TestContext): { readonly disposable: DisposableToken; readonly open: OpenToken } {
   const disposable = disposableToken();
   process.env['SOFTHSM2_CONF'] = disposable.env.SOFTHSM2_CONF;
-  const module = openModule(disposable.module, false, unguarded);
-  const token = findToken(module, { token: disposable.label });
+  const opened = openModule(disposable.module, false, unguarded);
+  const token = findToken(opened.module, { token: disposable.label });
   const session = openSession(token, 'read-write');
   test.after(() => {
     closeSession(session);
-    closeModule(module);
+    opened.close();
     disposable.dispose();
   });
   login(session, token, () => Buffer.from(disposable.pin));
