@@ -40,6 +40,8 @@ export interface TokenInSlot {
   /** CKF_* bits. */
   readonly flags: number;
   readonly sessions: SessionCounts;
+  /** Length that a PIN may have. */
+  readonly pinBytes: { readonly min: number; readonly max: number };
   /** True when the token did not answer now and this is what it said earlier in this process. */
   readonly remembered: boolean;
 }
@@ -248,6 +250,7 @@ function tokenInSlot(slot: Slot, token: Token): TokenInSlot {
       open: isUnavailable(token.sessionCount) ? undefined : token.sessionCount,
       max: isUnavailable(token.maxSessionCount) ? undefined : token.maxSessionCount || Number.POSITIVE_INFINITY,
     },
+    pinBytes: { min: token.minPinLen, max: token.maxPinLen },
     remembered: false,
   };
 }

@@ -3,6 +3,7 @@
  * Must not know: the configuration file, certificates, where a PIN came from.
  * Runs: on the main thread of a command; never in a worker, which needs no write access to the token.
  */
+import { isUtf8 } from 'node:buffer';
 import type { KeyObject } from 'node:crypto';
 import { ObjectClass, TokenFlag, UserType } from 'graphene-pk11';
 import type { IKeyPair, ITemplate, Module, SessionObject } from 'graphene-pk11';
@@ -27,11 +28,13 @@ export interface GeneratedKey {
  * Initialises an empty token and sets its user PIN (PKCS#11 v3.0 5.5, C_InitToken and C_InitPIN). An initialised
  * token is never touched: C_InitToken would destroy its keys.
  * @param pins zeroed here.
- * @throws TokenError `token_operation` when the label is taken, or no empty token is there.
+ * @throws TokenError `token_operation` when the label is taken or no empty token is there; `pin_invalid`.
  */
 export function initialiseToken(module: Module, label: string, pins: { readonly securityOfficer: Buffer; readonly user: Buffer }): TokenInSlot {
   try {
-    const { slot } = emptyToken(module, label);
+    const empty = emptyToken(module, label);
+    for (const pin of [pins.securityOfficer, pins.user]) checkNewPin(pin, label, empty);
+    const { slot } = empty;
     try {
       // Not graphene's initToken: C_InitToken reads 32 bytes whatever is given, so the label is padded here.
       slot.lib.C_InitToken(slot.handle, pins.securityOfficer.toString('utf8'), paddedLabel(label));
@@ -157,6 +160,12 @@ function emptyToken(module: Module, label: string): TokenInSlot {
     token: label,
     hint: 'make room for one with the tools of the vendor',
   });
+}
+
+/** Before anything is written: a token with a label and without a user PIN could be neither used nor made again. */
+function checkNewPin(pin: Buffer, label: string, { pinBytes: { min, max } }: TokenInSlot): void {
+  if (isUtf8(pin) && pin.length >= min && pin.length <= max) return;
+  throw new TokenError('pin_invalid', `token ${label}: the token takes PINs of ${min} to ${max} bytes of UTF-8`, { token: label });
 }
 
 /** CK_TOKEN_INFO.label: 32 bytes of UTF-8, padded with blanks, without a zero byte (PKCS#11 v3.0 3.2). */

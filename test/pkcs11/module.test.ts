@@ -115,6 +115,18 @@ it('an empty token is initialised once, with a label of up to 32 bytes, and neve
   assert.equal(listTokens(module).filter((candidate) => candidate.label === label).length, 1);
 });
 
+it('a token is left empty when one of the new PINs is not acceptable, and the PINs are wiped', (test) => {
+  const { module } = open(test, disposableToken({ empty: true }));
+  const good = () => Buffer.from('12345678');
+  for (const bad of [Buffer.from('1'), Buffer.alloc(300, 0x31), Buffer.from([0x31, 0x32, 0x33, 0xff])]) {
+    for (const pins of [{ user: Buffer.from(bad), securityOfficer: good() }, { user: good(), securityOfficer: Buffer.from(bad) }]) {
+      assert.throws(() => initialiseToken(module, 'fresh', pins), tokenError('pin_invalid', /token fresh/));
+      assert.ok([...pins.user, ...pins.securityOfficer].every((byte) => byte === 0));
+    }
+  }
+  assert.equal(listTokens(module).some(({ label }) => label === 'fresh'), false);
+});
+
 function open(test: TestContext, disposable = disposableToken()): { disposable: DisposableToken; module: Module } {
   process.env['SOFTHSM2_CONF'] = disposable.env.SOFTHSM2_CONF;
   const opened = openModule(disposable.module, false, unguarded);
