@@ -223,15 +223,15 @@ let printed: JsonSchema | undefined;
 export function knownKeys(path: readonly (string | number)[]): readonly string[] {
   printed ??= jsonSchema();
   let schema: JsonSchema | undefined = printed;
-  for (const step of path) schema = typeof step === 'number' ? schema?.items : (schema?.properties?.[step] ?? schema?.additionalProperties);
+  for (const step of path) schema = typeof step === 'number' ? schema?.items : (schema?.properties?.[step] ?? (schema?.additionalProperties || undefined));
   return Object.keys(schema?.properties ?? {});
 }
 
-/** As much of JSON Schema as documentSchema comes out as; `false` has no members, so it reads as empty. */
+/** As much of JSON Schema as documentSchema comes out as. */
 export interface JsonSchema {
   readonly properties?: Readonly<Record<string, JsonSchema>>;
   readonly required?: readonly string[];
-  readonly additionalProperties?: JsonSchema;
+  readonly additionalProperties?: JsonSchema | false;
   readonly items?: JsonSchema;
   readonly title?: string;
   readonly description?: string;

@@ -1,5 +1,7 @@
 //! Runs the fuzz target of session tickets on random cases, so that it stays true on a stable compiler.
 
+#![allow(clippy::expect_used, reason = "a fuzz target panics when a promise is broken")]
+
 #[path = "../fuzz/src/tickets.rs"]
 mod fuzzed;
 
