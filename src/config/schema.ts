@@ -288,12 +288,12 @@ function duration(min: number, max: number, preset: string, word?: 'none') {
 }
 
 function requiredDuration(min: number, max: number, word?: 'none') {
-  const range = `a duration from ${formatDuration(min)} to ${formatDuration(max)}${word === undefined ? '' : `, or ${word}`}`;
-  return kind('duration', `${range}, such as 250ms, 5s, 1m, 2h or 7d`, (text): Parsed<number> => {
+  const range = `duration from ${formatDuration(min)} to ${formatDuration(max)}${word === undefined ? '' : `, or ${word}`}`;
+  return kind(range, `a ${range}, such as 250ms, 5s, 1m, 2h or 7d`, (text): Parsed<number> => {
     if (text === word) return { value: 0 };
     const parsed = parseDuration(text);
     if ('fault' in parsed || (parsed.value >= min && parsed.value <= max)) return parsed;
-    return { fault: { expected: range } };
+    return { fault: { expected: `a ${range}` } };
   });
 }
 
