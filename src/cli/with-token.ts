@@ -120,7 +120,7 @@ const moduleDefaults = { isolate: true, loginLockWaitMs: 10_000 };
 function chooseToken(options: TokenOptions): ChosenToken {
   const { config, module, token } = options;
   if (config === undefined) {
-    const [chosen] = chooseModules({ ...(module === undefined ? {} : { module }) });
+    const [chosen] = chooseModules(module === undefined ? {} : { module });
     if (chosen === undefined || token === undefined) throw new UsageError('name the token with --token LABEL');
     return { ...chosen, uri: { token }, pin: pinSource(options) };
   }
