@@ -239,7 +239,6 @@ describe('the admin server', () => {
     await admin.close();
     await ended;
     await assert.rejects(get('/live'), { code: 'ECONNREFUSED' });
-    admin = await startAdmin(loopback, view, pino({ enabled: false })); // for afterEach to close
   });
 
   it('finishes the answer under way when it closes', async () => {
@@ -255,7 +254,6 @@ describe('the admin server', () => {
     underWay.resolve('last\n');
     assert.deepEqual(brief(await scrape), [200, 'last\n']);
     await closed;
-    admin = await startAdmin(loopback, view, pino({ enabled: false }));
   });
 
   it('names the address when the port is in use', async () => {
@@ -282,9 +280,10 @@ describe('the admin server on a unix socket', () => {
   });
   after(() => rmSync(directory, { recursive: true }));
 
-  it('is reachable by its user only, and leaves nothing behind', async () => {
+  it('is reachable by its user only, and leaves nothing behind', async (t) => {
     const umask = process.umask();
     const admin = await startAdmin({ path }, view, log);
+    t.after(async () => admin.close());
     assert.equal(admin.address, `unix:${path}`);
     assert.equal(statSync(path).mode & 0o777, 0o600);
     assert.equal(process.umask(), umask);
@@ -294,20 +293,21 @@ describe('the admin server on a unix socket', () => {
     assert.equal(existsSync(path), false);
   });
 
-  it('replaces the socket of a process that was killed', async () => {
+  it('replaces the socket of a process that was killed', async (t) => {
     const former = spawn(process.execPath, ['-e', `require('net').createServer().listen(process.argv[1], () => console.log('up'))`, path]);
     await once(former.stdout, 'data');
     former.kill('SIGKILL');
     await once(former, 'exit');
     assert.ok(statSync(path).isSocket());
     const admin = await startAdmin({ path }, view, log);
+    t.after(async () => admin.close());
     assert.equal((await ask({ socketPath: path, path: '/live' })).status, 200);
     assert.equal(statSync(path).mode & 0o777, 0o600);
-    await admin.close();
   });
 
-  it('does not take a socket from a process that listens', async () => {
+  it('does not take a socket from a process that listens', async (t) => {
     const other = createServer((socket) => socket.on('error', () => {}).end('other'));
+    t.after(() => other.close());
     other.listen(path);
     await once(other, 'listening');
     await assert.rejects(startAdmin({ path }, view, log), (error) => {
@@ -317,8 +317,6 @@ describe('the admin server on a unix socket', () => {
       return true;
     });
     assert.equal(await text(connect(path)), 'other');
-    other.close();
-    await once(other, 'close');
   });
 
   it('does not replace a file that is not a socket', async () => {
