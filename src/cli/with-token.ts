@@ -90,7 +90,8 @@ export async function withModule<Result>(
 
 /** The modules of the configuration, each once, or the one that is named. */
 export function chooseModules({ config, module }: ModuleOptions): ChosenModule[] {
-  if ((config === undefined) === (module === undefined)) throw new UsageError('name either a configuration with --config or a module with --module');
+  if ((config === undefined) === (module === undefined))
+    throw new UsageError('name either a configuration with --config or a module with --module');
   if (module !== undefined) return [{ ...moduleDefaults, module: resolve(module) }];
   const tokens = Object.values(loadConfig(config ?? '').tokens);
   return [...new Map(tokens.map((token) => [token.module, token])).values()];
@@ -106,12 +107,15 @@ export function pinSource(options: PinOptions, flag = 'pin'): PinSource {
   ];
   const [source] = sources;
   if (source !== undefined && sources.length === 1) return source;
-  throw new UsageError(`say where the PIN is with one of --${flag}-file, --${flag}-env and --${flag}-credential: found ${sources.length}`, {
-    hint: 'a PIN itself is never an argument: every user of the machine could read it',
-  });
+  throw new UsageError(
+    `say where the PIN is with one of --${flag}-file, --${flag}-env and --${flag}-credential: found ${sources.length}`,
+    {
+      hint: 'a PIN itself is never an argument: every user of the machine could read it',
+    },
+  );
 }
 
-export function warn(message: string): void {
+function warn(message: string): void {
   process.stderr.write(`warning: ${message}\n`);
 }
 
@@ -131,7 +135,9 @@ function chooseToken(options: TokenOptions): ChosenToken {
   const chosen = name === undefined ? undefined : tokens[name];
   if (chosen !== undefined) return chosen;
   throw new UsageError(
-    token === undefined ? 'the configuration has several tokens: name one with --token' : `token ${token}: the configuration has no such token`,
+    token === undefined
+      ? 'the configuration has several tokens: name one with --token'
+      : `token ${token}: the configuration has no such token`,
     { hint: `the configuration has ${names.join(', ')}` },
   );
 }

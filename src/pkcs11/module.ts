@@ -47,7 +47,7 @@ export interface TokenInSlot {
 }
 
 /** Undefined where the token does not say; `Max` is Infinity where it has no limit. */
-export interface SessionCounts {
+interface SessionCounts {
   readonly open: number | undefined;
   readonly max: number | undefined;
 }
@@ -118,13 +118,16 @@ export function findToken(module: Module, uri: Pkcs11Uri): TokenInSlot {
 }
 
 function matchesToken(uri: Pkcs11Uri, token: TokenInSlot): boolean {
-  const matches = (wanted: string | undefined, found: string) => wanted === undefined || wanted === found;
   return (
-    matches(uri.token, token.label) &&
-    matches(uri.serial, token.serial) &&
-    matches(uri.manufacturer, token.manufacturer) &&
-    matches(uri.model, token.model)
+    matchesField(uri.token, token.label) &&
+    matchesField(uri.serial, token.serial) &&
+    matchesField(uri.manufacturer, token.manufacturer) &&
+    matchesField(uri.model, token.model)
   );
+}
+
+function matchesField(wanted: string | undefined, found: string): boolean {
+  return wanted === undefined || wanted === found;
 }
 
 /** Opens a session; the caller closes it. Closing the last session of the process logs out (PKCS#11 v3.0 5.6). */
@@ -208,7 +211,8 @@ function finalise(module: Module): void {
 const osLockingOk = 0x2;
 
 const loginHints: Record<string, string> = {
-  CKR_PIN_INCORRECT: 'the PIN was tried once and will not be tried again; correct it where it is kept, then start again',
+  CKR_PIN_INCORRECT:
+    'the PIN was tried once and will not be tried again; correct it where it is kept, then start again',
   CKR_PIN_LOCKED: 'the security officer must set a new user PIN',
   CKR_PIN_EXPIRED: 'set a new user PIN',
   CKR_USER_PIN_NOT_INITIALIZED: 'the security officer must set a user PIN',
@@ -274,7 +278,11 @@ function refuseDangerousLogin(token: TokenInSlot): void {
     throw new TokenError(code, `token ${label}: ${reason}`, { token: label, hint });
   };
   if (token.remembered) {
-    refuse('token_login', 'C_GetTokenInfo fails, so that nothing says how many PIN tries are left', 'start keygate again');
+    refuse(
+      'token_login',
+      'C_GetTokenInfo fails, so that nothing says how many PIN tries are left',
+      'start keygate again',
+    );
   }
   if ((flags & TokenFlag.USER_PIN_LOCKED) !== 0) {
     refuse('token_pin_locked', 'the user PIN is locked', 'the security officer must set a new user PIN');

@@ -39,9 +39,36 @@ it('a configuration that can be served ends with 0, every part of it ok', async 
 it('absent, ambiguous, extractable and foreign keys and bad chains are all reported in one run, by name', async (test) => {
   const bench = await openBench(test);
   await bench.generate('good');
-  bench.disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'twin', '--id', '01', '--sensitive');
-  bench.disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'twin', '--id', '02', '--sensitive');
-  bench.disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'loose', '--id', '03', '--extractable');
+  bench.disposable.pkcs11Tool(
+    '--keypairgen',
+    '--key-type',
+    'EC:prime256v1',
+    '--label',
+    'twin',
+    '--id',
+    '01',
+    '--sensitive',
+  );
+  bench.disposable.pkcs11Tool(
+    '--keypairgen',
+    '--key-type',
+    'EC:prime256v1',
+    '--label',
+    'twin',
+    '--id',
+    '02',
+    '--sensitive',
+  );
+  bench.disposable.pkcs11Tool(
+    '--keypairgen',
+    '--key-type',
+    'EC:prime256v1',
+    '--label',
+    'loose',
+    '--id',
+    '03',
+    '--extractable',
+  );
   bench.configure({
     certificates: {
       absent: await bench.chain('absent'),
@@ -138,19 +165,34 @@ async function openBench(test: TestContext) {
     stopUpstream,
     check: (...args: readonly string[]) => keygate(['check', '--config', file, ...args], disposable.env),
     async generate(label: string) {
-      const { exitCode, stderr } = await keygate(['key', 'generate', ...onToken, '--label', label, '--type', 'p256'], disposable.env);
+      const { exitCode, stderr } = await keygate(
+        ['key', 'generate', ...onToken, '--label', label, '--type', 'p256'],
+        disposable.env,
+      );
       assert.equal(exitCode, 0, stderr);
     },
     /** A chain for the key with this label, or for a key that nobody has when the token has none. */
     async chain(label: string, options: LeafOptions = {}, name = label): Promise<CertificateEntry> {
-      const request = await keygate(['key', 'csr', ...onToken, '--label', label, '--dns', 'www.example.org'], disposable.env);
-      const publicKey = request.exitCode === 0 ? createPublicKey(execFileSync('openssl', ['req', '-pubkey', '-noout'], { input: request.stdout })) : anyPublicKey();
+      const request = await keygate(
+        ['key', 'csr', ...onToken, '--label', label, '--dns', 'www.example.org'],
+        disposable.env,
+      );
+      const publicKey =
+        request.exitCode === 0
+          ? createPublicKey(execFileSync('openssl', ['req', '-pubkey', '-noout'], { input: request.stdout }))
+          : anyPublicKey();
       const chain = join(disposable.directory, `${name}.pem`);
       writeFileSync(chain, `${await authority.issue(publicKey, options)}\n${authority.intermediatePem}\n`);
       return { chain, key: `pkcs11:object=${label}` };
     },
     /** @returns the path of the configuration. */
-    configure({ certificates, extra = '' }: { readonly certificates: Readonly<Record<string, CertificateEntry>>; readonly extra?: string }): string {
+    configure({
+      certificates,
+      extra = '',
+    }: {
+      readonly certificates: Readonly<Record<string, CertificateEntry>>;
+      readonly extra?: string;
+    }): string {
       const entries = Object.entries(certificates);
       writeFileSync(
         file,

@@ -21,7 +21,21 @@ it('a key is generated, listed, and makes a request and a certificate of its own
   assert.match(succeeded(await key('list')), /^www +[0-9a-f]{40} +private +EC +no$/m);
 
   const request = join(directory, 'www.csr');
-  succeeded(await key('csr', '--label', 'www', '--dns', 'www.example.org', '--dns', '*.example.net', '--ip', '192.0.2.1', '--out', request));
+  succeeded(
+    await key(
+      'csr',
+      '--label',
+      'www',
+      '--dns',
+      'www.example.org',
+      '--dns',
+      '*.example.net',
+      '--ip',
+      '192.0.2.1',
+      '--out',
+      request,
+    ),
+  );
   execFileSync('openssl', ['req', '-verify', '-noout', '-in', request], { stdio: 'ignore' });
 
   const certificate = join(directory, 'www.pem');
@@ -36,7 +50,10 @@ it('a key is generated, listed, and makes a request and a certificate of its own
 it('without a file the result goes to standard output, and a file that is there is not overwritten', async (test) => {
   const { directory, key } = bench(test);
   succeeded(await key('generate', '--label', 'www', '--type', 'p256'));
-  assert.match(succeeded(await key('csr', '--label', 'www', '--dns', 'localhost')), /^-----BEGIN CERTIFICATE REQUEST-----\n/);
+  assert.match(
+    succeeded(await key('csr', '--label', 'www', '--dns', 'localhost')),
+    /^-----BEGIN CERTIFICATE REQUEST-----\n/,
+  );
   const file = join(directory, 'precious');
   writeFileSync(file, 'precious');
   const refused = await key('csr', '--label', 'www', '--dns', 'localhost', '--out', file);
@@ -56,7 +73,16 @@ it('a ticket key is generated, and its label taken', async (test) => {
 
 it('a key that could leave is shouted about', async (test) => {
   const { disposable, key } = bench(test);
-  disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'loose', '--id', '01', '--extractable');
+  disposable.pkcs11Tool(
+    '--keypairgen',
+    '--key-type',
+    'EC:prime256v1',
+    '--label',
+    'loose',
+    '--id',
+    '01',
+    '--extractable',
+  );
   assert.match(succeeded(await key('list')), /^loose +01 +private +EC +YES$/m);
 });
 
@@ -72,7 +98,11 @@ it('what is not understood ends with 64 and says what is expected', async (test)
     assert.match(stderr, message);
   }
   succeeded(await key('generate', '--label', 'www', '--type', 'p256'));
-  const malformed: [string, ...string[]][] = [['csr', '--label', 'www'], ['csr', '--label', 'www', '--dns', 'a b'], ['csr', '--label', 'www', '--dns', 'localhost', '--id', 'xyz']];
+  const malformed: [string, ...string[]][] = [
+    ['csr', '--label', 'www'],
+    ['csr', '--label', 'www', '--dns', 'a b'],
+    ['csr', '--label', 'www', '--dns', 'localhost', '--id', 'xyz'],
+  ];
   for (const args of malformed) assert.equal((await key(...args)).exitCode, 64, args.join(' '));
 });
 
@@ -95,7 +125,10 @@ it('two sources of the PIN, or none, end with 64', async (test) => {
   const args = ['key', 'list', '--module', disposable.module, '--token', disposable.label];
   const env = { ...disposable.env, KEYGATE_TEST_PIN: disposable.pin };
   assert.equal((await keygate(args, env)).exitCode, 64);
-  assert.equal((await keygate([...args, '--pin-file', disposable.pinFile, '--pin-env', 'KEYGATE_TEST_PIN'], env)).exitCode, 64);
+  assert.equal(
+    (await keygate([...args, '--pin-file', disposable.pinFile, '--pin-env', 'KEYGATE_TEST_PIN'], env)).exitCode,
+    64,
+  );
   const good = await keygate([...args, '--pin-env', 'KEYGATE_TEST_PIN'], env);
   assert.equal(good.exitCode, 0, good.stderr);
 });
@@ -107,7 +140,20 @@ function bench(test: TestContext) {
     disposable,
     directory: disposable.directory,
     key: (command: string, ...args: readonly string[]) =>
-      keygate(['key', command, '--module', disposable.module, '--token', disposable.label, '--pin-file', disposable.pinFile, ...args], disposable.env),
+      keygate(
+        [
+          'key',
+          command,
+          '--module',
+          disposable.module,
+          '--token',
+          disposable.label,
+          '--pin-file',
+          disposable.pinFile,
+          ...args,
+        ],
+        disposable.env,
+      ),
   };
 }
 

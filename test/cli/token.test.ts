@@ -27,26 +27,52 @@ it('token init makes a token that can be logged in to, shows no PIN, and does no
   const { disposable, soPinFile, list } = bench(test);
   const init = () =>
     keygate(
-      ['token', 'init', '--module', disposable.module, '--label', 'fresh', '--pin-file', disposable.pinFile, '--so-pin-file', soPinFile],
+      [
+        'token',
+        'init',
+        '--module',
+        disposable.module,
+        '--label',
+        'fresh',
+        '--pin-file',
+        disposable.pinFile,
+        '--so-pin-file',
+        soPinFile,
+      ],
       disposable.env,
     );
   const first = await init();
   assert.equal(first.exitCode, 0, first.stderr);
   assert.match(first.stdout, /token "fresh" \(serial [0-9a-f]{16}\): initialised/);
-  const keys = await keygate(['key', 'list', '--module', disposable.module, '--token', 'fresh', '--pin-file', disposable.pinFile], disposable.env);
+  const keys = await keygate(
+    ['key', 'list', '--module', disposable.module, '--token', 'fresh', '--pin-file', disposable.pinFile],
+    disposable.env,
+  );
   assert.equal(keys.exitCode, 0, keys.stderr);
   const second = await init();
   assert.equal(second.exitCode, 69);
   assert.match(second.stderr, /not initialised again/);
   assert.equal((await list()).filter(({ label }) => label === 'fresh').length, 1);
-  for (const { stdout, stderr } of [first, second, keys]) assert.doesNotMatch(stdout + stderr, new RegExp(`${disposable.pin}|${disposable.soPin}`));
+  for (const { stdout, stderr } of [first, second, keys])
+    assert.doesNotMatch(stdout + stderr, new RegExp(`${disposable.pin}|${disposable.soPin}`));
 });
 
 it('a label of 32 bytes is taken, of 33 bytes or none refused', async (test) => {
   const { disposable, soPinFile } = bench(test);
   const init = (label: string) =>
     keygate(
-      ['token', 'init', '--module', disposable.module, '--label', label, '--pin-file', disposable.pinFile, '--so-pin-file', soPinFile],
+      [
+        'token',
+        'init',
+        '--module',
+        disposable.module,
+        '--label',
+        label,
+        '--pin-file',
+        disposable.pinFile,
+        '--so-pin-file',
+        soPinFile,
+      ],
       disposable.env,
     );
   assert.equal((await init('x'.repeat(32))).exitCode, 0);
@@ -59,12 +85,26 @@ it('a PIN file that others can read is refused before the token is touched', asy
   const open = join(disposable.directory, 'open');
   writeFileSync(open, '1234\n', { mode: 0o644 });
   const { exitCode, stderr } = await keygate(
-    ['token', 'init', '--module', disposable.module, '--label', 'fresh', '--pin-file', open, '--so-pin-file', soPinFile],
+    [
+      'token',
+      'init',
+      '--module',
+      disposable.module,
+      '--label',
+      'fresh',
+      '--pin-file',
+      open,
+      '--so-pin-file',
+      soPinFile,
+    ],
     disposable.env,
   );
   assert.equal(exitCode, 69);
   assert.match(stderr, /chmod/);
-  assert.equal((await list()).some(({ label }) => label === 'fresh'), false);
+  assert.equal(
+    (await list()).some(({ label }) => label === 'fresh'),
+    false,
+  );
 });
 
 it('a module that is not there ends with 69, and no module with 64', async () => {
@@ -82,8 +122,13 @@ function bench(test: TestContext) {
   return {
     disposable,
     soPinFile,
-    async list(): Promise<{ readonly label: string; readonly state: readonly string[]; readonly mechanisms: readonly string[] }[]> {
-      return JSON.parse((await keygate(['token', 'list', '--module', disposable.module, '--json'], disposable.env)).stdout);
-    },
+    list: async (): Promise<ListedToken[]> =>
+      JSON.parse((await keygate(['token', 'list', '--module', disposable.module, '--json'], disposable.env)).stdout),
   };
+}
+
+interface ListedToken {
+  readonly label: string;
+  readonly state: readonly string[];
+  readonly mechanisms: readonly string[];
 }

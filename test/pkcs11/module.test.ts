@@ -19,18 +19,30 @@ it('a token is found by its label, and by label and serial when two have it', (t
   disposable.addToken(disposable.label);
   const { module } = open(test, disposable);
   const serial = listTokens(module)[0]?.serial ?? '';
-  assert.throws(() => findToken(module, { token: disposable.label }), tokenError('token_not_found', /means 2 tokens.*serial/));
+  assert.throws(
+    () => findToken(module, { token: disposable.label }),
+    tokenError('token_not_found', /means 2 tokens.*serial/),
+  );
   assert.equal(findToken(module, { token: disposable.label, serial }).serial, serial);
-  assert.throws(() => findToken(module, { token: disposable.label, model: 'other' }), tokenError('token_not_found', /is not in module/));
+  assert.throws(
+    () => findToken(module, { token: disposable.label, model: 'other' }),
+    tokenError('token_not_found', /is not in module/),
+  );
 });
 
 it('a token that is absent is named together with those that are there', (test) => {
   const { module } = open(test);
-  assert.throws(() => findToken(module, { token: 'absent' }), tokenError('token_not_found', /absent.*"keygate-test" \(serial [0-9a-f]+\)/));
+  assert.throws(
+    () => findToken(module, { token: 'absent' }),
+    tokenError('token_not_found', /absent.*"keygate-test" \(serial [0-9a-f]+\)/),
+  );
 });
 
 it('a module that cannot be loaded is named', () => {
-  assert.throws(() => openModule('/nonexistent/module.so', false, unguarded), tokenError('token_module', /\/nonexistent\/module\.so/));
+  assert.throws(
+    () => openModule('/nonexistent/module.so', false, unguarded),
+    tokenError('token_module', /\/nonexistent\/module\.so/),
+  );
 });
 
 it('a module is finalised by who initialised it, and by nobody else', (test) => {
@@ -46,10 +58,16 @@ it('a login wipes the PIN, and a second login does not ask for it', (test) => {
   const token = findToken(module, { token: disposable.label });
   const session = openSession(token);
   const pin = Buffer.from(disposable.pin);
-  assert.deepEqual(login(session, token, () => pin), []);
+  assert.deepEqual(
+    login(session, token, () => pin),
+    [],
+  );
   assert.ok(pin.every((byte) => byte === 0));
   const second = openSession(token);
-  assert.deepEqual(login(second, token, () => assert.fail('asked for a PIN')), []);
+  assert.deepEqual(
+    login(second, token, () => assert.fail('asked for a PIN')),
+    [],
+  );
   closeSession(second);
   closeSession(session);
 });
@@ -97,7 +115,10 @@ it('a PIN that is not UTF-8 is not sent', (test) => {
   const { disposable, module } = open(test);
   const token = findToken(module, { token: disposable.label });
   const session = openSession(token);
-  assert.throws(() => login(session, token, () => Buffer.from([0xff, 0x31, 0x32, 0x33])), tokenError('pin_invalid', /UTF-8/));
+  assert.throws(
+    () => login(session, token, () => Buffer.from([0xff, 0x31, 0x32, 0x33])),
+    tokenError('pin_invalid', /UTF-8/),
+  );
   assert.equal(findToken(module, { token: disposable.label }).flags & TokenFlag.USER_PIN_COUNT_LOW, 0);
   closeSession(session);
 });
@@ -105,27 +126,39 @@ it('a PIN that is not UTF-8 is not sent', (test) => {
 it('an empty token is initialised once, with a label of up to 32 bytes, and never again', (test) => {
   const { module } = open(test, disposableToken({ empty: true }));
   const label = 'ä'.repeat(16);
-  const pins = () => ({ securityOfficer: Buffer.from('12345678'), user: Buffer.from('87654321') });
-  assert.equal(initialiseToken(module, label, pins()).label, label);
+  assert.equal(initialiseToken(module, label, goodPins()).label, label);
   const token = findToken(module, { token: label });
   const session = openSession(token);
   login(session, token, () => Buffer.from('87654321'));
   closeSession(session);
-  assert.throws(() => initialiseToken(module, label, pins()), tokenError('token_operation', /not initialised again/));
+  assert.throws(
+    () => initialiseToken(module, label, goodPins()),
+    tokenError('token_operation', /not initialised again/),
+  );
   assert.equal(listTokens(module).filter((candidate) => candidate.label === label).length, 1);
 });
 
 it('a token is left empty when one of the new PINs is not acceptable, and the PINs are wiped', (test) => {
   const { module } = open(test, disposableToken({ empty: true }));
-  const good = () => Buffer.from('12345678');
   for (const bad of [Buffer.from('1'), Buffer.alloc(300, 0x31), Buffer.from([0x31, 0x32, 0x33, 0xff])]) {
-    for (const pins of [{ user: Buffer.from(bad), securityOfficer: good() }, { user: good(), securityOfficer: Buffer.from(bad) }]) {
+    for (const pins of [
+      { ...goodPins(), user: Buffer.from(bad) },
+      { ...goodPins(), securityOfficer: Buffer.from(bad) },
+    ]) {
       assert.throws(() => initialiseToken(module, 'fresh', pins), tokenError('pin_invalid', /token fresh/));
       assert.ok([...pins.user, ...pins.securityOfficer].every((byte) => byte === 0));
     }
   }
-  assert.equal(listTokens(module).some(({ label }) => label === 'fresh'), false);
+  assert.equal(
+    listTokens(module).some(({ label }) => label === 'fresh'),
+    false,
+  );
 });
+
+/** New buffers each time, because they are wiped. */
+function goodPins(): Parameters<typeof initialiseToken>[2] {
+  return { securityOfficer: Buffer.from('12345678'), user: Buffer.from('87654321') };
+}
 
 function open(test: TestContext, disposable = disposableToken()): { disposable: DisposableToken; module: Module } {
   process.env['SOFTHSM2_CONF'] = disposable.env.SOFTHSM2_CONF;

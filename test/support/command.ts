@@ -15,7 +15,10 @@ export interface CommandResult {
 }
 
 /** Ends the command after a minute: no command that is tested takes longer than seconds. */
-export async function keygate(args: readonly string[], env: Readonly<Record<string, string>> = {}): Promise<CommandResult> {
+export async function keygate(
+  args: readonly string[],
+  env: Readonly<Record<string, string>> = {},
+): Promise<CommandResult> {
   const child = spawn(process.execPath, [main, ...args], {
     env: { ...process.env, ...env },
     stdio: ['ignore', 'pipe', 'pipe'],

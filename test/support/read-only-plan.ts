@@ -20,7 +20,10 @@ if (process.getuid?.() === 0) {
 }
 
 const pin = { env: 'KEYGATE_TEST_PIN' };
-const config = planConfig([tokenConfig({ module: path, label, pinFile: '' }, { pin })], [{ name: 'www', chain, key: { object: 'www' }, tokens: ['hsm'] }]);
+const config = planConfig(
+  [tokenConfig({ module: path, label, pinFile: '' }, { pin })],
+  [{ name: 'www', chain, key: { object: 'www' }, tokens: ['hsm'] }],
+);
 const faults = () =>
   examinePlan(config, { guard: unguarded, readPin })
     .findings.filter(({ severity }) => severity !== 'ok')
@@ -32,4 +35,9 @@ const { module } = openModule(path, true, unguarded);
 const found = findToken(module, { token: label });
 login(openSession(found), found, () => readPin(pin));
 const third = faults();
-console.log(JSON.stringify({ faults: [...first, ...second, ...third], remembered: findToken(module, { token: label }).remembered }));
+console.log(
+  JSON.stringify({
+    faults: [...first, ...second, ...third],
+    remembered: findToken(module, { token: label }).remembered,
+  }),
+);
