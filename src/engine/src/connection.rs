@@ -54,11 +54,11 @@ async fn run(life: &mut Life, client: &Stream, source: SocketAddr) -> Close {
         half_closed: listener.plan.half_closed_deadline,
         lifetime_until: listener.plan.lifetime_deadline.map(|lifetime| accepted_at + lifetime),
     };
-    let Established { tls, plaintext, .. } = established;
+    let Established { tls, leftover, .. } = established;
     relay(
         client,
         tls,
-        plaintext,
+        leftover,
         &connected.stream,
         deadlines,
         &listener.scratch,

@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::certificates::take_hello_seen;
 use crate::close::Close;
 use crate::fiber::{Abandoned, Progress, SignatureWanted, Step};
-use crate::relay::Scratch;
+use crate::relay::{Leftover, Scratch};
 use crate::signing::SignError;
 use crate::stream::Stream;
 use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX};
@@ -30,8 +30,7 @@ const ALERT_UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 /// A finished handshake.
 pub struct Established {
     pub tls: Tls,
-    /// Application data that came in the same packet as Finished.
-    pub plaintext: Vec<u8>,
+    pub leftover: Leftover,
     pub server_name: Option<String>,
 }
 
@@ -75,10 +74,13 @@ pub async fn handshake(
             .map_err(|_| Close::ClientHandshakeReset)?;
         match phase {
             TlsPhase::Handshaking => tls = step.tls,
-            TlsPhase::Established => {
-                return Ok(Established { tls: step.tls, plaintext: step.plaintext, server_name });
+            TlsPhase::ClientClosed if step.tls.is_handshaking() => return Err(Close::ClientHandshakeClosed),
+            // A short request can come whole with Finished: data, and the end of the client's half behind it.
+            TlsPhase::Established | TlsPhase::ClientClosed => {
+                let leftover =
+                    Leftover { plaintext: step.plaintext, client_closed: phase == TlsPhase::ClientClosed };
+                return Ok(Established { tls: step.tls, leftover, server_name });
             }
-            TlsPhase::ClientClosed => return Err(Close::ClientHandshakeClosed),
         }
     }
 }

@@ -66,29 +66,39 @@ pub struct RelayBytes {
     pub to_client: Counter,
 }
 
-/// Relays until both directions have ended or a deadline passes. `plaintext` came with the handshake's last packet.
+/// What the client's last packet of the handshake carried beyond it.
+pub struct Leftover {
+    pub plaintext: Vec<u8>,
+    /// close_notify followed: nothing more comes from the client.
+    pub client_closed: bool,
+}
+
+/// Relays until both directions have ended or a deadline passes.
 pub async fn relay(
     client: &Stream,
     tls: Tls,
-    plaintext: Vec<u8>,
+    leftover: Leftover,
     upstream: &Stream,
     deadlines: RelayDeadlines,
     scratch: &Scratch,
     bytes: &RelayBytes,
 ) -> Close {
-    bytes.to_upstream.add(plaintext.len() as u64);
+    bytes.to_upstream.add(leftover.plaintext.len() as u64);
     let mut relay = Relay {
         client,
         upstream,
         tls,
         scratch,
         bytes,
-        to_upstream: Direction { pending: plaintext, ..Direction::default() },
+        to_upstream: Direction { pending: leftover.plaintext, ..Direction::default() },
         to_client: Direction::default(),
         client_truncated: false,
         first_ended: None,
         last_byte_at: Instant::now(),
     };
+    if leftover.client_closed {
+        relay.end_to_upstream(Close::ClientRelayClosed);
+    }
     let mut timer = pin!(sleep_until(relay.deadline(deadlines).0));
     poll_fn(|context| {
         if let Poll::Ready(close) = relay.poll(context) {

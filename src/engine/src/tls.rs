@@ -171,6 +171,10 @@ impl Tls {
         self.unprocessed.shrink_to_fit();
     }
 
+    pub fn is_handshaking(&self) -> bool {
+        self.state.is_handshaking()
+    }
+
     pub fn is_resumed(&self) -> bool {
         self.state.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
     }
