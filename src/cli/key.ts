@@ -3,10 +3,10 @@
  * Must not know: how PKCS#11 is called.
  * Runs: on the main thread of a command.
  */
-import { parsePkcs11Uri } from '../config/pkcs11-uri.ts';
 import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { UsageError } from '../errors.ts';
 import { createSelfSigned, createSigningRequest } from '../pkcs11/issue.ts';
+import type { Subject } from '../pkcs11/issue.ts';
 import { findPrivateKey, formatKey, formatKeyType, listKeys } from '../pkcs11/keys.ts';
 import type { TokenKey } from '../pkcs11/keys.ts';
 import { generatedKinds, generateKeyPair, generateTicketKey } from '../pkcs11/provision.ts';
@@ -22,15 +22,19 @@ export interface KeyListOptions extends TokenOptions {
 export interface KeyGenerateOptions extends TokenOptions {
   readonly label: string;
   /** `p256`, `p384`, `rsa2048`, `rsa3072`, `rsa4096`, `ed25519`, or `ticket` for the secret behind session tickets. */
-  readonly kind: string;
+  readonly type: string;
 }
 
 export interface KeySubjectOptions extends TokenOptions {
-  /** Label of the private key, or a PKCS#11 URI with `object` or `id`. */
-  readonly key: string;
-  /** DNS names and IP addresses; at least one. */
-  readonly name: readonly string[];
-  readonly commonName?: string;
+  /** Label of the private key. */
+  readonly label: string;
+  /** Its CKA_ID in hex, where the label means several. */
+  readonly id?: string;
+  /** Distinguished name; default: CN is the first DNS name. */
+  readonly subject?: string;
+  /** Together with `ip` at least one. */
+  readonly dns?: readonly string[];
+  readonly ip?: readonly string[];
   /** A file that is not there yet; standard output when absent. */
   readonly out?: string;
 }
@@ -40,7 +44,7 @@ export interface KeySelfSignOptions extends KeySubjectOptions {
   readonly days: number;
 }
 
-export const generateKinds = [...generatedKinds, 'ticket'] as const;
+export const generatedTypes = [...generatedKinds, 'ticket'] as const;
 
 export async function list(options: KeyListOptions): Promise<void> {
   const keys = await withToken(options, 'read', (open) => listKeys(open).map(describe));
@@ -55,24 +59,24 @@ export async function list(options: KeyListOptions): Promise<void> {
 }
 
 export async function generate(options: KeyGenerateOptions): Promise<void> {
-  const { label, kind } = options;
-  if (!isGenerateKind(kind)) throw new UsageError(`kind: found ${JSON.stringify(kind)}, expected one of ${generateKinds.join(', ')}`);
+  const { label, type } = options;
+  if (!isGeneratedType(type)) throw new UsageError(`type: found ${JSON.stringify(type)}, expected one of ${generatedTypes.join(', ')}`);
   const length = Buffer.byteLength(label);
   if (length < 1 || length > labelBytesMax) throw new UsageError(`label: found ${length} bytes, expected 1 to ${labelBytesMax}`);
   await withToken(options, 'read-write', (open) => {
-    const key = kind === 'ticket' ? generateTicketKey(open, label) : generateKeyPair(open, label, kind).key;
-    printLine(`token "${open.token.label}": ${kind} key ${formatKey(key)}: generated`);
+    const key = type === 'ticket' ? generateTicketKey(open, label) : generateKeyPair(open, label, type).key;
+    printLine(`token "${open.token.label}": ${type} key ${formatKey(key)}: generated`);
   });
 }
 
 export async function csr(options: KeySubjectOptions): Promise<void> {
-  const uri = keyUri(options.key);
+  const uri = keyUri(options);
   const pem = await withToken(options, 'read', (open) => createSigningRequest(open, findPrivateKey(open, uri), subjectOf(options)));
   writeResult(pem, options.out);
 }
 
 export async function selfSign(options: KeySelfSignOptions): Promise<void> {
-  const uri = keyUri(options.key);
+  const uri = keyUri(options);
   const pem = await withToken(options, 'read', (open) => createSelfSigned(open, findPrivateKey(open, uri), subjectOf(options), options.days));
   writeResult(pem, options.out);
 }
@@ -95,18 +99,17 @@ function describe(key: TokenKey) {
   };
 }
 
-function isGenerateKind(kind: string): kind is GeneratedKind | 'ticket' {
-  return (generateKinds as readonly string[]).includes(kind);
+function isGeneratedType(type: string): type is GeneratedKind | 'ticket' {
+  return (generatedTypes as readonly string[]).includes(type);
 }
 
-function keyUri(key: string): Pkcs11Uri {
-  if (!/^pkcs11:/i.test(key)) return { object: key };
-  const parsed = parsePkcs11Uri(key);
-  if ('fault' in parsed) throw new UsageError(`key: ${parsed.fault.found ?? 'found a URI'}, expected ${parsed.fault.expected}`);
-  if (parsed.value.object === undefined && parsed.value.id === undefined) throw new UsageError('key: expected a URI with object or id');
-  return parsed.value;
+function keyUri({ label, id }: KeySubjectOptions): Pkcs11Uri {
+  if (id !== undefined && !/^(?:[0-9a-f]{2}){1,255}$/i.test(id)) {
+    throw new UsageError(`id: found ${JSON.stringify(id.slice(0, 80))}, expected 1 to 255 bytes in hex`);
+  }
+  return { object: label, ...(id === undefined ? {} : { id: id.toLowerCase() }) };
 }
 
-function subjectOf({ name, commonName }: KeySubjectOptions) {
-  return { names: name, ...(commonName === undefined ? {} : { commonName }) };
+function subjectOf({ subject, dns = [], ip = [] }: KeySubjectOptions): Subject {
+  return { dns, ip, ...(subject === undefined ? {} : { distinguishedName: subject }) };
 }

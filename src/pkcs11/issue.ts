@@ -15,12 +15,13 @@ import {
   Extension,
   KeyUsageFlags,
   KeyUsagesExtension,
+  Name,
   Pkcs10CertificateRequestGenerator,
   SubjectAlternativeNameExtension,
   SubjectKeyIdentifierExtension,
   X509CertificateGenerator,
 } from '@peculiar/x509';
-import type { JsonGeneralNames, JsonName } from '@peculiar/x509';
+import type { JsonGeneralNames } from '@peculiar/x509';
 import { isServerName } from './certificates.ts';
 import { UsageError } from '../errors.ts';
 import { certificateScheme, keyIdentifier } from './algorithm.ts';
@@ -28,11 +29,14 @@ import type { KeyAlgorithm } from './algorithm.ts';
 import { proveKey, publicKeyOf, signRaw } from './keys.ts';
 import type { OpenToken, TokenKey } from './keys.ts';
 
-/** DNS names (also `*.example.org`) and IP addresses; at least one. */
+/** Who a certificate is for; at least one name or address. */
 export interface Subject {
-  readonly names: readonly string[];
-  /** CN; the first name when absent. At most 64 characters (RFC 5280 A.1, ub-common-name). */
-  readonly commonName?: string;
+  /** Distinguished name such as `CN=www.example.org, O=Example` (RFC 4514). Default: CN is the first DNS name. */
+  readonly distinguishedName?: string;
+  /** DNS names, also `*.example.org`. */
+  readonly dns: readonly string[];
+  /** IPv4 and IPv6 addresses. */
+  readonly ip: readonly string[];
 }
 
 /** The longest that public certificates may live; self-signed ones are for tests and private use and may live longer. */
@@ -44,9 +48,10 @@ export const validityDaysMax = 3650;
  */
 export async function createSigningRequest(open: OpenToken, key: TokenKey, subject: Subject): Promise<string> {
   const names = checkedNames(subject);
+  const name = subjectName(subject);
   const signer = signerFor(open, key);
   const request = await Pkcs10CertificateRequestGenerator.create(
-    { name: commonName(subject), keys: signer.keys, signingAlgorithm: signer.algorithm, extensions: extensionsFor(names, signer) },
+    { name, keys: signer.keys, signingAlgorithm: signer.algorithm, extensions: extensionsFor(names, signer) },
     signer.crypto,
   );
   return `${request.toString('pem')}\n`;
@@ -62,12 +67,13 @@ export async function createSelfSigned(open: OpenToken, key: TokenKey, subject: 
     throw new UsageError(`days: found ${days}, expected a whole number from 1 to ${validityDaysMax}`);
   }
   const names = checkedNames(subject);
+  const name = subjectName(subject);
   const signer = signerFor(open, key);
   // A minute back: clocks differ, and a client that is a second behind would refuse it.
   const notBefore = new Date(Date.now() - 60_000);
   const certificate = await X509CertificateGenerator.createSelfSigned(
     {
-      name: commonName(subject),
+      name,
       notBefore,
       notAfter: new Date(notBefore.getTime() + days * 86_400_000),
       keys: signer.keys,
@@ -79,33 +85,46 @@ export async function createSelfSigned(open: OpenToken, key: TokenKey, subject: 
   return `${certificate.toString('pem')}\n`;
 }
 
-/** Sorted by kind: a DNS name and an IP address are different names even when they look alike (RFC 5280 4.2.1.6). */
-function checkedNames(subject: Subject): JsonGeneralNames {
-  const { names } = subject;
-  if (names.length === 0 || names.length > namesMax) {
-    throw new UsageError(`names: found ${names.length}, expected 1 to ${namesMax} DNS names or IP addresses`);
+function checkedNames({ dns, ip }: Subject): JsonGeneralNames {
+  const count = dns.length + ip.length;
+  if (count < 1 || count > namesMax) {
+    throw new UsageError(`names: found ${count}, expected 1 to ${namesMax} DNS names and IP addresses`);
   }
-  return names.map((name) => {
-    if (isIP(name) !== 0) return { type: 'ip', value: name };
-    if (isServerName(name)) return { type: 'dns', value: name.toLowerCase() };
-    throw new UsageError(`names: found ${JSON.stringify(name)}, expected a DNS name such as www.example.org or *.example.org, or an IP address`);
-  });
+  for (const name of dns.filter((candidate) => !isServerName(candidate) || isIP(candidate) !== 0)) {
+    throw new UsageError(`DNS name: found ${JSON.stringify(name)}, expected one such as www.example.org or *.example.org`);
+  }
+  for (const address of ip.filter((candidate) => isIP(candidate) === 0)) {
+    throw new UsageError(`IP address: found ${JSON.stringify(address)}, expected one such as 192.0.2.1 or 2001:db8::1`);
+  }
+  return [...dns.map((value) => ({ type: 'dns' as const, value: value.toLowerCase() })), ...ip.map((value) => ({ type: 'ip' as const, value }))];
 }
 
 const namesMax = 100;
 
-/** As a list, never as a string: a comma in it would otherwise begin another attribute. */
-function commonName(subject: Subject): JsonName {
-  const { commonName: given } = subject;
-  if (given !== undefined && (given === '' || given.length > commonNameMax)) {
-    throw new UsageError(`common name: found ${given.length} characters, expected 1 to ${commonNameMax}`);
+function subjectName({ distinguishedName, dns }: Subject): Name {
+  if (distinguishedName === undefined) {
+    const name = dns.find((candidate) => candidate.length <= commonNameMax);
+    // A subject may be empty when the alternative names say it all (RFC 5280 4.1.2.6).
+    return new Name(name === undefined ? [] : [{ CN: [name] }]);
   }
-  const name = given ?? subject.names.find((candidate) => candidate.length <= commonNameMax);
-  // A subject may be empty when the names say it all (RFC 5280 4.1.2.6).
-  return name === undefined ? [] : [{ CN: [name] }];
+  const refuse = (expected: string, cause?: unknown) => {
+    throw new UsageError(`subject: found ${JSON.stringify(distinguishedName.slice(0, 80))}, expected ${expected}`, { cause });
+  };
+  if (distinguishedName.length > distinguishedNameMax) refuse(`at most ${distinguishedNameMax} characters`);
+  try {
+    const name = new Name(distinguishedName);
+    if (name.toJSON().length === 0) refuse('a distinguished name such as CN=www.example.org');
+    if (name.getField('CN').some((value) => value.length > commonNameMax)) refuse(`a CN of at most ${commonNameMax} characters`);
+    return name;
+  } catch (error) {
+    if (error instanceof UsageError) throw error;
+    return refuse('a distinguished name such as CN=www.example.org, O=Example', error);
+  }
 }
 
+/** RFC 5280 appendix A.1, ub-common-name. */
 const commonNameMax = 64;
+const distinguishedNameMax = 512;
 
 function extensionsFor(names: JsonGeneralNames, signer: Signer): Extension[] {
   return [

@@ -22,7 +22,8 @@ export function dropPrivileges(config: Config, log: Log): void {
   }
   const group = config.group ?? user;
   try {
-    process.initgroups?.(user, group);
+    // Node has it; its type declarations do not.
+    (process as NodeJS.Process & { initgroups(user: string, group: string): void }).initgroups(user, group);
     process.setgid?.(group);
     process.setuid?.(user);
   } catch (cause) {

@@ -27,8 +27,8 @@ export interface Service {
   /** By listener, with the port that was chosen for port 0. */
   readonly addresses: Listeners['addresses'];
   readonly adminAddress: string | undefined;
-  /** Resolves when every worker has left. Safe to call again. */
-  drain(): Promise<void>;
+  /** Resolves when keygate was told to stop and every worker has left. */
+  readonly drained: Promise<void>;
 }
 
 /**
@@ -45,13 +45,11 @@ export async function serve(config: Config): Promise<Service> {
   const drained = Promise.withResolvers<void>();
   workers.once('drained', drained.resolve);
   let draining = false;
-  const drain = async (): Promise<void> => {
-    if (!draining) {
-      draining = true;
-      log.info({ event: 'drain_started', deadlineMs: config.drainDeadlineMs }, 'draining');
-      workers.drain(config.drainDeadlineMs);
-    }
-    return drained.promise;
+  const drain = (): void => {
+    if (draining) return;
+    draining = true;
+    log.info({ event: 'drain_started', deadlineMs: config.drainDeadlineMs }, 'draining');
+    workers.drain(config.drainDeadlineMs);
   };
 
   const admin = await openAdmin(config, listeners, workers, drain, log);
@@ -70,7 +68,7 @@ export async function serve(config: Config): Promise<Service> {
   });
   const stop = (signal: string): void => {
     log.info({ event: 'signal', signal }, `${signal} received`);
-    void drain();
+    drain();
   };
   process.on('SIGTERM', stop);
   process.on('SIGINT', stop);
@@ -87,14 +85,14 @@ export async function serve(config: Config): Promise<Service> {
   }
   await Promise.race([allReady.promise, drained.promise]);
   log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
-  return { addresses: listeners.addresses, adminAddress: admin?.address, drain };
+  return { addresses: listeners.addresses, adminAddress: admin?.address, drained: drained.promise };
 }
 
 async function openAdmin(
   config: Config,
   listeners: Listeners,
   workers: Workers,
-  drain: () => Promise<void>,
+  drain: () => void,
   log: Log,
 ): Promise<Admin | undefined> {
   if (config.admin === undefined) return undefined;
@@ -112,7 +110,7 @@ async function openAdmin(
       certificates,
       engine: await workers.observe(),
     }),
-    drain: () => void drain(),
+    drain,
   };
   return startAdmin(config.admin.listen, view, log);
 }

@@ -15,6 +15,7 @@ import type { ErrorCode } from '../../src/errors.ts';
 import { TokenError, UsageError } from '../../src/errors.ts';
 import { keyIdentifier, mechanisms } from '../../src/pkcs11/algorithm.ts';
 import { createSelfSigned, createSigningRequest, validityDaysMax } from '../../src/pkcs11/issue.ts';
+import type { Subject } from '../../src/pkcs11/issue.ts';
 import { findPrivateKey, listKeys, proveConfined, proveKey, publicKeyOf } from '../../src/pkcs11/keys.ts';
 import type { OpenToken } from '../../src/pkcs11/keys.ts';
 import { generatedKinds, generateKeyPair, generateTicketKey } from '../../src/pkcs11/provision.ts';
@@ -32,7 +33,7 @@ describe('a generated key', () => {
       assert.deepEqual(key.id, keyIdentifier(publicKey));
       assert.ok(publicKeyOf(open, key).equals(publicKey));
 
-      const subject = { names: ['www.example.org', '*.example.net', '192.0.2.1', '2001:db8::1'] };
+      const subject = { dns: ['www.example.org', '*.example.net'], ip: ['192.0.2.1', '2001:db8::1'] };
       const request = join(disposable.directory, 'request.pem');
       writeFileSync(request, await createSigningRequest(open, key, subject));
       const requestText = openssl('req', '-in', request, '-verify', '-noout', '-text', '-subject');
@@ -140,19 +141,40 @@ describe('a request', () => {
   it('is refused without a name, with a malformed one, and with too many', async (test) => {
     const { open } = openDisposableToken(test);
     const { key } = generateKeyPair(open, 'www', 'p256');
-    for (const names of [[], ['not a name'], ['a,b'], Array.from({ length: 101 }, (_, index) => `n${index}.example.org`)]) {
-      await assert.rejects(createSigningRequest(open, key, { names }), UsageError);
-    }
-    const hostile = await createSigningRequest(open, key, { names: ['www.example.org'], commonName: 'x, O=Evil' });
-    assert.doesNotMatch(openssl('req', '-noout', '-subject', '-nameopt', 'sep_multiline,lname', { input: hostile }), /^\s*organizationName/m);
+    const many = (count: number) => Array.from({ length: count }, (_, index) => `n${index}.example.org`);
+    const request = (subject: Partial<Subject>) => createSigningRequest(open, key, { dns: ['localhost'], ip: [], ...subject });
+    await request({ dns: many(100), distinguishedName: `CN=${'a'.repeat(64)}` });
+    const refused: Partial<Subject>[] = [
+      { dns: [] },
+      { dns: ['not a name'] },
+      { dns: ['a,b'] },
+      { dns: ['192.0.2.1'] },
+      { ip: ['localhost'] },
+      { dns: many(101) },
+      { distinguishedName: '' },
+      { distinguishedName: 'no name' },
+      { distinguishedName: `CN=${'a'.repeat(65)}` },
+      { distinguishedName: `CN=a${', O=b'.repeat(200)}` },
+    ];
+    for (const subject of refused) await assert.rejects(request(subject), UsageError, JSON.stringify(subject).slice(0, 80));
+  });
+
+  it('carries the distinguished name it is given, or the first DNS name', async (test) => {
+    const { open } = openDisposableToken(test);
+    const { key } = generateKeyPair(open, 'www', 'p256');
+    const subject = async (options: Partial<Subject>) =>
+      openssl('req', '-noout', '-subject', { input: await createSigningRequest(open, key, { dns: ['www.example.org'], ip: [], ...options }) }).trim();
+    assert.equal(await subject({}), 'subject=CN = www.example.org');
+    assert.equal(await subject({ distinguishedName: 'C=DE, O="Example, Inc", CN=www' }), 'subject=C = DE, O = "Example, Inc", CN = www');
+    assert.equal(await subject({ dns: [], ip: ['192.0.2.1'] }), 'subject=');
   });
 
   it('for a certificate takes 1 to 3650 days', async (test) => {
     const { open } = openDisposableToken(test);
     const { key } = generateKeyPair(open, 'www', 'p256');
-    for (const days of [1, validityDaysMax]) await createSelfSigned(open, key, { names: ['localhost'] }, days);
+    for (const days of [1, validityDaysMax]) await createSelfSigned(open, key, { dns: ['localhost'], ip: [] }, days);
     for (const days of [0, validityDaysMax + 1, 1.5, Number.NaN]) {
-      await assert.rejects(createSelfSigned(open, key, { names: ['localhost'] }, days), UsageError);
+      await assert.rejects(createSelfSigned(open, key, { dns: ['localhost'], ip: [] }, days), UsageError);
     }
   });
 });

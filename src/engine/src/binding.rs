@@ -2,7 +2,6 @@
 //! No panic crosses it, and nothing calls back: JavaScript asks. JavaScript thread only.
 
 use std::net::SocketAddr;
-use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -292,13 +291,13 @@ impl Engine {
     /// Accepts also from a socket of a sibling that is gone. An unknown listener is ignored.
     #[napi(catch_unwind)]
     pub fn accept(&self, listener: String, socket: i32) {
-        self.io.accept(listener, RawFd::from(socket));
+        self.io.accept(listener, socket);
     }
 
     /// Leaves a socket to the sibling that is back.
     #[napi(catch_unwind)]
     pub fn stop_accepting(&self, socket: i32) {
-        self.io.stop_accepting(RawFd::from(socket));
+        self.io.stop_accepting(socket);
     }
 
     /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros.
@@ -576,7 +575,7 @@ fn listener_plan(
         lifetime_deadline: (settings.lifetime_deadline_ms > 0).then(|| ms(settings.lifetime_deadline_ms)),
         connections_max: settings.connections_max as usize,
         handshakes_max: settings.handshakes_max as usize,
-        sockets: settings.sockets.into_iter().map(RawFd::from).collect(),
+        sockets: settings.sockets,
         name,
     })
 }

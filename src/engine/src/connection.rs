@@ -11,12 +11,12 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use aws_lc_rs::rand;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use crate::close::Close;
 use crate::handshake::{Established, handshake, write_all};
 use crate::listener::Listener;
-use crate::policy::suite_name;
+use crate::policy::openssl_name;
 use crate::proxy_header::{self, Endpoints, ProxyInfo, SslInfo};
 use crate::relay::{RelayDeadlines, relay};
 use crate::stream::Stream;
@@ -74,13 +74,14 @@ async fn connect(
     source: SocketAddr,
     established: &Established,
 ) -> Result<Connected, ConnectError> {
-    let connected = listener.upstream.connect().await?;
     let plan = listener.upstream.plan();
+    let deadline = Instant::now() + plan.connect_deadline;
+    let connected = listener.upstream.connect().await?;
     if let Some(version) = plan.proxy_protocol {
         let mut header = Vec::new();
         let mut unique_id = [0; UNIQUE_ID_BYTES];
         let unique_id = rand::fill(&mut unique_id).ok().map(|()| &unique_id[..]);
-        let cipher = established.tls.cipher_suite().map(|suite| suite_name(&suite));
+        let cipher = established.tls.cipher_suite().map(|suite| openssl_name(&suite));
         let destination = client.local_addr()?;
         proxy_header::write(
             version,
@@ -100,7 +101,7 @@ async fn connect(
             &mut header,
         );
         // A header fits in any fresh socket's buffer; the deadline is for a server that is broken in some new way.
-        timeout(plan.connect_deadline, write_all(&connected.stream, &header))
+        timeout_at(deadline, write_all(&connected.stream, &header))
             .await
             .map_err(|_| ConnectError::Deadline)??;
     }

@@ -1,6 +1,6 @@
 //! keygate's engine: what happens per byte or per handshake. See ../../README.md for the life of a connection.
 
-mod binding;
+pub mod binding;
 mod certificates;
 mod close;
 mod connection;

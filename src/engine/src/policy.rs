@@ -104,7 +104,61 @@ fn pick<T: Copy>(
         .collect()
 }
 
+/// OpenSSL's name, which is what upstreams compare in PROXY headers: the suites of TLS 1.3 have their IANA names there too,
+/// those of TLS 1.2 have not.
+pub fn openssl_name(suite: &SupportedCipherSuite) -> String {
+    let iana = suite_name(suite);
+    let Some((exchange, cipher)) = iana.split_once("_WITH_") else { return iana };
+    let exchange = exchange.trim_start_matches("TLS_").replace('_', "-");
+    let cipher = match cipher {
+        "CHACHA20_POLY1305_SHA256" => "CHACHA20-POLY1305".to_owned(),
+        aes => aes.replace("AES_", "AES").replace('_', "-"),
+    };
+    format!("{exchange}-{cipher}")
+}
+
 /// The IANA name: rustls writes TLS13_ where IANA writes TLS_ for the suites of TLS 1.3.
 pub fn suite_name(suite: &SupportedCipherSuite) -> String {
     format!("{:?}", suite.suite()).replace("TLS13_", "TLS_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_suite_has_the_name_that_openssl_gives_it() {
+        let ours: Vec<_> = aws_lc_rs::default_provider().cipher_suites.iter().map(openssl_name).collect();
+        let expected = [
+            "TLS_AES_256_GCM_SHA384",
+            "TLS_AES_128_GCM_SHA256",
+            "TLS_CHACHA20_POLY1305_SHA256",
+            "ECDHE-ECDSA-AES256-GCM-SHA384",
+            "ECDHE-ECDSA-AES128-GCM-SHA256",
+            "ECDHE-ECDSA-CHACHA20-POLY1305",
+            "ECDHE-RSA-AES256-GCM-SHA384",
+            "ECDHE-RSA-AES128-GCM-SHA256",
+            "ECDHE-RSA-CHACHA20-POLY1305",
+        ];
+        assert_eq!(ours, expected);
+    }
+
+    #[test]
+    fn an_unknown_name_is_refused_with_the_known_ones() {
+        let names = ["TLS_RSA_WITH_RC4_128_MD5".to_owned()];
+        let error = Policy::parse(&[], &names, &[], true).err().expect("refused");
+        assert!(
+            error.contains("TLS_RSA_WITH_RC4_128_MD5") && error.contains("TLS_AES_128_GCM_SHA256"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn names_choose_and_order_what_is_offered() {
+        let groups = ["secp384r1".to_owned(), "X25519MLKEM768".to_owned()];
+        let policy = Policy::parse(&["1.3".to_owned()], &[], &groups, true).expect("known names");
+        let names: Vec<_> = policy.groups.iter().map(|group| format!("{:?}", group.name())).collect();
+        assert_eq!(names, groups);
+        assert_eq!(policy.versions, [&TLS13]);
+    }
 }

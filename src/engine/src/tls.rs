@@ -204,3 +204,219 @@ fn append(out: &mut Vec<u8>, data: &mut EncodeTlsData<'_, ServerConnectionData>)
     let written = data.encode(&mut out[before..]).unwrap_or(0);
     out.truncate(before + written);
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::policy::Policy;
+    use crate::tickets::Ticketer;
+    use proptest::prelude::*;
+    use rustls::client::ClientConnection;
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+    use rustls::server::ResolvesServerCertUsingSni;
+    use rustls::sign::CertifiedKey;
+    use rustls::{ClientConfig, RootCertStore};
+    use std::sync::OnceLock;
+    use std::time::Duration;
+
+    /// A software key and its certificate for "localhost": these tests are about records, not about signing.
+    fn certified() -> &'static (CertificateDer<'static>, PrivateKeyDer<'static>) {
+        static MADE: OnceLock<(CertificateDer<'static>, PrivateKeyDer<'static>)> = OnceLock::new();
+        MADE.get_or_init(|| {
+            let arguments = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout - -days 2 \
+                -subj /CN=localhost -addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE";
+            let output = std::process::Command::new("openssl")
+                .args(arguments.split_whitespace())
+                .output()
+                .expect("openssl is installed");
+            let certificate = CertificateDer::from_pem_slice(&output.stdout).expect("a certificate");
+            (certificate, PrivateKeyDer::from_pem_slice(&output.stdout).expect("a key"))
+        })
+    }
+
+    /// Both ends of a connection that has not begun.
+    pub(crate) fn pair(version: &str, group: &str) -> (Tls, ClientConnection) {
+        let (certificate, key) = certified();
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let signing_key = provider.key_provider.load_private_key(key.clone_key()).expect("a usable key");
+        let mut resolver = ResolvesServerCertUsingSni::new();
+        let certified = CertifiedKey::new(vec![certificate.clone()], signing_key);
+        resolver.add("localhost", certified).expect("the certificate is for localhost");
+        let policy =
+            Policy::parse(&[version.to_owned()], &[], &[group.to_owned()], true).expect("known names");
+        let config = policy
+            .server_config(Arc::new(resolver), &[], &Ticketer::new(Duration::from_secs(60)))
+            .expect("a server configuration");
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate.clone()).expect("a trust anchor");
+        let client = ClientConfig::builder_with_provider(Arc::new(provider))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").expect("a name");
+        let client = ClientConnection::new(Arc::new(client), name).expect("a client");
+        (Tls::new(config).expect("a server"), client)
+    }
+
+    /// Runs the handshake, handing the client's bytes over in pieces of `piece_bytes`.
+    fn shake_hands(server: &mut Tls, client: &mut ClientConnection, piece_bytes: usize) {
+        let mut plaintext = Vec::new();
+        for _ in 0..8 {
+            let mut from_client = Vec::new();
+            while client.wants_write() {
+                client.write_tls(&mut from_client).expect("memory");
+            }
+            for piece in from_client.chunks(piece_bytes) {
+                server.receive(piece);
+                server.advance(&mut plaintext).expect("a good client");
+            }
+            give(client, &server.take_to_client());
+            if !client.is_handshaking() && !client.wants_write() {
+                break;
+            }
+        }
+        assert!(plaintext.is_empty());
+        assert_eq!(server.unprocessed(), b"");
+    }
+
+    /// Hands the server's bytes to the client and returns what they say to the application.
+    fn give(client: &mut ClientConnection, mut bytes: &[u8]) -> Vec<u8> {
+        use std::io::Read;
+        let mut plaintext = Vec::new();
+        while !bytes.is_empty() {
+            client.read_tls(&mut bytes).expect("memory");
+            client.process_new_packets().expect("a good server");
+            let _ = client.reader().read_to_end(&mut plaintext); // WouldBlock at the end
+        }
+        plaintext
+    }
+
+    fn client_sends(client: &mut ClientConnection, bytes: &[u8]) -> Vec<u8> {
+        use std::io::Write;
+        client.set_buffer_limit(None);
+        client.writer().write_all(bytes).expect("memory");
+        let mut records = Vec::new();
+        while client.wants_write() {
+            client.write_tls(&mut records).expect("memory");
+        }
+        records
+    }
+
+    #[test]
+    fn a_handshake_may_arrive_byte_by_byte() {
+        for version in ["1.2", "1.3"] {
+            let (mut server, mut client) = pair(version, "X25519");
+            shake_hands(&mut server, &mut client, 1);
+            assert!(!client.is_handshaking());
+            assert!(!server.is_resumed());
+        }
+    }
+
+    #[test]
+    fn the_client_is_told_of_the_end_and_can_still_send() {
+        for version in ["1.2", "1.3"] {
+            let (mut server, mut client) = pair(version, "X25519");
+            shake_hands(&mut server, &mut client, usize::MAX);
+            server.close_notify().expect("an established connection");
+            give(&mut client, &server.take_to_client());
+            assert!(client.process_new_packets().expect("no error").peer_has_closed());
+            let mut records = client_sends(&mut client, b"last words");
+            let mut plaintext = Vec::new();
+            let phase = server.process(&mut records, &mut plaintext);
+            assert!(phase.is_ok());
+            assert_eq!(plaintext, b"last words");
+        }
+    }
+
+    #[test]
+    fn after_the_clients_close_notify_the_server_can_still_send() {
+        for version in ["1.2", "1.3"] {
+            let (mut server, mut client) = pair(version, "X25519");
+            shake_hands(&mut server, &mut client, usize::MAX);
+            client.send_close_notify();
+            let mut records = client_sends(&mut client, b"");
+            let phase = server.process(&mut records, &mut Vec::new());
+            assert_eq!(phase, Ok(TlsPhase::ClientClosed));
+            let mut out = vec![0; ciphertext_max(6)];
+            let written = server.encrypt(b"answer", &mut out).expect("half-close");
+            assert_eq!(give(&mut client, &out[..written]), b"answer");
+        }
+    }
+
+    #[test]
+    fn a_key_update_that_asks_for_one_is_answered_before_the_next_data() {
+        let (mut server, mut client) = pair("1.3", "X25519");
+        shake_hands(&mut server, &mut client, usize::MAX);
+        client.refresh_traffic_keys().expect("TLS 1.3");
+        let mut records = client_sends(&mut client, b"after the update");
+        let mut plaintext = Vec::new();
+        server.process(&mut records, &mut plaintext).expect("a key update");
+        assert_eq!(plaintext, b"after the update");
+        let mut out = vec![0; ciphertext_max(3)];
+        let written = server.encrypt(b"yes", &mut out).expect("established");
+        give(&mut client, &server.take_to_client());
+        assert_eq!(give(&mut client, &out[..written]), b"yes");
+    }
+
+    #[test]
+    fn a_flipped_bit_ends_the_connection_with_an_alert() {
+        let (mut server, mut client) = pair("1.3", "X25519");
+        shake_hands(&mut server, &mut client, usize::MAX);
+        let mut records = client_sends(&mut client, b"data");
+        let last = records.len() - 1;
+        records[last] ^= 1;
+        assert!(server.process(&mut records, &mut Vec::new()).is_err());
+        assert!(!server.take_to_client().is_empty());
+    }
+
+    #[test]
+    fn an_idle_connection_holds_no_buffer() {
+        let (mut server, mut client) = pair("1.3", "X25519MLKEM768");
+        shake_hands(&mut server, &mut client, 100);
+        let mut records = client_sends(&mut client, &[7; 50_000]);
+        server.process(&mut records, &mut Vec::new()).expect("data");
+        server.release_buffers();
+        assert_eq!(server.unprocessed.capacity(), 0);
+        assert_eq!(server.to_client.capacity(), 0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn data_arrives_whole_however_it_is_cut(
+            data in prop::collection::vec(any::<u8>(), 0..60_000),
+            cuts in prop::collection::vec(1..20_000_usize, 1..20),
+            version in prop::sample::select(vec!["1.2", "1.3"]),
+        ) {
+            let (mut server, mut client) = pair(version, "X25519");
+            shake_hands(&mut server, &mut client, usize::MAX);
+            let records = client_sends(&mut client, &data);
+            let mut arrived = Vec::new();
+            let mut rest = &records[..];
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() {
+                    break;
+                }
+                let (piece, later) = rest.split_at((*cut).min(rest.len()));
+                let mut received = [server.unprocessed(), piece].concat();
+                server.process(&mut received, &mut arrived).expect("good records");
+                rest = later;
+            }
+            prop_assert_eq!(&arrived, &data);
+
+            let mut out = vec![0; ciphertext_max(data.len())];
+            let written = server.encrypt(&data, &mut out).expect("established");
+            prop_assert_eq!(give(&mut client, &out[..written]), data);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic_and_never_establish(bytes in prop::collection::vec(any::<u8>(), 1..400)) {
+            let (mut server, _) = pair("1.3", "X25519");
+            server.receive(&bytes);
+            prop_assert_ne!(server.advance(&mut Vec::new()), Ok(TlsPhase::Established));
+        }
+    }
+}

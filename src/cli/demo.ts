@@ -1,0 +1,193 @@
+/**
+ * Owns: `keygate demo`: a SoftHSM token, keys in it, certificates, a small HTTP upstream and a running keygate, in one command.
+ * Must not know: PKCS#11. It runs keygate's own commands in processes of their own, as an operator would, because this
+ * process becomes the primary, which never loads a module.
+ * Runs: main thread of the primary.
+ */
+import { execFile } from 'node:child_process';
+import { randomInt, X509Certificate } from 'node:crypto';
+import { once } from 'node:events';
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { createServer } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { homedir } from 'node:os';
+import { join, resolve } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { promisify, styleText } from 'node:util';
+import { loadConfig } from '../config/load.ts';
+import { ServiceError } from '../errors.ts';
+import { serve } from '../primary/serve.ts';
+
+export interface DemoOptions {
+  /** Of the TLS listener; 0: any free one. */
+  readonly port: number;
+  /** Of the HTTP upstream; 0: any free one. */
+  readonly httpUpstreamPort: number;
+  /** Where token, PIN, certificates and configuration are kept. */
+  readonly dir?: string;
+  /** Default: one per core. */
+  readonly workers?: number;
+}
+
+const tokenLabel = 'keygate-demo';
+const keys = ['p256', 'rsa2048'] as const;
+/** A certificate that ends sooner is made anew. */
+const renewBeforeMs = 2 * 86_400_000;
+const commandDeadlineMs = 60_000;
+const modulePaths = [
+  '/usr/lib/softhsm/libsofthsm2.so',
+  '/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so',
+  '/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so',
+  '/usr/lib64/pkcs11/libsofthsm2.so',
+  '/usr/lib64/softhsm/libsofthsm2.so',
+];
+
+/** @throws ServiceError `demo_failed`, `bind_failed` and what `serve` throws */
+export async function run(options: DemoOptions): Promise<void> {
+  const module = findSoftHsm();
+  const directory = resolve(options.dir ?? join(process.env['XDG_STATE_HOME'] ?? join(homedir(), '.local/state'), 'keygate/demo'));
+  const files = {
+    tokens: join(directory, 'tokens'),
+    softHsmConfig: join(directory, 'softhsm2.conf'),
+    pin: join(directory, 'pin'),
+    securityOfficerPin: join(directory, 'so-pin'),
+    config: join(directory, 'keygate.yaml'),
+  };
+  await step('private directory', directory, () => {
+    mkdirSync(files.tokens, { recursive: true, mode: 0o700 });
+    writeOnce(files.softHsmConfig, `directories.tokendir = ${files.tokens}\nobjectstore.backend = file\nlog.level = ERROR\n`);
+    writeOnce(files.pin, `${randomPin()}\n`);
+    writeOnce(files.securityOfficerPin, `${randomPin()}\n`);
+  });
+  // Inherited by the commands below and by the workers.
+  process.env['SOFTHSM2_CONF'] = files.softHsmConfig;
+
+  const onToken = ['--module', module, '--token', tokenLabel, '--pin-file', files.pin];
+  const initialised = join(directory, 'token-ready');
+  await step('SoftHSM token', tokenLabel, async () => {
+    if (existsSync(initialised)) return;
+    await keygate('token', 'init', '--module', module, '--label', tokenLabel, '--pin-file', files.pin, '--so-pin-file', files.securityOfficerPin);
+    writeFileSync(initialised, '', { mode: 0o600 });
+  });
+  for (const type of keys) {
+    const chain = join(directory, `${type}.pem`);
+    await step(`${type} key in the token, and its certificate`, chain, async () => {
+      const marker = join(directory, `${type}-ready`);
+      if (!existsSync(marker)) {
+        await keygate('key', 'generate', ...onToken, '--label', type, '--type', type);
+        writeFileSync(marker, '', { mode: 0o600 });
+      }
+      if (isCurrent(chain)) return;
+      const names = ['--dns', 'localhost', '--ip', '127.0.0.1', '--ip', '::1'];
+      await keygate('key', 'self-sign', ...onToken, '--label', type, '--subject', 'CN=localhost', ...names, '--days', '90', '--out', chain);
+    });
+  }
+  const upstream = await step('HTTP upstream', '127.0.0.1', async () => startUpstream(options.httpUpstreamPort));
+  writeFileSync(files.config, demoConfig(module, options, upstream.port), { mode: 0o600 });
+
+  const service = await serve(loadConfig(files.config));
+  announce(service.addresses['https']?.[0] ?? '', service.adminAddress, join(directory, 'p256.pem'), directory);
+  await service.drained;
+  upstream.close();
+}
+
+function findSoftHsm(): string {
+  const found = modulePaths.find((path) => existsSync(path));
+  if (found !== undefined) return found;
+  throw new ServiceError('demo_failed', `SoftHSM is not installed: none of ${modulePaths.join(', ')} exists`, {
+    unavailable: true,
+    hint: 'apt-get install softhsm2',
+  });
+}
+
+/** Shows what is being done, and how long it took. */
+async function step<T>(what: string, where: string, work: () => T | Promise<T>): Promise<T> {
+  const startedAt = performance.now();
+  process.stdout.write(`  ${what} ... `);
+  try {
+    const result = await work();
+    process.stdout.write(`${styleText('green', 'ok')} ${where} (${Math.round(performance.now() - startedAt)} ms)\n`);
+    return result;
+  } catch (error) {
+    process.stdout.write(`${styleText('red', 'failed')}\n`);
+    throw error;
+  }
+}
+
+/** Runs one of keygate's own commands. */
+async function keygate(...args: readonly string[]): Promise<void> {
+  const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
+  const main = fileURLToPath(new URL(`main.${extension}`, import.meta.url));
+  try {
+    await promisify(execFile)(process.execPath, [main, ...args], { timeout: commandDeadlineMs });
+  } catch (cause) {
+    const { stderr = '' } = cause as { stderr?: string };
+    throw new ServiceError('demo_failed', `keygate ${args.slice(0, 2).join(' ')} failed: ${stderr.trim() || String(cause)}`, {
+      cause,
+      hint: 'remove the demo directory to start afresh',
+    });
+  }
+}
+
+function writeOnce(path: string, text: string): void {
+  if (!existsSync(path)) writeFileSync(path, text, { mode: 0o600 });
+}
+
+function randomPin(): string {
+  return Array.from({ length: 12 }, () => randomInt(10)).join('');
+}
+
+function isCurrent(chain: string): boolean {
+  return existsSync(chain) && new X509Certificate(readFileSync(chain)).validToDate.getTime() > Date.now() + renewBeforeMs;
+}
+
+async function startUpstream(port: number): Promise<{ port: number; close(): void }> {
+  const server = createServer((request, response) => {
+    response.setHeader('content-type', 'text/plain; charset=utf-8');
+    response.end(`keygate demo: ${request.method} ${request.url} arrived as plaintext; the private key is still in the token.\n`);
+  });
+  server.listen(port, '127.0.0.1');
+  try {
+    await once(server, 'listening');
+  } catch (cause) {
+    throw new ServiceError('demo_failed', `the HTTP upstream cannot listen on 127.0.0.1:${port}: ${String(cause)}`, {
+      cause,
+      hint: 'choose another --http-upstream-port, or 0 for any free one',
+    });
+  }
+  return {
+    port: (server.address() as AddressInfo).port,
+    close() {
+      server.close();
+      server.closeAllConnections();
+    },
+  };
+}
+
+function demoConfig(module: string, { port, workers }: DemoOptions, upstreamPort: number): string {
+  return `# Written by \`keygate demo\` at every start. Copy it to begin a configuration of your own.
+workers: ${workers ?? 'auto'}
+admin: { listen: "127.0.0.1:${port === 0 ? 0 : 9180}" }
+tokens:
+  demo: { module: ${JSON.stringify(module)}, uri: "pkcs11:token=${tokenLabel}", pin: { file: pin } }
+certificates:
+${keys.map((type) => `  ${type}: { chain: ${type}.pem, key: "pkcs11:object=${type}" }`).join('\n')}
+upstreams:
+  web: { servers: ["127.0.0.1:${upstreamPort}"] }
+listeners:
+  https: { bind: ["127.0.0.1:${port}", "[::1]:${port}"], mode: offload, certificates: [${keys.join(', ')}], policy: intermediate, upstream: web }
+`;
+}
+
+function announce(address: string, admin: string | undefined, certificate: string, directory: string): void {
+  const port = address.slice(address.lastIndexOf(':') + 1);
+  process.stdout.write(`
+${styleText('bold', 'keygate is running')}: TLS on https://localhost:${port}, two certificates (EC and RSA), keys in the token ${tokenLabel}.
+
+  try it   curl --cacert ${certificate} https://localhost:${port}/
+  admin    http://${admin ?? ''}/status
+  files    ${directory}
+  stop     Ctrl-C, or kill ${process.pid}
+
+`);
+}
