@@ -11,6 +11,7 @@ import { join } from 'node:path';
 import type { TestContext } from 'node:test';
 import { createSelfSigned } from '../../src/pkcs11/issue.ts';
 import { generateKeyPair } from '../../src/pkcs11/provision.ts';
+import type { GeneratedKind } from '../../src/pkcs11/provision.ts';
 import type { EngineAnswer, EngineOrder, EngineParameters } from './engine-process-main.ts';
 import { openDisposableToken } from './softhsm.ts';
 import type { DisposableToken } from './softhsm.ts';
@@ -29,14 +30,14 @@ export interface EngineToken {
   readonly parameters: EngineParameters;
 }
 
-/** A disposable token with one P-256 key and its certificate. */
-export async function engineToken(test: TestContext, overrides: Partial<EngineParameters> = {}): Promise<EngineToken> {
+/** A disposable token with one key and its certificate. */
+export async function engineToken(test: TestContext, kind: GeneratedKind = 'p256'): Promise<EngineToken> {
   const { disposable, open } = openDisposableToken(test);
-  const { key } = generateKeyPair(open, 'www', 'p256');
+  const { key } = generateKeyPair(open, 'www', kind);
   const chain = join(disposable.directory, 'www.pem');
   writeFileSync(chain, await createSelfSigned(open, key, { dns: ['localhost'], ip: [] }, 30));
   const { module, label, pin } = disposable;
-  return { disposable, parameters: { module, label, pin, chain, keyLabel: 'www', lanes: 4, upstream: '127.0.0.1:1', ...overrides } };
+  return { disposable, parameters: { module, label, pin, chain, keyLabel: 'www', lanes: 4, upstream: '127.0.0.1:1' } };
 }
 
 export function startEngineProcess(

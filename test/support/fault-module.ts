@@ -42,6 +42,7 @@ const layoutVersion = 1n;
 const forEver = 0xffff_ffff_ffff_ffffn;
 /** Words that count broken rules of PKCS#11: a session in two threads, a call before C_Initialize, a C_Finalize too early. */
 const violationWords = [2, 3, 4];
+const exitDelayWord = 5;
 
 export class FaultModule {
   /** Absolute path of the module to configure. */
@@ -88,6 +89,11 @@ export class FaultModule {
   /** The next `times` signatures have one bit wrong; without `times`, all of them. */
   damage(times?: number): void {
     this.#set('C_Sign', 'flipLeft', times === undefined ? forEver : BigInt(times));
+  }
+
+  /** Processes that load the module wait so long after the exit handlers of the real one, where a thread still inside it crashes. */
+  lingerAtExit(delayMs: number): void {
+    this.#write(exitDelayWord, BigInt(delayMs * 1000));
   }
 
   /** No faults any more. What was counted stays. */
