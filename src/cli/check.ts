@@ -38,16 +38,31 @@ async function examine(file: string): Promise<Finding[]> {
   } catch (error) {
     if (!(error instanceof ConfigError)) throw error;
     // Tokens and upstreams of a configuration that is wrong are guesses.
-    return error.problems.map((problem) => ({ severity: 'error', subject: 'config', message: formatProblem(problem), error: new ConfigError([problem]) }));
+    return error.problems.map((problem) => ({
+      severity: 'error',
+      subject: 'config',
+      message: formatProblem(problem),
+      error: new ConfigError([problem]),
+    }));
   }
   const tools = { guard: nativeGuard, readPin };
-  return [{ severity: 'ok', subject: 'config', message: config.file }, ...examinePlan(config, tools).findings, ...(await examineUpstreams(config))];
+  return [
+    { severity: 'ok', subject: 'config', message: config.file },
+    ...examinePlan(config, tools).findings,
+    ...(await examineUpstreams(config)),
+  ];
 }
 
 function exitCodeOf(findings: readonly Finding[]): number {
   const errors = findings.flatMap(({ error }) => error ?? []);
   if (errors.length === 0) return exitCodes.ok;
-  return (errors.find((error) => error instanceof ConfigError) ?? errors.find((error) => error instanceof TokenError) ?? errors[0])?.exitCode ?? exitCodes.other;
+  return (
+    (
+      errors.find((error) => error instanceof ConfigError) ??
+      errors.find((error) => error instanceof TokenError) ??
+      errors[0]
+    )?.exitCode ?? exitCodes.other
+  );
 }
 
 const marks: Record<Finding['severity'], Colour> = { ok: 'green', warning: 'yellow', error: 'red' };
@@ -59,8 +74,11 @@ function printFindings(findings: readonly Finding[]): void {
     // A configuration problem has its hint in its message.
     if (error?.hint !== undefined) printLine(`${' '.repeat(9 + width + 2)}${coloured('dim', error.hint)}`);
   }
-  const count = (wanted: Finding['severity']) => findings.filter(({ severity }) => severity === wanted).length;
-  printLine(`${count('error')} errors, ${count('warning')} warnings`);
+  const count = (wanted: Finding['severity']) => {
+    const { length } = findings.filter(({ severity }) => severity === wanted);
+    return `${length} ${wanted}${length === 1 ? '' : 's'}`;
+  };
+  printLine(`${count('error')}, ${count('warning')}`);
 }
 
 function describe({ severity, subject, message, error }: Finding) {

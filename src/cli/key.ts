@@ -54,15 +54,23 @@ export async function list(options: KeyListOptions): Promise<void> {
   }
   printTable(
     ['LABEL', 'ID', 'KIND', 'TYPE', 'CAN LEAVE'],
-    keys.map(({ label, id, kind, type, confined }) => [label === '' ? '-' : label, id === '' ? '-' : id, kind, type, confined ? 'no' : 'YES']),
+    keys.map(({ label, id, kind, type, confined }) => [
+      label === '' ? '-' : label,
+      id === '' ? '-' : id,
+      kind,
+      type,
+      confined ? 'no' : 'YES',
+    ]),
   );
 }
 
 export async function generate(options: KeyGenerateOptions): Promise<void> {
   const { label, type } = options;
-  if (!isGeneratedType(type)) throw new UsageError(`type: found ${JSON.stringify(type)}, expected one of ${generatedTypes.join(', ')}`);
+  if (!isGeneratedType(type))
+    throw new UsageError(`type: found ${JSON.stringify(type)}, expected one of ${generatedTypes.join(', ')}`);
   const length = Buffer.byteLength(label);
-  if (length < 1 || length > labelBytesMax) throw new UsageError(`label: found ${length} bytes, expected 1 to ${labelBytesMax}`);
+  if (length < 1 || length > labelBytesMax)
+    throw new UsageError(`label: found ${length} bytes, expected 1 to ${labelBytesMax}`);
   await withToken(options, 'read-write', (open) => {
     const key = type === 'ticket' ? generateTicketKey(open, label) : generateKeyPair(open, label, type).key;
     printLine(`token "${open.token.label}": ${type} key ${formatKey(key)}: generated`);
@@ -71,13 +79,17 @@ export async function generate(options: KeyGenerateOptions): Promise<void> {
 
 export async function csr(options: KeySubjectOptions): Promise<void> {
   const uri = keyUri(options);
-  const pem = await withToken(options, 'read', (open) => createSigningRequest(open, findPrivateKey(open, uri), subjectOf(options)));
+  const pem = await withToken(options, 'read', (open) =>
+    createSigningRequest(open, findPrivateKey(open, uri), subjectOf(options)),
+  );
   writeResult(pem, options.out);
 }
 
 export async function selfSign(options: KeySelfSignOptions): Promise<void> {
   const uri = keyUri(options);
-  const pem = await withToken(options, 'read', (open) => createSelfSigned(open, findPrivateKey(open, uri), subjectOf(options), options.days));
+  const pem = await withToken(options, 'read', (open) =>
+    createSelfSigned(open, findPrivateKey(open, uri), subjectOf(options), options.days),
+  );
   writeResult(pem, options.out);
 }
 

@@ -25,7 +25,11 @@ export function printJson(value: unknown): void {
 
 /** Columns without borders, so that the output can be cut by column and still be read. */
 export function printTable(head: readonly string[], rows: readonly (readonly string[])[]): void {
-  const table = new Table({ head: head.map((title) => coloured('bold', title)), chars: noBorders, style: { head: [], 'padding-left': 0, 'padding-right': 2 } });
+  const table = new Table({
+    head: head.map((title) => coloured('bold', title)),
+    chars: noBorders,
+    style: { head: [], 'padding-left': 0, 'padding-right': 2 },
+  });
   table.push(...rows.map((row) => [...row]));
   for (const line of table.toString().split('\n')) printLine(line.trimEnd());
 }
@@ -51,7 +55,7 @@ export function writeResult(text: string, file: string | undefined): void {
 }
 
 const noBorders = Object.fromEntries(
-  ['top', 'top-mid', 'top-left', 'top-right', 'bottom', 'bottom-mid', 'bottom-left', 'bottom-right'].concat(
-    ['left', 'left-mid', 'mid', 'mid-mid', 'right', 'right-mid', 'middle'],
-  ).map((name) => [name, '']),
+  ['top', 'top-mid', 'top-left', 'top-right', 'bottom', 'bottom-mid', 'bottom-left', 'bottom-right']
+    .concat(['left', 'left-mid', 'mid', 'mid-mid', 'right', 'right-mid', 'middle'])
+    .map((name) => [name, '']),
 );

@@ -10,7 +10,9 @@ import type { Finding } from '../pkcs11/plan.ts';
 
 /** A server that does not answer is a warning: it may be started after keygate. Waits 2 s at most for each. */
 export async function examineUpstreams(config: Pick<Config, 'upstreams'>): Promise<Finding[]> {
-  const servers = Object.values(config.upstreams).flatMap(({ name, servers: addresses }) => addresses.map((address) => ({ name, address })));
+  const servers = Object.values(config.upstreams).flatMap(({ name, servers: addresses }) =>
+    addresses.map((address) => ({ name, address })),
+  );
   const findings: Finding[] = [];
   for (let start = 0; start < servers.length; start += connectsAtOnceMax) {
     findings.push(...(await Promise.all(servers.slice(start, start + connectsAtOnceMax).map(examineServer))));
@@ -21,7 +23,13 @@ export async function examineUpstreams(config: Pick<Config, 'upstreams'>): Promi
 const connectDeadlineMs = 2000;
 const connectsAtOnceMax = 64;
 
-async function examineServer({ name, address }: { readonly name: string; readonly address: TcpAddress | UnixAddress }): Promise<Finding> {
+async function examineServer({
+  name,
+  address,
+}: {
+  readonly name: string;
+  readonly address: TcpAddress | UnixAddress;
+}): Promise<Finding> {
   const reason = await whyUnreachable(address);
   const subject = `upstream ${name}`;
   const place = formatAddress(address);

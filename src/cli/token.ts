@@ -32,7 +32,9 @@ export interface TokenInitOptions extends PinOptions {
 export async function list(options: TokenListOptions): Promise<void> {
   const tokens = [];
   for (const chosen of chooseModules(options)) {
-    tokens.push(...(await withModule(chosen, (module) => listTokens(module).map((token) => describe(token, chosen.module)))));
+    tokens.push(
+      ...(await withModule(chosen, (module) => listTokens(module).map((token) => describe(token, chosen.module)))),
+    );
   }
   if (options.json === true) {
     printJson(tokens);
@@ -56,7 +58,9 @@ export async function init(options: TokenInitOptions): Promise<void> {
   const { label, module: path } = options;
   const length = Buffer.byteLength(label);
   if (length < 1 || length > tokenLabelBytesMax || label !== label.trim()) {
-    throw new UsageError(`label: found ${JSON.stringify(label)}, expected 1 to ${tokenLabelBytesMax} bytes without blanks at its ends`);
+    throw new UsageError(
+      `label: found ${JSON.stringify(label)}, expected 1 to ${tokenLabelBytesMax} bytes without blanks at its ends`,
+    );
   }
   const user = pinSource(options);
   const securityOfficer = pinSource(securityOfficerPin(options), 'so-pin');

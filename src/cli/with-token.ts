@@ -12,7 +12,7 @@ import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { UsageError } from '../errors.ts';
 import { failureReason } from '../pkcs11/failure.ts';
 import type { OpenToken } from '../pkcs11/keys.ts';
-import { closeModule, closeSession, findToken, login, openModule, openSession } from '../pkcs11/module.ts';
+import { closeSession, findToken, login, openModule, openSession } from '../pkcs11/module.ts';
 import { nativeGuard } from '../pkcs11/native-guard.ts';
 
 /** Which module; either of the two. */
@@ -77,11 +77,11 @@ export async function withModule<Result>(
 ): Promise<Result> {
   const release = lockLogin(chosen);
   try {
-    const module = openModule(chosen.module, chosen.isolate, nativeGuard);
+    const opened = openModule(chosen.module, chosen.isolate, nativeGuard);
     try {
-      return await use(module, release);
+      return await use(opened.module, release);
     } finally {
-      closeModule(module);
+      opened.close();
     }
   } finally {
     release();
@@ -90,7 +90,8 @@ export async function withModule<Result>(
 
 /** The modules of the configuration, each once, or the one that is named. */
 export function chooseModules({ config, module }: ModuleOptions): ChosenModule[] {
-  if ((config === undefined) === (module === undefined)) throw new UsageError('name either a configuration with --config or a module with --module');
+  if ((config === undefined) === (module === undefined))
+    throw new UsageError('name either a configuration with --config or a module with --module');
   if (module !== undefined) return [{ ...moduleDefaults, module: resolve(module) }];
   const tokens = Object.values(loadConfig(config ?? '').tokens);
   return [...new Map(tokens.map((token) => [token.module, token])).values()];
@@ -106,12 +107,15 @@ export function pinSource(options: PinOptions, flag = 'pin'): PinSource {
   ];
   const [source] = sources;
   if (source !== undefined && sources.length === 1) return source;
-  throw new UsageError(`say where the PIN is with one of --${flag}-file, --${flag}-env and --${flag}-credential: found ${sources.length}`, {
-    hint: 'a PIN itself is never an argument: every user of the machine could read it',
-  });
+  throw new UsageError(
+    `say where the PIN is with one of --${flag}-file, --${flag}-env and --${flag}-credential: found ${sources.length}`,
+    {
+      hint: 'a PIN itself is never an argument: every user of the machine could read it',
+    },
+  );
 }
 
-export function warn(message: string): void {
+function warn(message: string): void {
   process.stderr.write(`warning: ${message}\n`);
 }
 
@@ -120,7 +124,7 @@ const moduleDefaults = { isolate: true, loginLockWaitMs: 10_000 };
 function chooseToken(options: TokenOptions): ChosenToken {
   const { config, module, token } = options;
   if (config === undefined) {
-    const [chosen] = chooseModules({ ...(module === undefined ? {} : { module }) });
+    const [chosen] = chooseModules(module === undefined ? {} : { module });
     if (chosen === undefined || token === undefined) throw new UsageError('name the token with --token LABEL');
     return { ...chosen, uri: { token }, pin: pinSource(options) };
   }
@@ -131,7 +135,9 @@ function chooseToken(options: TokenOptions): ChosenToken {
   const chosen = name === undefined ? undefined : tokens[name];
   if (chosen !== undefined) return chosen;
   throw new UsageError(
-    token === undefined ? 'the configuration has several tokens: name one with --token' : `token ${token}: the configuration has no such token`,
+    token === undefined
+      ? 'the configuration has several tokens: name one with --token'
+      : `token ${token}: the configuration has no such token`,
     { hint: `the configuration has ${names.join(', ')}` },
   );
 }

@@ -3,7 +3,7 @@
  * Must not know: tokens, PKCS#11, the configuration file's syntax.
  * Runs: on the main thread of whoever logs in.
  */
-import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
+import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
 import { isAbsolute, join } from 'node:path';
 import { TokenError } from '../errors.ts';
 
@@ -64,7 +64,8 @@ function pinFromFile(path: string, source: PinSource): Buffer {
   let length: number;
   let descriptor: number | undefined;
   try {
-    descriptor = openSync(path, 'r');
+    // Without O_NONBLOCK, opening a FIFO waits for a writer for ever.
+    descriptor = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK);
     const stat = fstatSync(descriptor);
     if (!stat.isFile()) throw new TokenError('pin_unavailable', `PIN: ${formatPinSource(source)} is not a regular file`);
     if ((stat.mode & 0o007) !== 0) {
@@ -80,8 +81,7 @@ function pinFromFile(path: string, source: PinSource): Buffer {
   } finally {
     if (descriptor !== undefined) closeSync(descriptor);
   }
-  const pin = checkedPin(bytes.subarray(0, length), source);
-  return pin;
+  return checkedPin(bytes.subarray(0, length), source);
 }
 
 /** Takes over `bytes`: wipes them when they are refused. */

@@ -11,6 +11,7 @@ import { parseAdminAddress, parseBindAddress, parseServerAddress } from './addre
 import { cipherSuites, groups } from './config.ts';
 import type { Fault, Parsed } from './fault.ts';
 import { parsePath } from './path.ts';
+import { cipherSuiteVersion } from './policies.ts';
 import { parsePkcs11Uri, type Pkcs11Uri } from './pkcs11-uri.ts';
 import { formatDuration, parseDuration } from './units.ts';
 
@@ -58,7 +59,7 @@ const token = z.strictObject({
 const certificate = z.strictObject({
   chain: path('PEM file with the leaf certificate first, then its issuers.'),
   key: kind('PKCS#11 URI', 'a PKCS#11 URI with object or id', keyUri).describe('Which private key: `object` (label), `id`, or both.'),
-  tokens: z.array(reference('token'), { error: 'a list of token names' })
+  tokens: z.array(reference('a token'), { error: 'a list of token names' })
     .min(1, 'at least one token')
     .optional()
     .describe('Tokens that hold this key. Default: all tokens.'),
@@ -142,7 +143,7 @@ const listener = z.strictObject({
     .describe('`0.0.0.0:443`, `[::]:443`; port 0 takes any free port.'),
   mode: kind('mode', 'offload', parseMode).prefault('offload').describe('`offload`: TLS from the client, plaintext to the upstream.'),
   certificates: z
-    .array(reference('certificate'), { error: 'a list of certificate names' })
+    .array(reference('a certificate'), { error: 'a list of certificate names' })
     .min(1, 'at least one certificate')
     .describe('Chosen by the name the client asks for (SNI); the first is the default.'),
   unknownName: oneOf(['default', 'refuse'], 'default').describe('What a client gets that asks for another name: the default certificate, or an alert.'),
@@ -153,8 +154,8 @@ const listener = z.strictObject({
     .max(16, 'at most 16 protocol names')
     .default([])
     .describe('ALPN protocol names, preferred first. Empty: not negotiated.'),
-  policy: reference('policy').prefault('intermediate').describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
-  upstream: reference('upstream').describe('Where connections go.'),
+  policy: reference('a policy').prefault('intermediate').describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
+  upstream: reference('an upstream').describe('Where connections go.'),
   deadlines: z
     .strictObject({
       handshake: duration(100, 600_000, '10s').describe('From accept to the end of the handshake.'),
@@ -196,7 +197,7 @@ export const documentSchema = z.strictObject({
   tokens: section('token', token).describe('PKCS#11 tokens, by a name of your choice.'),
   certificates: section('certificate', certificate).describe('Certificates and where their private keys are.'),
   policies: z
-    .record(name('policy'), policy, { error: 'policies by name' })
+    .record(name(), policy, { error: 'policies by name' })
     .default({})
     .describe('TLS policies beside the built-in `modern` (TLS 1.3) and `intermediate` (TLS 1.2 and 1.3).'),
   tickets: tickets.prefault({}).describe('Session tickets.'),
@@ -207,29 +208,57 @@ export const documentSchema = z.strictObject({
 export type Document = z.output<typeof documentSchema>;
 
 /** JSON Schema (draft 2020-12) of the document, for editors. Faults that a JSON Schema cannot say are left to `keygate check`. */
-export function jsonSchema(): z.core.JSONSchema.BaseSchema {
-  return z.toJSONSchema(documentSchema, { io: 'input' });
+export function jsonSchema(): JsonSchema {
+  return z.toJSONSchema(documentSchema, { io: 'input' }) as JsonSchema;
 }
 
-export function isTls13Suite(suite: string): boolean {
-  return !suite.includes('_WITH_');
+/** Where a PIN may stand by mistake. */
+export function isSecret(path: readonly (string | number)[]): boolean {
+  return path[0] === 'tokens' && path[2] === 'pin';
+}
+
+let printed: JsonSchema | undefined;
+
+/** The keys that a mapping of the document may have; empty where names are free. */
+export function knownKeys(path: readonly (string | number)[]): readonly string[] {
+  printed ??= jsonSchema();
+  let schema: JsonSchema | undefined = printed;
+  for (const step of path) schema = typeof step === 'number' ? schema?.items : (schema?.properties?.[step] ?? (schema?.additionalProperties || undefined));
+  return Object.keys(schema?.properties ?? {});
+}
+
+/** As much of JSON Schema as documentSchema comes out as. */
+export interface JsonSchema {
+  readonly properties?: Readonly<Record<string, JsonSchema>>;
+  readonly required?: readonly string[];
+  readonly additionalProperties?: JsonSchema | false;
+  readonly items?: JsonSchema;
+  readonly title?: string;
+  readonly description?: string;
+  readonly default?: unknown;
+  readonly type?: string;
+  readonly enum?: readonly unknown[];
+  readonly const?: unknown;
+  readonly anyOf?: readonly JsonSchema[];
+  readonly minimum?: number;
+  readonly maximum?: number;
 }
 
 function section<T extends z.ZodType>(singular: string, value: T) {
   return z
-    .record(name(singular), value, { error: `${singular}s by name` })
+    .record(name(), value, { error: `${singular}s by name` })
     .refine((entries) => Object.keys(entries).length > 0, `at least one ${singular}`);
 }
 
-function name(singular: string) {
+function name() {
   return z
     .string()
-    .regex(/^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$/, `a ${singular} name of 1 to 64 letters, digits, "-", "_" and ".", beginning with a letter or digit`);
+    .regex(/^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$/, 'a name of 1 to 64 letters, digits, "-", "_" and ".", beginning with a letter or digit');
 }
 
 /** Whether the name is defined is the business of references.ts. */
-function reference(singular: string) {
-  return z.string({ error: `the name of a ${singular}` }).meta({ title: `${singular} name` });
+function reference(what: string) {
+  return z.string({ error: `the name of ${what}` }).meta({ title: `name of ${what}` });
 }
 
 function account() {
@@ -259,12 +288,12 @@ function duration(min: number, max: number, preset: string, word?: 'none') {
 }
 
 function requiredDuration(min: number, max: number, word?: 'none') {
-  const range = `a duration from ${formatDuration(min)} to ${formatDuration(max)}${word === undefined ? '' : `, or ${word}`}`;
-  return kind('duration', `${range}, such as 250ms, 5s, 1m, 2h or 7d`, (text): Parsed<number> => {
+  const range = `duration from ${formatDuration(min)} to ${formatDuration(max)}${word === undefined ? '' : `, or ${word}`}`;
+  return kind(range, `a ${range}, such as 250ms, 5s, 1m, 2h or 7d`, (text): Parsed<number> => {
     if (text === word) return { value: 0 };
     const parsed = parseDuration(text);
     if ('fault' in parsed || (parsed.value >= min && parsed.value <= max)) return parsed;
-    return { fault: { expected: range } };
+    return { fault: { expected: `a ${range}` } };
   });
 }
 
@@ -307,17 +336,14 @@ function keyUri(text: string): Parsed<Pkcs11Uri> {
 }
 
 function parseVariableName(text: string): Parsed<string> {
-  return /^[A-Za-z_][A-Za-z0-9_]{0,127}$/.test(text) ? { value: text } : { fault: { expected: 'the name of an environment variable', ...hidden } };
+  return /^[A-Za-z_][A-Za-z0-9_]{0,127}$/.test(text) ? { value: text } : { fault: { expected: 'the name of an environment variable' } };
 }
 
 /** Slashes would lead out of the directory. */
 function parseCredentialName(text: string): Parsed<string> {
   if (/^[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}$/.test(text)) return { value: text };
-  return { fault: { expected: 'the name of a systemd credential, without slashes', ...hidden } };
+  return { fault: { expected: 'the name of a systemd credential, without slashes' } };
 }
-
-/** What stands where a PIN may stand by mistake. */
-const hidden = { found: 'a value that is not shown because it may be a PIN' };
 
 function parseMode(text: string): Parsed<'offload'> {
   if (text === 'offload') return { value: text };
@@ -339,7 +365,7 @@ function* policyFaults(value: PolicyDocument): Generator<Fault & { readonly key:
   if (value.cipherSuites === undefined) return;
   for (const version of ['1.2', '1.3']) {
     const enabled = minVersion <= version && version <= maxVersion;
-    const suites = value.cipherSuites.filter((suite) => isTls13Suite(suite) === (version === '1.3'));
+    const suites = value.cipherSuites.filter((suite) => cipherSuiteVersion(suite) === version);
     if (enabled && suites.length === 0) {
       yield { key: 'cipherSuites', code: 'config_conflict', expected: `a cipher suite for TLS ${version}, which the policy allows` };
     }

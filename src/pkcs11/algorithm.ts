@@ -9,12 +9,11 @@
 import { constants, createHash, createPublicKey, verify } from 'node:crypto';
 import type { KeyObject } from 'node:crypto';
 
-export const keyAlgorithms = ['p256', 'p384', 'p521', 'rsa', 'ed25519'] as const;
-export type KeyAlgorithm = (typeof keyAlgorithms)[number];
+export type KeyAlgorithm = 'p256' | 'p384' | 'p521' | 'rsa' | 'ed25519';
 
 /** rustls takes RSA keys of these sizes and no others. */
-export const rsaBitsMin = 2048;
-export const rsaBitsMax = 8192;
+const rsaBitsMin = 2048;
+const rsaBitsMax = 8192;
 
 /** Mechanisms by number (PKCS#11 v3.0), because graphene's list ends before EdDSA. */
 export const mechanisms = {
@@ -28,7 +27,7 @@ export const mechanisms = {
   CKM_EC_EDWARDS_KEY_PAIR_GEN: 0x1055,
   CKM_EDDSA: 0x1057,
 } as const;
-export type MechanismName = keyof typeof mechanisms;
+type MechanismName = keyof typeof mechanisms;
 
 /** CKK_* (PKCS#11 v3.0). */
 export const keyTypes = { rsa: 0x00, ec: 0x03, genericSecret: 0x10, sha256Hmac: 0x2b, ecEdwards: 0x40 } as const;
@@ -101,7 +100,8 @@ export function certificateScheme(algorithm: KeyAlgorithm): SignatureScheme {
     return {
       mechanism: 'CKM_RSA_PKCS',
       input: (message) => Buffer.concat([sha256DigestInfo, digest(message)]),
-      verifies: (message, key, signature) => verify(hash, message, { key, padding: constants.RSA_PKCS1_PADDING }, signature),
+      verifies: (message, key, signature) =>
+        verify(hash, message, { key, padding: constants.RSA_PKCS1_PADDING }, signature),
     };
   }
   return {

@@ -36,7 +36,7 @@ export interface ChainReading {
 export const chainBytesMax = 256 * 1024;
 export const chainCertificatesMax = 10;
 /** Warn while there is still time to renew. */
-export const expiryWarningDays = 14;
+const expiryWarningDays = 14;
 
 /** Reads and judges the chain as of `now`; never throws for what is wrong with the file. */
 export function readChain(config: CertificateConfig, now = new Date()): ChainReading {
@@ -67,7 +67,10 @@ export function readChain(config: CertificateConfig, now = new Date()): ChainRea
 
 /** A DNS name in ASCII of at most 253 characters, `*` only as the whole first label (RFC 6125 6.4.3). */
 export function isServerName(name: string): boolean {
-  return name.length <= 253 && /^(?:\*\.)?(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?)(?:\.[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?)*$/i.test(name);
+  return (
+    name.length <= 253 &&
+    /^(?:\*\.)?(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?)(?:\.[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?)*$/i.test(name)
+  );
 }
 
 interface Block {
@@ -106,7 +109,7 @@ class Report {
   }
 
   warning(text: string): void {
-    this.warnings.push(`certificate ${this.#config.name}: ${text}`);
+    this.warnings.push(text);
   }
 
   reading(chain: CertificateChain | undefined): ChainReading {
@@ -120,7 +123,11 @@ function readBounded(path: string, report: Report): string | undefined {
     descriptor = openSync(path, 'r');
     const stat = fstatSync(descriptor);
     if (!stat.isFile() || stat.size > chainBytesMax) {
-      report.problem(undefined, stat.isFile() ? `${stat.size} bytes` : 'no regular file', `a file of at most ${chainBytesMax} bytes`);
+      report.problem(
+        undefined,
+        stat.isFile() ? `${stat.size} bytes` : 'no regular file',
+        `a file of at most ${chainBytesMax} bytes`,
+      );
       return undefined;
     }
     return readFileSync(descriptor, 'utf8');
@@ -144,7 +151,11 @@ function pemBlocks(text: string, report: Report): Block[] {
   const begun = text.match(/-----BEGIN /g)?.length ?? 0;
   if (begun !== blocks.length) report.problem(undefined, 'a PEM block that does not end', 'complete PEM blocks');
   if (blocks.length > chainCertificatesMax) {
-    report.problem(blocks[chainCertificatesMax]?.line, `${blocks.length} PEM blocks`, `at most ${chainCertificatesMax}`);
+    report.problem(
+      blocks[chainCertificatesMax]?.line,
+      `${blocks.length} PEM blocks`,
+      `at most ${chainCertificatesMax}`,
+    );
     return [];
   }
   return blocks;
@@ -152,7 +163,12 @@ function pemBlocks(text: string, report: Report): Block[] {
 
 function parseBlock(block: Block, report: Report): Member | undefined {
   if (block.label.endsWith('PRIVATE KEY')) {
-    report.problem(block.line, 'a private key in a file', 'private keys in tokens only', 'this key has left the token or was never in one: replace it');
+    report.problem(
+      block.line,
+      'a private key in a file',
+      'private keys in tokens only',
+      'this key has left the token or was never in one: replace it',
+    );
     return undefined;
   }
   if (block.label !== 'CERTIFICATE') {
@@ -182,7 +198,9 @@ function checkOrder(members: readonly Member[], report: Report): void {
   }
   const last = members.at(-1);
   if (members.length > 1 && last !== undefined && isIssuedBy(last.certificate, last.certificate)) {
-    report.warning(`line ${last.line}: the root is in the chain; clients have it already, and every handshake carries it`);
+    report.warning(
+      `line ${last.line}: the root is in the chain; clients have it already, and every handshake carries it`,
+    );
   }
 }
 
@@ -194,17 +212,30 @@ function checkDates({ certificate, line }: Member, now: Date, report: Report): v
   const { validFromDate, validToDate } = certificate;
   const subject = subjectOf(certificate);
   if (now < validFromDate) {
-    report.problem(line, `${subject} valid from ${validFromDate.toISOString()}`, `a certificate that is valid now (${now.toISOString()})`, 'check the clock');
+    report.problem(
+      line,
+      `${subject} valid from ${validFromDate.toISOString()}`,
+      `a certificate that is valid now (${now.toISOString()})`,
+      'check the clock',
+    );
   }
   if (now > validToDate) {
-    report.problem(line, `${subject} expired at ${validToDate.toISOString()}`, `a certificate that is valid now (${now.toISOString()})`, 'renew it');
+    report.problem(
+      line,
+      `${subject} expired at ${validToDate.toISOString()}`,
+      `a certificate that is valid now (${now.toISOString()})`,
+      'renew it',
+    );
     return;
   }
   const days = Math.floor((validToDate.getTime() - now.getTime()) / 86_400_000);
   if (days < expiryWarningDays) report.warning(`${subject} expires in ${days} days, at ${validToDate.toISOString()}`);
 }
 
-function checkKey({ certificate, line }: Member, report: Report): { algorithm: KeyAlgorithm; publicKey: KeyObject } | undefined {
+function checkKey(
+  { certificate, line }: Member,
+  report: Report,
+): { algorithm: KeyAlgorithm; publicKey: KeyObject } | undefined {
   const expected = 'EC P-256, P-384 or P-521, RSA with 2048 to 8192 bits, or Ed25519';
   try {
     const { publicKey } = certificate;

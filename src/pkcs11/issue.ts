@@ -62,7 +62,12 @@ export async function createSigningRequest(open: OpenToken, key: TokenKey, subje
  * @returns a certificate in PEM (RFC 5280) that is no CA and is for TLS servers only.
  * @throws UsageError for a malformed name or number of days, TokenError when the token fails.
  */
-export async function createSelfSigned(open: OpenToken, key: TokenKey, subject: Subject, days: number): Promise<string> {
+export async function createSelfSigned(
+  open: OpenToken,
+  key: TokenKey,
+  subject: Subject,
+  days: number,
+): Promise<string> {
   if (!Number.isInteger(days) || days < 1 || days > validityDaysMax) {
     throw new UsageError(`days: found ${days}, expected a whole number from 1 to ${validityDaysMax}`);
   }
@@ -91,12 +96,17 @@ function checkedNames({ dns, ip }: Subject): JsonGeneralNames {
     throw new UsageError(`names: found ${count}, expected 1 to ${namesMax} DNS names and IP addresses`);
   }
   for (const name of dns.filter((candidate) => !isServerName(candidate) || isIP(candidate) !== 0)) {
-    throw new UsageError(`DNS name: found ${JSON.stringify(name)}, expected one such as www.example.org or *.example.org`);
+    throw new UsageError(
+      `DNS name: found ${JSON.stringify(name)}, expected one such as www.example.org or *.example.org`,
+    );
   }
   for (const address of ip.filter((candidate) => isIP(candidate) === 0)) {
     throw new UsageError(`IP address: found ${JSON.stringify(address)}, expected one such as 192.0.2.1 or 2001:db8::1`);
   }
-  return [...dns.map((value) => ({ type: 'dns' as const, value: value.toLowerCase() })), ...ip.map((value) => ({ type: 'ip' as const, value }))];
+  return [
+    ...dns.map((value) => ({ type: 'dns' as const, value: value.toLowerCase() })),
+    ...ip.map((value) => ({ type: 'ip' as const, value })),
+  ];
 }
 
 const namesMax = 100;
@@ -108,13 +118,16 @@ function subjectName({ distinguishedName, dns }: Subject): Name {
     return new Name(name === undefined ? [] : [{ CN: [name] }]);
   }
   const refuse = (expected: string, cause?: unknown) => {
-    throw new UsageError(`subject: found ${JSON.stringify(distinguishedName.slice(0, 80))}, expected ${expected}`, { cause });
+    throw new UsageError(`subject: found ${JSON.stringify(distinguishedName.slice(0, 80))}, expected ${expected}`, {
+      cause,
+    });
   };
   if (distinguishedName.length > distinguishedNameMax) refuse(`at most ${distinguishedNameMax} characters`);
   try {
     const name = new Name(distinguishedName);
     if (name.toJSON().length === 0) refuse('a distinguished name such as CN=www.example.org');
-    if (name.getField('CN').some((value) => value.length > commonNameMax)) refuse(`a CN of at most ${commonNameMax} characters`);
+    if (name.getField('CN').some((value) => value.length > commonNameMax))
+      refuse(`a CN of at most ${commonNameMax} characters`);
     return name;
   } catch (error) {
     if (error instanceof UsageError) throw error;
@@ -157,10 +170,14 @@ function signerFor(open: OpenToken, key: TokenKey): Signer {
   const algorithm = proveKey(open, key, spki);
   const scheme = certificateScheme(algorithm);
   const webAlgorithm = webAlgorithms[algorithm];
-  const keys = { publicKey: { algorithm: webAlgorithm }, privateKey: { algorithm: webAlgorithm } } as unknown as webcrypto.CryptoKeyPair;
+  const keys = {
+    publicKey: { algorithm: webAlgorithm },
+    privateKey: { algorithm: webAlgorithm },
+  } as unknown as webcrypto.CryptoKeyPair;
   const subtle = {
     exportKey: () => Promise.resolve(exactBytes(spki)),
-    sign: (_algorithm: unknown, _key: unknown, message: ArrayBuffer) => Promise.resolve(exactBytes(signRaw(open, key, scheme, Buffer.from(message)))),
+    sign: (_algorithm: unknown, _key: unknown, message: ArrayBuffer) =>
+      Promise.resolve(exactBytes(signRaw(open, key, scheme, Buffer.from(message)))),
   };
   const crypto = { subtle, getRandomValues: webcrypto.getRandomValues.bind(webcrypto) } as unknown as Crypto;
   return { publicKey, algorithm: webAlgorithm, keys, crypto };

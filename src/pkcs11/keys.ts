@@ -72,10 +72,14 @@ export function findPrivateKey(open: OpenToken, uri: Pkcs11Uri): TokenKey {
   const { label } = open.token;
   const place = `token ${label}: private key ${formatPkcs11Uri(uri)}`;
   if (found.length > 1) {
-    throw new TokenError('token_key_not_found', `${place}: found ${found.length} keys, expected one: ${formatKeys(found)}`, {
-      token: label,
-      hint: 'name one of them by its id, or remove the others',
-    });
+    throw new TokenError(
+      'token_key_not_found',
+      `${place}: found ${found.length} keys, expected one: ${formatKeys(found)}`,
+      {
+        token: label,
+        hint: 'name one of them by its id, or remove the others',
+      },
+    );
   }
   const there = findKeys(open, 'private', {});
   throw new TokenError('token_key_not_found', `${place}: not found; private keys there: ${formatKeys(there)}`, {
@@ -105,10 +109,17 @@ export function proveConfined(open: OpenToken, key: TokenKey): string[] {
     exposed(`asked for the private value, the token answered ${answer}, expected CKR_ATTRIBUTE_SENSITIVE`);
   }
 
-  const history = { CKA_ALWAYS_SENSITIVE: key.alwaysSensitive, CKA_NEVER_EXTRACTABLE: key.neverExtractable, CKA_LOCAL: key.local };
+  const history = {
+    CKA_ALWAYS_SENSITIVE: key.alwaysSensitive,
+    CKA_NEVER_EXTRACTABLE: key.neverExtractable,
+    CKA_LOCAL: key.local,
+  };
   return Object.entries(history)
     .filter(([, value]) => value !== true)
-    .map(([attribute, value]) => `token ${label}: key ${name}: ${attribute} is ${formatBoolean(value)}: a copy may exist outside the token`);
+    .map(
+      ([attribute, value]) =>
+        `token ${label}: key ${name}: ${attribute} is ${formatBoolean(value)}: a copy may exist outside the token`,
+    );
 }
 
 /**
@@ -145,10 +156,14 @@ export function proveKey(open: OpenToken, key: TokenKey, certificateSpki: Buffer
   const scheme = handshakeScheme(algorithm);
   const signature = signRaw(open, key, scheme, message);
   if (!scheme.verifies(message, publicKey, signature)) {
-    throw new TokenError('token_key_mismatch', `${place}: its signature does not verify with the public key of the certificate`, {
-      token: label,
-      hint: 'the certificate belongs to another key: name that key, or have a certificate issued for this one (keygate key csr)',
-    });
+    throw new TokenError(
+      'token_key_mismatch',
+      `${place}: its signature does not verify with the public key of the certificate`,
+      {
+        token: label,
+        hint: 'the certificate belongs to another key: name that key, or have a certificate issued for this one (keygate key csr)',
+      },
+    );
   }
   return algorithm;
 }
@@ -156,7 +171,9 @@ export function proveKey(open: OpenToken, key: TokenKey, certificateSpki: Buffer
 /** One C_Sign; for ECDSA the result is r || s. */
 export function signRaw(open: OpenToken, key: TokenKey, scheme: SignatureScheme, message: Buffer): Buffer {
   const params =
-    scheme.mechanism === 'CKM_RSA_PKCS_PSS' ? new RsaPssParams(MechanismEnum.SHA256, RsaMgf.MGF1_SHA256, pssSaltBytes) : null;
+    scheme.mechanism === 'CKM_RSA_PKCS_PSS'
+      ? new RsaPssParams(MechanismEnum.SHA256, RsaMgf.MGF1_SHA256, pssSaltBytes)
+      : null;
   try {
     return open.session
       .createSign({ name: mechanisms[scheme.mechanism], params }, key.object.toType<Key>())
@@ -181,7 +198,11 @@ export function publicKeyOf(open: OpenToken, key: TokenKey): KeyObject {
   } catch (error) {
     throw tokenFailure(error, label, `reading the public key of ${formatKey(key)}`);
   }
-  throw new TokenError('token_key_not_found', `token ${label}: key ${formatKey(key)} has no public key object with its id`, { token: label });
+  throw new TokenError(
+    'token_key_not_found',
+    `token ${label}: key ${formatKey(key)} has no public key object with its id`,
+    { token: label },
+  );
 }
 
 /** `"www" (id 0a1b)`: what a person needs to find the key, and no secret. */
@@ -297,7 +318,11 @@ function requireMechanisms(token: TokenInSlot, algorithm: KeyAlgorithm): void {
   }
   const missing = algorithmTraits[algorithm].signing.filter((name) => !offered.has(mechanisms[name]));
   if (missing.length === 0) return;
-  throw new TokenError('token_mechanism', `token ${token.label}: lacks ${missing.join(' and ')}, which ${algorithm} keys need`, { token: token.label });
+  throw new TokenError(
+    'token_mechanism',
+    `token ${token.label}: lacks ${missing.join(' and ')}, which ${algorithm} keys need`,
+    { token: token.label },
+  );
 }
 
 function rsaPublicKey(object: SessionObject): KeyObject {

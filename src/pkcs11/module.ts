@@ -40,14 +40,26 @@ export interface TokenInSlot {
   /** CKF_* bits. */
   readonly flags: number;
   readonly sessions: SessionCounts;
+  /** Length that a PIN may have. */
+  readonly pinBytes: { readonly min: number; readonly max: number };
   /** True when the token did not answer now and this is what it said earlier in this process. */
   readonly remembered: boolean;
 }
 
 /** Undefined where the token does not say; `Max` is Infinity where it has no limit. */
-export interface SessionCounts {
+interface SessionCounts {
   readonly open: number | undefined;
   readonly max: number | undefined;
+}
+
+/** A module in use. Who initialised it finalises it; whoever found it initialised leaves it so. */
+export interface OpenModule {
+  readonly module: Module;
+  /**
+   * C_Finalize if this is who called C_Initialize: whoever uses the module next begins afresh. Otherwise nothing,
+   * because the engine's sessions in the same process would be gone.
+   */
+  close(): void;
 }
 
 /**
@@ -55,7 +67,7 @@ export interface SessionCounts {
  * The caller holds the login lock.
  * @throws TokenError `token_module`, or what the guard throws of its own.
  */
-export function openModule(path: string, isolate: boolean, guard: NativeModuleGuard): Module {
+export function openModule(path: string, isolate: boolean, guard: NativeModuleGuard): OpenModule {
   try {
     let module = loadedModules.get(path);
     if (module === undefined) {
@@ -63,17 +75,10 @@ export function openModule(path: string, isolate: boolean, guard: NativeModuleGu
       module = Module.load(path);
       loadedModules.set(path, module);
     }
-    module.initialize({ flags: osLockingOk });
-    return module;
+    return { module, close: initialise(module) ? () => finalise(module) : () => {} };
   } catch (error) {
     throw moduleFailure(error, path);
   }
-}
-
-/** C_Finalize: for commands and tests only, because it takes the module from the engine in the same process as well. */
-export function closeModule(module: Module): void {
-  rememberedTokens.delete(module);
-  module.finalize();
 }
 
 /** Every token that is present, initialised or not. */
@@ -113,13 +118,16 @@ export function findToken(module: Module, uri: Pkcs11Uri): TokenInSlot {
 }
 
 function matchesToken(uri: Pkcs11Uri, token: TokenInSlot): boolean {
-  const matches = (wanted: string | undefined, found: string) => wanted === undefined || wanted === found;
   return (
-    matches(uri.token, token.label) &&
-    matches(uri.serial, token.serial) &&
-    matches(uri.manufacturer, token.manufacturer) &&
-    matches(uri.model, token.model)
+    matchesField(uri.token, token.label) &&
+    matchesField(uri.serial, token.serial) &&
+    matchesField(uri.manufacturer, token.manufacturer) &&
+    matchesField(uri.model, token.model)
   );
+}
+
+function matchesField(wanted: string | undefined, found: string): boolean {
+  return wanted === undefined || wanted === found;
 }
 
 /** Opens a session; the caller closes it. Closing the last session of the process logs out (PKCS#11 v3.0 5.6). */
@@ -180,11 +188,31 @@ export function sendPin(session: Session, label: string, pin: Buffer, user: User
   }
 }
 
+/** @returns whether it was not initialised before. Not graphene's initialize, which keeps that to itself. */
+function initialise(module: Module): boolean {
+  try {
+    module.lib.C_Initialize({ flags: osLockingOk });
+    return true;
+  } catch (error) {
+    if (ckrName(error) === 'CKR_CRYPTOKI_ALREADY_INITIALIZED') return false;
+    throw error;
+  }
+}
+
+function finalise(module: Module): void {
+  try {
+    module.lib.C_Finalize();
+  } catch {
+    // A module that does not let go is in no state to be used; what it was used for is done.
+  }
+}
+
 /** CKF_OS_LOCKING_OK: without it SoftHSM takes no locks at all and crashes when the engine's lanes sign. */
 const osLockingOk = 0x2;
 
 const loginHints: Record<string, string> = {
-  CKR_PIN_INCORRECT: 'the PIN was tried once and will not be tried again; correct it where it is kept, then start again',
+  CKR_PIN_INCORRECT:
+    'the PIN was tried once and will not be tried again; correct it where it is kept, then start again',
   CKR_PIN_LOCKED: 'the security officer must set a new user PIN',
   CKR_PIN_EXPIRED: 'set a new user PIN',
   CKR_USER_PIN_NOT_INITIALIZED: 'the security officer must set a user PIN',
@@ -226,6 +254,7 @@ function tokenInSlot(slot: Slot, token: Token): TokenInSlot {
       open: isUnavailable(token.sessionCount) ? undefined : token.sessionCount,
       max: isUnavailable(token.maxSessionCount) ? undefined : token.maxSessionCount || Number.POSITIVE_INFINITY,
     },
+    pinBytes: { min: token.minPinLen, max: token.maxPinLen },
     remembered: false,
   };
 }
@@ -249,7 +278,11 @@ function refuseDangerousLogin(token: TokenInSlot): void {
     throw new TokenError(code, `token ${label}: ${reason}`, { token: label, hint });
   };
   if (token.remembered) {
-    refuse('token_login', 'C_GetTokenInfo fails, so that nothing says how many PIN tries are left', 'start keygate again');
+    refuse(
+      'token_login',
+      'C_GetTokenInfo fails, so that nothing says how many PIN tries are left',
+      'start keygate again',
+    );
   }
   if ((flags & TokenFlag.USER_PIN_LOCKED) !== 0) {
     refuse('token_pin_locked', 'the user PIN is locked', 'the security officer must set a new user PIN');

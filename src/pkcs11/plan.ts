@@ -4,8 +4,9 @@
  * Must not know: listeners, upstreams, the engine.
  * Runs: on the main thread of a worker when it starts or reloads, and of `keygate check`.
  *
- * Its PKCS#11 sessions are closed when it returns. That logs the process out unless the engine has sessions of its own
- * (PKCS#11 v3.0 5.6.8), so the engine logs in by itself.
+ * Its PKCS#11 sessions are closed when it returns, and modules that nothing else in the process uses are finalised: the
+ * engine begins afresh, which SoftHSM with a read-only token directory needs (C_GetTokenInfo fails there after a
+ * login). When the engine uses them already, its sessions and its login stay as they are.
  */
 import { realpathSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
@@ -20,7 +21,7 @@ import { failureReason, tokenFailure } from './failure.ts';
 import { findPrivateKey, formatKey, proveConfined, proveKey } from './keys.ts';
 import type { OpenToken, TokenKey } from './keys.ts';
 import { closeSession, findToken, login, openModule, openSession } from './module.ts';
-import type { NativeModuleGuard } from './module.ts';
+import type { NativeModuleGuard, OpenModule } from './module.ts';
 
 /** As much of the configuration as this looks at. */
 export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates'>;
@@ -38,7 +39,7 @@ export interface ProvedPlan {
   readonly warnings: readonly string[];
 }
 
-export interface ProvedToken {
+interface ProvedToken {
   /** Name in the configuration. */
   readonly name: string;
   /** As the token says them, without padding. */
@@ -53,7 +54,7 @@ export interface ProvedCertificate extends CertificateChain {
 }
 
 /** Where the private key is; found again by id and label after a module was initialised again. */
-export interface ProvedKey {
+interface ProvedKey {
   /** Name of the token in the configuration. */
   readonly token: string;
   /** CKA_ID; undefined when the key has none. */
@@ -97,22 +98,27 @@ export function provePlan(config: PlanConfig, tools: PlanTools): ProvedPlan {
 /** Looks at everything and does not throw for what it finds. Each token sees its PIN at most once. */
 export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
   const tokens = Object.values(config.tokens).map((token): TokenState => ({ config: token, warnings: [] }));
-  const certificates = Object.values(config.certificates).map(
-    (certificate): CertificateState => ({
-      config: certificate,
-      reading: readChain(certificate),
-      keys: tokens.filter(({ config: { name } }) => certificate.tokens.includes(name)).map((token): KeyState => ({ token, warnings: [] })),
-    }),
-  );
+  const certificates = Object.values(config.certificates).map((certificate): CertificateState => ({
+    config: certificate,
+    reading: readChain(certificate),
+    keys: tokens
+      .filter(({ config: { name } }) => certificate.tokens.includes(name))
+      .map((token): KeyState => ({ token, warnings: [] })),
+  }));
+  const modules: OpenModule[] = [];
   try {
-    for (const group of groupByModule(tokens)) enterModule(group, certificates, tools);
+    for (const group of groupByModule(tokens)) enterModule(group, certificates, modules, tools);
     // Without the login lock from here on: open sessions do not mind other logins, and RSA signatures take their time.
     for (const certificate of certificates) proveKeys(certificate);
     for (const token of tokens) warnOfSessionLimit(token, config);
   } finally {
     for (const { open } of tokens) if (open !== undefined) closeSession(open.session);
+    for (const module of modules) module.close();
   }
-  return { plan: planOf(tokens, certificates), findings: [...tokens.flatMap(tokenFindings), ...certificates.flatMap(certificateFindings)] };
+  return {
+    plan: planOf(tokens, certificates),
+    findings: [...tokens.flatMap(tokenFindings), ...certificates.flatMap(certificateFindings)],
+  };
 }
 
 /** Filled in step by step; what has an error is left alone by the steps after. */
@@ -150,15 +156,21 @@ function groupByModule(tokens: readonly TokenState[]): TokenState[][] {
 }
 
 /** From C_Initialize until the keys are found, all under the login lock. */
-function enterModule(group: readonly TokenState[], certificates: readonly CertificateState[], { guard, readPin }: PlanTools): void {
+function enterModule(
+  group: readonly TokenState[],
+  certificates: readonly CertificateState[],
+  modules: OpenModule[],
+  { guard, readPin }: PlanTools,
+): void {
   const [first] = group;
   if (first === undefined) return;
   const { module: path, isolate } = first.config;
   const release = lockLogin(first, Math.max(...group.map(({ config }) => config.loginLockWaitMs)), guard);
   try {
-    const module = openModule(path, isolate, guard);
+    const opened = openModule(path, isolate, guard);
+    modules.push(opened);
     const refused = new Map<string, KeygateError>();
-    for (const state of group) attempt(state, () => enterToken(state, module, refused, readPin));
+    for (const state of group) attempt(state, () => enterToken(state, opened.module, refused, readPin));
     for (const certificate of certificates) {
       for (const state of certificate.keys) if (group.includes(state.token)) findKey(state, certificate.config);
     }
@@ -170,7 +182,11 @@ function enterModule(group: readonly TokenState[], certificates: readonly Certif
 }
 
 /** Going on without the lock is better than not starting: it keeps accidents away, and any local user can hold it. */
-function lockLogin({ config, warnings }: TokenState, waitMs: number, guard: NativeModuleGuard): (() => void) | undefined {
+function lockLogin(
+  { config, warnings }: TokenState,
+  waitMs: number,
+  guard: NativeModuleGuard,
+): (() => void) | undefined {
   try {
     return guard.lockLogin(config.module, waitMs);
   } catch (error) {
@@ -180,7 +196,12 @@ function lockLogin({ config, warnings }: TokenState, waitMs: number, guard: Nati
 }
 
 /** @param refused logins by slot: a token that two names mean must not see a wrong PIN twice. */
-function enterToken(state: TokenState, module: Module, refused: Map<string, KeygateError>, readPin: PlanTools['readPin']): void {
+function enterToken(
+  state: TokenState,
+  module: Module,
+  refused: Map<string, KeygateError>,
+  readPin: PlanTools['readPin'],
+): void {
   const token = findToken(module, state.config.uri);
   const slot = token.slot.handle.toString('hex');
   const earlier = refused.get(slot);
@@ -225,7 +246,9 @@ function warnOfSessionLimit({ config: { name, lanes }, open, warnings }: TokenSt
   // Beside its lanes each worker holds one session that keeps the login alive.
   const wanted = count * (lanes + 1);
   if (max !== undefined && wanted > max) {
-    warnings.push(`token ${name}: ${count} workers with ${lanes} lanes want ${wanted} sessions, the token allows ${max}`);
+    warnings.push(
+      `token ${name}: ${count} workers with ${lanes} lanes want ${wanted} sessions, the token allows ${max}`,
+    );
   }
 }
 
@@ -253,7 +276,9 @@ function planOf(tokens: readonly TokenState[], certificates: readonly Certificat
     ),
     certificates: proved,
     warnings: [
-      ...certificates.flatMap(({ reading }) => reading.warnings),
+      ...certificates.flatMap(({ config: { name }, reading }) =>
+        reading.warnings.map((warning) => `certificate ${name}: ${warning}`),
+      ),
       ...states.flatMap(({ warnings }) => warnings),
       ...errors.map(({ message }) => message),
     ],
@@ -261,7 +286,11 @@ function planOf(tokens: readonly TokenState[], certificates: readonly Certificat
 }
 
 /** Empty when the chain is wrong or no token has the key. */
-function provedCertificate({ config: { name, tokens }, reading: { chain }, keys }: CertificateState): ProvedCertificate[] {
+function provedCertificate({
+  config: { name, tokens },
+  reading: { chain },
+  keys,
+}: CertificateState): ProvedCertificate[] {
   if (chain === undefined) return [];
   const perToken = tokens.flatMap((token) => {
     const state = keys.find((candidate) => candidate.token.config.name === token);
@@ -274,16 +303,20 @@ function provedCertificate({ config: { name, tokens }, reading: { chain }, keys 
 
 /** What may pass by itself, as opposed to what a person must correct. */
 function isOutOfReach(error: KeygateError): boolean {
-  return outOfReachCodes.includes(error.code);
+  return outOfReachCodes.has(error.code);
 }
 
-const outOfReachCodes: readonly ErrorCode[] = ['token_module', 'token_not_found', 'token_operation'];
+const outOfReachCodes: ReadonlySet<ErrorCode> = new Set(['token_module', 'token_not_found', 'token_operation']);
 
 function tokenFindings({ config: { name }, open, error, warnings }: TokenState): Finding[] {
   const subject = `token ${name}`;
-  if (error !== undefined || open === undefined) return [...warningFindings(subject, warnings), ...errorFinding(subject, error)];
+  if (error !== undefined || open === undefined)
+    return [...warningFindings(subject, warnings), ...errorFinding(subject, error)];
   const { label, serial, model } = open.token;
-  return [{ severity: 'ok', subject, message: `"${label}" (serial ${serial}, ${model}): logged in` }, ...warningFindings(subject, warnings)];
+  return [
+    { severity: 'ok', subject, message: `"${label}" (serial ${serial}, ${model}): logged in` },
+    ...warningFindings(subject, warnings),
+  ];
 }
 
 function certificateFindings({ config: { name }, reading, keys }: CertificateState): Finding[] {
@@ -291,7 +324,12 @@ function certificateFindings({ config: { name }, reading, keys }: CertificateSta
   const { chain, problems, warnings } = reading;
   return [
     ...(chain === undefined ? [] : [{ severity: 'ok' as const, subject, message: describeChain(chain) }]),
-    ...problems.map((problem) => ({ severity: 'error' as const, subject, message: formatProblem(problem), error: new ConfigError([problem]) })),
+    ...problems.map((problem) => ({
+      severity: 'error' as const,
+      subject,
+      message: formatProblem(problem),
+      error: new ConfigError([problem]),
+    })),
     ...warningFindings(subject, warnings),
     ...keys.flatMap((state) => keyFindings(subject, state)),
   ];
@@ -303,7 +341,11 @@ function keyFindings(subject: string, { token, key, proved, error, warnings }: K
   if (key === undefined) return [];
   const belongs = proved === true ? ', belongs to the certificate' : '';
   return [
-    { severity: 'ok', subject, message: `key ${formatKey(key)} in token ${token.config.name}: cannot leave it${belongs}` },
+    {
+      severity: 'ok',
+      subject,
+      message: `key ${formatKey(key)} in token ${token.config.name}: cannot leave it${belongs}`,
+    },
     ...warningFindings(subject, warnings),
   ];
 }
@@ -325,8 +367,8 @@ function combinedError(errors: readonly KeygateError[]): KeygateError {
   if (first === undefined) throw new Error('invariant: a plan is missing without an error');
   if (others.length === 0) return first;
   if (first instanceof ConfigError) {
-    const problems = errors.flatMap((error) => (error instanceof ConfigError ? error.problems : []));
-    return new ConfigError(problems as [(typeof problems)[number], ...typeof problems]);
+    const [problem, ...rest] = errors.flatMap((error) => (error instanceof ConfigError ? error.problems : []));
+    return problem === undefined ? first : new ConfigError([problem, ...rest]);
   }
   const { token, ckr } = first instanceof TokenError ? first : {};
   return new TokenError(first.code, [first, ...others].map(({ message }) => message).join('\n'), {

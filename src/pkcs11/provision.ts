@@ -3,6 +3,7 @@
  * Must not know: the configuration file, certificates, where a PIN came from.
  * Runs: on the main thread of a command; never in a worker, which needs no write access to the token.
  */
+import { isUtf8 } from 'node:buffer';
 import type { KeyObject } from 'node:crypto';
 import { ObjectClass, TokenFlag, UserType } from 'graphene-pk11';
 import type { IKeyPair, ITemplate, Module, SessionObject } from 'graphene-pk11';
@@ -27,11 +28,17 @@ export interface GeneratedKey {
  * Initialises an empty token and sets its user PIN (PKCS#11 v3.0 5.5, C_InitToken and C_InitPIN). An initialised
  * token is never touched: C_InitToken would destroy its keys.
  * @param pins zeroed here.
- * @throws TokenError `token_operation` when the label is taken, or no empty token is there.
+ * @throws TokenError `token_operation` when the label is taken or no empty token is there; `pin_invalid`.
  */
-export function initialiseToken(module: Module, label: string, pins: { readonly securityOfficer: Buffer; readonly user: Buffer }): TokenInSlot {
+export function initialiseToken(
+  module: Module,
+  label: string,
+  pins: { readonly securityOfficer: Buffer; readonly user: Buffer },
+): TokenInSlot {
   try {
-    const { slot } = emptyToken(module, label);
+    const empty = emptyToken(module, label);
+    for (const pin of [pins.securityOfficer, pins.user]) checkNewPin(pin, label, empty);
+    const { slot } = empty;
     try {
       // Not graphene's initToken: C_InitToken reads 32 bytes whatever is given, so the label is padded here.
       slot.lib.C_InitToken(slot.handle, pins.securityOfficer.toString('utf8'), paddedLabel(label));
@@ -99,22 +106,26 @@ export function generateKeyPair(open: OpenToken, label: string, kind: GeneratedK
 export function generateTicketKey(open: OpenToken, label: string): TokenKey {
   refuseTakenLabel(open, label);
   try {
-    open.session.generateKey({ name: mechanisms.CKM_GENERIC_SECRET_KEY_GEN, params: null }, {
-      token: true,
-      label,
-      valueLen: ticketKeyBytes,
-      ...confined,
-      verify: false,
-      encrypt: false,
-      decrypt: false,
-      wrap: false,
-      unwrap: false,
-    });
+    open.session.generateKey(
+      { name: mechanisms.CKM_GENERIC_SECRET_KEY_GEN, params: null },
+      {
+        token: true,
+        label,
+        valueLen: ticketKeyBytes,
+        ...confined,
+        verify: false,
+        encrypt: false,
+        decrypt: false,
+        wrap: false,
+        unwrap: false,
+      },
+    );
   } catch (error) {
     throw tokenFailure(error, open.token.label, `generating ticket key "${label}"`);
   }
   const key = listKeys(open).find((candidate) => candidate.kind === 'secret' && candidate.label === label);
-  if (key === undefined) throw new TokenError('token_operation', `token ${open.token.label}: the new ticket key "${label}" is not there`);
+  if (key === undefined)
+    throw new TokenError('token_operation', `token ${open.token.label}: the new ticket key "${label}" is not there`);
   return key;
 }
 
@@ -136,26 +147,44 @@ const recipes: Record<GeneratedKind, Recipe> = {
   rsa3072: rsaRecipe(3072),
   rsa4096: rsaRecipe(4096),
   // The name "edwards25519" as a PrintableString (PKCS#11 v3.0 6.3.2): SoftHSM and others take it.
-  ed25519: { mechanism: 'CKM_EC_EDWARDS_KEY_PAIR_GEN', publicTemplate: { paramsEC: Buffer.from('130c656477617264733235353139', 'hex') } },
+  ed25519: {
+    mechanism: 'CKM_EC_EDWARDS_KEY_PAIR_GEN',
+    publicTemplate: { paramsEC: Buffer.from('130c656477617264733235353139', 'hex') },
+  },
 };
 
 function rsaRecipe(modulusBits: number): Recipe {
-  return { mechanism: 'CKM_RSA_PKCS_KEY_PAIR_GEN', publicTemplate: { modulusBits, publicExponent: Buffer.from([1, 0, 1]) } };
+  return {
+    mechanism: 'CKM_RSA_PKCS_KEY_PAIR_GEN',
+    publicTemplate: { modulusBits, publicExponent: Buffer.from([1, 0, 1]) },
+  };
 }
 
 function emptyToken(module: Module, label: string): TokenInSlot {
   const tokens = listTokens(module);
   if (tokens.some((token) => token.label === label)) {
-    throw new TokenError('token_operation', `token ${label}: a token with this label is there already, and is not initialised again`, {
-      token: label,
-      hint: 'choose another label; two tokens with one label could not be told apart',
-    });
+    throw new TokenError(
+      'token_operation',
+      `token ${label}: a token with this label is there already, and is not initialised again`,
+      {
+        token: label,
+        hint: 'choose another label; two tokens with one label could not be told apart',
+      },
+    );
   }
   const empty = tokens.find((token) => (token.flags & TokenFlag.TOKEN_INITIALIZED) === 0);
   if (empty !== undefined) return empty;
   throw new TokenError('token_operation', `token ${label}: module ${module.libFile} has no empty token to initialise`, {
     token: label,
     hint: 'make room for one with the tools of the vendor',
+  });
+}
+
+/** Before anything is written: a token with a label and without a user PIN could be neither used nor made again. */
+function checkNewPin(pin: Buffer, label: string, { pinBytes: { min, max } }: TokenInSlot): void {
+  if (isUtf8(pin) && pin.length >= min && pin.length <= max) return;
+  throw new TokenError('pin_invalid', `token ${label}: the token takes PINs of ${min} to ${max} bytes of UTF-8`, {
+    token: label,
   });
 }
 

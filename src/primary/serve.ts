@@ -17,6 +17,7 @@ import type { Listeners } from './listeners.ts';
 import { renderMetrics } from './metrics.ts';
 import { dropPrivileges } from './privileges.ts';
 import { TicketEpochs } from './ticket-epochs.ts';
+import { version } from '../version.ts';
 import { Workers } from './workers.ts';
 
 /** Keeps what workers have counted from being lost with them. */
@@ -103,6 +104,7 @@ async function openAdmin(
     },
     metrics: async () => renderMetrics({ snapshot: await workers.observe(), workers: workers.status, certificates }),
     status: async () => ({
+      version,
       ready: workers.unreadiness === undefined,
       unreadiness: workers.unreadiness,
       listeners: listeners.addresses,

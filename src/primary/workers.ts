@@ -187,7 +187,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
           failure = message.failure;
           return;
         case 'snapshot':
-          this.#book.enter(message.id, slot.index, message.snapshot);
+          // Its last words may arrive after its end, when its counts have been kept already.
+          if (slot.worker === worker) this.#book.enter(message.id, slot.index, message.snapshot);
           return;
       }
     });

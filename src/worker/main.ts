@@ -25,12 +25,14 @@ const drainIntervalMs = 50;
 let log: Log = openLog('info', Number(process.env['KEYGATE_SLOT']));
 let engine: Engine | undefined;
 let draining = false;
+/** Of a drain that nobody gave a deadline: SIGTERM to this process alone, or to all of the service at once. */
+let drainDeadlineMs = 0;
 
 // Ctrl-C reaches the whole process group; the primary decides what it means.
 process.on('SIGINT', () => {});
 process.on('SIGHUP', () => {});
 process.on('SIGTERM', () => {
-  drain(0);
+  drain(drainDeadlineMs);
 });
 process.on('uncaughtException', (error) => {
   log.fatal({ event: 'worker_crashed', error }, 'a defect ended this worker');
@@ -72,6 +74,7 @@ function obey(message: PrimaryMessage): void {
 
 async function start({ config, sockets, ticketSecrets }: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
   log = openLog(config.log.level, Number(process.env['KEYGATE_SLOT']));
+  drainDeadlineMs = config.drainDeadlineMs;
   const native = loadEngine();
   native.harden();
   const proved = provePlan(config, { guard: nativeGuard, readPin });

@@ -32,7 +32,10 @@ describe('a certificate chain', () => {
 
   it('gives the chain, the names in lower case, the kind of key and the first expiry', async () => {
     const notAfter = daysFromNow(30);
-    const { chain, problems, warnings } = read(await leaf({ names: ['WWW.example.org', '*.example.org'], notAfter }), authority.intermediatePem);
+    const { chain, problems, warnings } = read(
+      await leaf({ names: ['WWW.example.org', '*.example.org'], notAfter }),
+      authority.intermediatePem,
+    );
     assert.deepEqual(problems, []);
     assert.deepEqual(warnings, []);
     assert.equal(chain?.chainDer.length, 2);
@@ -57,7 +60,10 @@ describe('a certificate chain', () => {
   });
 
   it('is refused when a certificate has expired or is not valid yet, both reported', async () => {
-    const expired = read(await leaf({ notBefore: daysFromNow(-20), notAfter: daysFromNow(-10) }), authority.intermediatePem);
+    const expired = read(
+      await leaf({ notBefore: daysFromNow(-20), notAfter: daysFromNow(-10) }),
+      authority.intermediatePem,
+    );
     assert.match(expired.problems[0]?.found ?? '', /expired at/);
     const early = read(await leaf({ notBefore: daysFromNow(1) }), authority.intermediatePem);
     assert.match(early.problems[0]?.found ?? '', /valid from/);
@@ -66,12 +72,18 @@ describe('a certificate chain', () => {
   });
 
   it('warns of an expiry in less than two weeks, and not of one a day later', async () => {
-    assert.match(read(await leaf({ notAfter: daysFromNow(13.5) }), authority.intermediatePem).warnings.join(), /expires in 13 days/);
+    assert.match(
+      read(await leaf({ notAfter: daysFromNow(13.5) }), authority.intermediatePem).warnings.join(),
+      /expires in 13 days/,
+    );
     assert.deepEqual(read(await leaf({ notAfter: daysFromNow(14.5) }), authority.intermediatePem).warnings, []);
   });
 
   it('warns of a root in the chain, of no names, and of a purpose that is not TLS servers', async () => {
-    assert.match(read(await leaf(), authority.intermediatePem, authority.rootPem).warnings.join(), /root is in the chain/);
+    assert.match(
+      read(await leaf(), authority.intermediatePem, authority.rootPem).warnings.join(),
+      /root is in the chain/,
+    );
     const unnamed = read(await leaf({ names: [], commonName: 'Old.example.org' }), authority.intermediatePem);
     assert.match(unnamed.warnings.join(), /only CN=Old\.example\.org/);
     assert.deepEqual(unnamed.chain?.names, ['old.example.org']);
@@ -80,20 +92,30 @@ describe('a certificate chain', () => {
   });
 
   it('leaves out names that SNI cannot ask for, also one that hides another behind a comma', async () => {
-    const { chain, warnings } = read(await leaf({ names: ['ok.example.org', 'a, DNS:evil.example.org, DNS:b', 'w*.example.org'] }), authority.intermediatePem);
+    const { chain, warnings } = read(
+      await leaf({ names: ['ok.example.org', 'a, DNS:evil.example.org, DNS:b', 'w*.example.org'] }),
+      authority.intermediatePem,
+    );
     assert.deepEqual(chain?.names, ['ok.example.org']);
     assert.equal(warnings.length, 2);
   });
 
   it('is refused with a private key in the file', async () => {
     const { privateKey } = generateKeyPairSync('ed25519');
-    const { problems } = read(await leaf(), authority.intermediatePem, privateKey.export({ format: 'pem', type: 'pkcs8' }).toString());
+    const { problems } = read(
+      await leaf(),
+      authority.intermediatePem,
+      privateKey.export({ format: 'pem', type: 'pkcs8' }),
+    );
     assert.match(problems[0]?.found ?? '', /private key in a file/);
   });
 
   it('is refused with a key that is too short or on another curve', async () => {
     const { publicKey: short } = generateKeyPairSync('rsa', { modulusLength: 1024 });
-    assert.match(read(await authority.issue(short), authority.intermediatePem).problems[0]?.found ?? '', /RSA 1024 bits/);
+    assert.match(
+      read(await authority.issue(short), authority.intermediatePem).problems[0]?.found ?? '',
+      /RSA 1024 bits/,
+    );
     const { publicKey: exotic } = generateKeyPairSync('ec', { namedCurve: 'secp256k1' });
     assert.match(read(await authority.issue(exotic), authority.intermediatePem).problems[0]?.found ?? '', /secp256k1/);
   });
@@ -113,7 +135,8 @@ describe('a certificate chain', () => {
 
   it('may have ten certificates and not eleven', async () => {
     const pem = await leaf();
-    const problems = (count: number) => read(...Array.from({ length: count }, () => pem)).problems.map(({ expected }) => expected);
+    const problems = (count: number) =>
+      read(...Array.from({ length: count }, () => pem)).problems.map(({ expected }) => expected);
     assert.equal(problems(chainCertificatesMax).includes(`at most ${chainCertificatesMax}`), false);
     assert.deepEqual(problems(chainCertificatesMax + 1), [`at most ${chainCertificatesMax}`]);
   });
@@ -139,6 +162,7 @@ describe('a name for SNI', () => {
     [`${'a.'.repeat(127)}a`, false],
   ];
   for (const [name, valid] of cases) {
-    it(`${JSON.stringify(name.slice(0, 40))} of ${name.length} characters is ${valid ? 'valid' : 'refused'}`, () => assert.equal(isServerName(name), valid));
+    it(`${JSON.stringify(name.slice(0, 40))} of ${name.length} characters is ${valid ? 'valid' : 'refused'}`, () =>
+      assert.equal(isServerName(name), valid));
   }
 });

@@ -37,12 +37,25 @@ describe('a generated key', () => {
       const request = join(disposable.directory, 'request.pem');
       writeFileSync(request, await createSigningRequest(open, key, subject));
       const requestText = openssl('req', '-in', request, '-verify', '-noout', '-text', '-subject');
-      assert.match(requestText, /DNS:www\.example\.org, DNS:\*\.example\.net, IP Address:192\.0\.2\.1, IP Address:2001:DB8:0:0:0:0:0:1/);
+      assert.match(
+        requestText,
+        /DNS:www\.example\.org, DNS:\*\.example\.net, IP Address:192\.0\.2\.1, IP Address:2001:DB8:0:0:0:0:0:1/,
+      );
 
       const certificate = join(disposable.directory, 'certificate.pem');
       const pem = await createSelfSigned(open, key, subject, 30);
       writeFileSync(certificate, pem);
-      openssl('verify', '-x509_strict', '-purpose', 'sslserver', '-verify_hostname', 'www.example.org', '-CAfile', certificate, certificate);
+      openssl(
+        'verify',
+        '-x509_strict',
+        '-purpose',
+        'sslserver',
+        '-verify_hostname',
+        'www.example.org',
+        '-CAfile',
+        certificate,
+        certificate,
+      );
       const parsed = new X509Certificate(pem);
       assert.equal(parsed.ca, false);
       assert.deepEqual(parsed.keyUsage, ['1.3.6.1.5.5.7.3.1']);
@@ -64,7 +77,8 @@ describe('a generated key', () => {
     const { open } = openDisposableToken(test);
     const key = generateTicketKey(open, 'tickets');
     assert.deepEqual(proveConfined(open, key), []);
-    const mac = () => open.session.createSign(MechanismEnum.SHA256_HMAC, key.object.toType<Key>()).once(Buffer.from('epoch 1'));
+    const mac = () =>
+      open.session.createSign(MechanismEnum.SHA256_HMAC, key.object.toType<Key>()).once(Buffer.from('epoch 1'));
     assert.equal(mac().length, 32);
     assert.deepEqual(mac(), mac());
     assert.notDeepEqual(mac(), createHmac('sha256', '').update('epoch 1').digest());
@@ -75,14 +89,20 @@ describe('a private key', () => {
   it('that is absent is named, with those that are there', (test) => {
     const { open } = openDisposableToken(test);
     generateKeyPair(open, 'other', 'p256');
-    assert.throws(() => findPrivateKey(open, { object: 'www' }), tokenError('token_key_not_found', /object=www: not found; .*"other" \(id [0-9a-f]{40}\)/));
+    assert.throws(
+      () => findPrivateKey(open, { object: 'www' }),
+      tokenError('token_key_not_found', /object=www: not found; .*"other" \(id [0-9a-f]{40}\)/),
+    );
   });
 
   it('that is ambiguous is refused with the ids of all, and found by its id', (test) => {
     const { disposable, open } = openDisposableToken(test);
     disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'www', '--id', '01', '--sensitive');
     disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'www', '--id', '02', '--sensitive');
-    assert.throws(() => findPrivateKey(open, { object: 'www' }), tokenError('token_key_not_found', /found 2 keys, expected one: .*\(id 0[12]\), .*\(id 0[12]\)/));
+    assert.throws(
+      () => findPrivateKey(open, { object: 'www' }),
+      tokenError('token_key_not_found', /found 2 keys, expected one: .*\(id 0[12]\), .*\(id 0[12]\)/),
+    );
     assert.equal(findPrivateKey(open, { object: 'www', id: '02' }).id.toString('hex'), '02');
     assert.equal(findPrivateKey(open, { id: '01' }).label, 'www');
   });
@@ -90,9 +110,15 @@ describe('a private key', () => {
   it('that is extractable is refused by name, and so is one that is not sensitive', (test) => {
     const { open } = openDisposableToken(test);
     createKeyPair(open, 'loose', { sensitive: true, extractable: true });
-    assert.throws(() => proveConfined(open, findPrivateKey(open, { object: 'loose' })), tokenError('token_key_exposed', /"loose".*CKA_EXTRACTABLE true/));
+    assert.throws(
+      () => proveConfined(open, findPrivateKey(open, { object: 'loose' })),
+      tokenError('token_key_exposed', /"loose".*CKA_EXTRACTABLE true/),
+    );
     createKeyPair(open, 'open', { sensitive: false, extractable: false });
-    assert.throws(() => proveConfined(open, findPrivateKey(open, { object: 'open' })), tokenError('token_key_exposed', /"open".*CKA_SENSITIVE false/));
+    assert.throws(
+      () => proveConfined(open, findPrivateKey(open, { object: 'open' })),
+      tokenError('token_key_exposed', /"open".*CKA_SENSITIVE false/),
+    );
   });
 
   it('whose attributes lie is refused because the token shows its value', (test) => {
@@ -106,12 +132,17 @@ describe('a private key', () => {
     const { disposable, open } = openDisposableToken(test);
     const file = join(disposable.directory, 'imported.pem');
     openssl('genpkey', '-algorithm', 'EC', '-pkeyopt', 'ec_paramgen_curve:P-256', '-out', file);
-    execFileSync('softhsm2-util', ['--import', file, '--token', disposable.label, '--label', 'imported', '--id', '0a', '--pin', disposable.pin], {
-      env: { ...process.env, ...disposable.env },
-      stdio: 'ignore',
-    });
+    execFileSync(
+      'softhsm2-util',
+      ['--import', file, '--token', disposable.label, '--label', 'imported', '--id', '0a', '--pin', disposable.pin],
+      {
+        env: { ...process.env, ...disposable.env },
+        stdio: 'ignore',
+      },
+    );
     const warnings = proveConfined(open, findPrivateKey(open, { object: 'imported' })).join('\n');
-    for (const attribute of ['CKA_ALWAYS_SENSITIVE', 'CKA_NEVER_EXTRACTABLE', 'CKA_LOCAL']) assert.match(warnings, new RegExp(`"imported".*${attribute} is false`));
+    for (const attribute of ['CKA_ALWAYS_SENSITIVE', 'CKA_NEVER_EXTRACTABLE', 'CKA_LOCAL'])
+      assert.match(warnings, new RegExp(`"imported".*${attribute} is false`));
   });
 
   it('that belongs to another certificate, or is of another kind, is refused by name', (test) => {
@@ -120,7 +151,10 @@ describe('a private key', () => {
     const foreign = anyPublicKey().export({ format: 'der', type: 'spki' });
     assert.throws(() => proveKey(open, key, foreign), tokenError('token_key_mismatch', /"www".*does not verify/));
     const rsa = generateKeyPair(open, 'rsa', 'rsa2048').publicKey.export({ format: 'der', type: 'spki' });
-    assert.throws(() => proveKey(open, key, rsa), tokenError('token_key_mismatch', /"www".*type EC, expected.*RSA 2048 bits/));
+    assert.throws(
+      () => proveKey(open, key, rsa),
+      tokenError('token_key_mismatch', /"www".*type EC, expected.*RSA 2048 bits/),
+    );
     const p384 = generateKeyPair(open, 'p384', 'p384').publicKey.export({ format: 'der', type: 'spki' });
     assert.throws(() => proveKey(open, key, p384), tokenError('token_key_mismatch', /"www"/));
   });
@@ -130,10 +164,16 @@ describe('a private key', () => {
     createKeyPair(open, 'always', { sensitive: true, extractable: false, alwaysAuth: true });
     const always = findPrivateKey(open, { object: 'always' });
     const spki = publicKeyOf(open, always).export({ format: 'der', type: 'spki' });
-    assert.throws(() => proveKey(open, always, spki), tokenError('token_mechanism', /"always".*CKA_ALWAYS_AUTHENTICATE/));
+    assert.throws(
+      () => proveKey(open, always, spki),
+      tokenError('token_mechanism', /"always".*CKA_ALWAYS_AUTHENTICATE/),
+    );
     createKeyPair(open, 'mute', { sensitive: true, extractable: false, sign: false, derive: true });
     const mute = findPrivateKey(open, { object: 'mute' });
-    assert.throws(() => proveKey(open, mute, publicKeyOf(open, mute).export({ format: 'der', type: 'spki' })), tokenError('token_mechanism', /"mute".*CKA_SIGN false/));
+    assert.throws(
+      () => proveKey(open, mute, publicKeyOf(open, mute).export({ format: 'der', type: 'spki' })),
+      tokenError('token_mechanism', /"mute".*CKA_SIGN false/),
+    );
   });
 });
 
@@ -141,31 +181,37 @@ describe('a request', () => {
   it('is refused without a name, with a malformed one, and with too many', async (test) => {
     const { open } = openDisposableToken(test);
     const { key } = generateKeyPair(open, 'www', 'p256');
-    const many = (count: number) => Array.from({ length: count }, (_, index) => `n${index}.example.org`);
-    const request = (subject: Partial<Subject>) => createSigningRequest(open, key, { dns: ['localhost'], ip: [], ...subject });
-    await request({ dns: many(100), distinguishedName: `CN=${'a'.repeat(64)}` });
+    const request = (subject: Partial<Subject>) =>
+      createSigningRequest(open, key, { dns: ['localhost'], ip: [], ...subject });
+    await request({ dns: manyNames(100), distinguishedName: `CN=${'a'.repeat(64)}` });
     const refused: Partial<Subject>[] = [
       { dns: [] },
       { dns: ['not a name'] },
       { dns: ['a,b'] },
       { dns: ['192.0.2.1'] },
       { ip: ['localhost'] },
-      { dns: many(101) },
+      { dns: manyNames(101) },
       { distinguishedName: '' },
       { distinguishedName: 'no name' },
       { distinguishedName: `CN=${'a'.repeat(65)}` },
       { distinguishedName: `CN=a${', O=b'.repeat(200)}` },
     ];
-    for (const subject of refused) await assert.rejects(request(subject), UsageError, JSON.stringify(subject).slice(0, 80));
+    for (const subject of refused)
+      await assert.rejects(request(subject), UsageError, JSON.stringify(subject).slice(0, 80));
   });
 
   it('carries the distinguished name it is given, or the first DNS name', async (test) => {
     const { open } = openDisposableToken(test);
     const { key } = generateKeyPair(open, 'www', 'p256');
     const subject = async (options: Partial<Subject>) =>
-      openssl('req', '-noout', '-subject', { input: await createSigningRequest(open, key, { dns: ['www.example.org'], ip: [], ...options }) }).trim();
+      openssl('req', '-noout', '-subject', {
+        input: await createSigningRequest(open, key, { dns: ['www.example.org'], ip: [], ...options }),
+      }).trim();
     assert.equal(await subject({}), 'subject=CN = www.example.org');
-    assert.equal(await subject({ distinguishedName: 'C=DE, O="Example, Inc", CN=www' }), 'subject=C = DE, O = "Example, Inc", CN = www');
+    assert.equal(
+      await subject({ distinguishedName: 'C=DE, O="Example, Inc", CN=www' }),
+      'subject=C = DE, O = "Example, Inc", CN = www',
+    );
     assert.equal(await subject({ dns: [], ip: ['192.0.2.1'] }), 'subject=');
   });
 
@@ -179,6 +225,10 @@ describe('a request', () => {
   });
 });
 
+function manyNames(count: number): string[] {
+  return Array.from({ length: count }, (_, index) => `n${index}.example.org`);
+}
+
 /** With any attributes, as an operator's own tool might make it. */
 function createKeyPair(open: OpenToken, label: string, attributes: ITemplate): void {
   open.session.generateKeyPair(
@@ -190,7 +240,11 @@ function createKeyPair(open: OpenToken, label: string, attributes: ITemplate): v
 
 function openssl(...args: readonly (string | { readonly input: string })[]): string {
   const options = args.find((arg) => typeof arg === 'object') ?? {};
-  return execFileSync('openssl', args.filter((arg) => typeof arg === 'string'), { encoding: 'utf8', stdio: ['pipe', 'pipe', 'pipe'], ...options });
+  return execFileSync(
+    'openssl',
+    args.filter((arg) => typeof arg === 'string'),
+    { encoding: 'utf8', stdio: ['pipe', 'pipe', 'pipe'], ...options },
+  );
 }
 
 function tokenError(code: ErrorCode, message: RegExp): (error: unknown) => true {

@@ -47,7 +47,16 @@ it('everything that is wrong is reported in one error, by name', async (test) =>
   const good = generateKeyPair(open, 'good', 'p256');
   disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'twin', '--id', '01', '--sensitive');
   disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'twin', '--id', '02', '--sensitive');
-  disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'loose', '--id', '03', '--extractable');
+  disposable.pkcs11Tool(
+    '--keypairgen',
+    '--key-type',
+    'EC:prime256v1',
+    '--label',
+    'loose',
+    '--id',
+    '03',
+    '--extractable',
+  );
   const config = planConfig(
     [tokenConfig(disposable), tokenConfig(disposable, { name: 'gone', uri: { token: 'gone' } })],
     [
@@ -79,7 +88,9 @@ it('everything that is wrong is reported in one error, by name', async (test) =>
   );
   const { findings } = examinePlan(config, tools);
   assert.deepEqual(
-    findings.filter(({ severity, subject }) => severity === 'ok' && subject === 'certificate good').map(({ message }) => message.includes('belongs to the certificate')),
+    findings
+      .filter(({ severity, subject }) => severity === 'ok' && subject === 'certificate good')
+      .map(({ message }) => message.includes('belongs to the certificate')),
     [false, true],
   );
 });
@@ -88,7 +99,12 @@ it('wrong certificate files alone are a configuration error with every problem',
   const bench = openBench(test);
   const www = generateKeyPair(bench.open, 'www', 'p256');
   const expired = await bench.certificate('old', www, { notBefore: daysFromNow(-9), notAfter: daysFromNow(-1) });
-  const absent = { name: 'absent', chain: join(bench.disposable.directory, 'nope.pem'), key: { object: 'www' }, tokens: ['hsm'] };
+  const absent = {
+    name: 'absent',
+    chain: join(bench.disposable.directory, 'nope.pem'),
+    key: { object: 'www' },
+    tokens: ['hsm'],
+  };
   assert.throws(
     () => provePlan(planConfig([tokenConfig(bench.disposable)], [expired, absent]), tools),
     (error) => error instanceof ConfigError && error.problems.length === 2 && error.exitCode === 78,
@@ -100,7 +116,11 @@ it('a wrong PIN is tried once, even for a token that two names mean, and comes f
   let asked = 0;
   const wrong = { ...tools, readPin: () => (asked++, Buffer.from('00000000')) };
   const config = planConfig(
-    [tokenConfig(bench.disposable, { name: 'gone', uri: { token: 'gone' } }), tokenConfig(bench.disposable), tokenConfig(bench.disposable, { name: 'again' })],
+    [
+      tokenConfig(bench.disposable, { name: 'gone', uri: { token: 'gone' } }),
+      tokenConfig(bench.disposable),
+      tokenConfig(bench.disposable, { name: 'again' }),
+    ],
     [await bench.certificate('www')],
   );
   assert.throws(
@@ -119,30 +139,51 @@ it('a wrong PIN is tried once, even for a token that two names mean, and comes f
 
 it('a PIN that cannot be read is an error and no PIN is sent', async (test) => {
   const bench = openBench(test, { loggedIn: false });
-  const config = planConfig([tokenConfig(bench.disposable, { pin: { file: '/nonexistent/pin' } })], [await bench.certificate('www')]);
-  assert.throws(() => provePlan(config, tools), (error) => error instanceof TokenError && error.code === 'pin_unavailable');
+  const config = planConfig(
+    [tokenConfig(bench.disposable, { pin: { file: '/nonexistent/pin' } })],
+    [await bench.certificate('www')],
+  );
+  assert.throws(
+    () => provePlan(config, tools),
+    (error) => error instanceof TokenError && error.code === 'pin_unavailable',
+  );
   assert.equal(findToken(bench.module, { token: bench.disposable.label }).flags & TokenFlag.USER_PIN_COUNT_LOW, 0);
 });
 
 it('a token that is out of reach is a warning while another has every key, and an error otherwise', async (test) => {
   const bench = openBench(test);
   const www = generateKeyPair(bench.open, 'www', 'p256');
-  const tokens = [tokenConfig(bench.disposable, { name: 'gone', uri: { token: 'gone' } }), tokenConfig(bench.disposable)];
+  const tokens = [
+    tokenConfig(bench.disposable, { name: 'gone', uri: { token: 'gone' } }),
+    tokenConfig(bench.disposable),
+  ];
   const both = { ...(await bench.certificate('www', www)), tokens: ['gone', 'hsm'] };
   const plan = provePlan(planConfig(tokens, [both]), tools);
-  assert.deepEqual(plan.certificates[0]?.perToken.map(({ token }) => token), ['hsm']);
-  assert.deepEqual(plan.tokens.map(({ name }) => name), ['hsm']);
+  assert.deepEqual(
+    plan.certificates[0]?.perToken.map(({ token }) => token),
+    ['hsm'],
+  );
+  assert.deepEqual(
+    plan.tokens.map(({ name }) => name),
+    ['hsm'],
+  );
   assert.match(plan.warnings.join(), /token gone: .* is not in module/);
   const onlyGone = { ...both, name: 'only', tokens: ['gone'] };
   assert.throws(() => provePlan(planConfig(tokens, [both, onlyGone]), tools), /is not in module/);
-  assert.equal(examinePlan(planConfig(tokens, [both]), tools).findings.filter(({ severity }) => severity === 'error').length, 1);
+  assert.equal(
+    examinePlan(planConfig(tokens, [both]), tools).findings.filter(({ severity }) => severity === 'error').length,
+    1,
+  );
 });
 
 it('a module that does not load is named, and the tokens of other modules are examined all the same', async (test) => {
   const bench = openBench(test);
   const www = generateKeyPair(bench.open, 'www', 'p256');
   const broken = tokenConfig(bench.disposable, { name: 'broken', module: '/nonexistent/module.so' });
-  const { findings } = examinePlan(planConfig([broken, tokenConfig(bench.disposable)], [await bench.certificate('www', www)]), tools);
+  const { findings } = examinePlan(
+    planConfig([broken, tokenConfig(bench.disposable)], [await bench.certificate('www', www)]),
+    tools,
+  );
   assert.match(findings.find(({ subject }) => subject === 'token broken')?.message ?? '', /\/nonexistent\/module\.so/);
   assert.equal(findings.find(({ subject }) => subject === 'token hsm')?.severity, 'ok');
 });
@@ -153,7 +194,10 @@ it('a login lock that is not free is a warning', async (test) => {
   const lockLogin = () => {
     throw new Error('held by another process');
   };
-  const plan = provePlan(planConfig([tokenConfig(bench.disposable)], [await bench.certificate('www', www)]), { ...tools, guard: { ...unguarded, lockLogin } });
+  const plan = provePlan(planConfig([tokenConfig(bench.disposable)], [await bench.certificate('www', www)]), {
+    ...tools,
+    guard: { ...unguarded, lockLogin },
+  });
   assert.match(plan.warnings.join(), /without the login lock: held by another process/);
 });
 
@@ -168,7 +212,10 @@ it('the login lock is held from before C_Initialize until the keys are found, an
     },
   };
   const spyingReadPin: PlanTools['readPin'] = (source) => (events.push('pin'), readPin(source));
-  const config = planConfig([tokenConfig(bench.disposable), tokenConfig(bench.disposable, { name: 'gone', uri: { token: 'gone' } })], [await bench.certificate('www')]);
+  const config = planConfig(
+    [tokenConfig(bench.disposable), tokenConfig(bench.disposable, { name: 'gone', uri: { token: 'gone' } })],
+    [await bench.certificate('www')],
+  );
   examinePlan(config, { guard, readPin: spyingReadPin });
   assert.deepEqual(events, ['locked', 'pin', 'released']);
 });
@@ -182,7 +229,10 @@ it('no session is left open', async (test) => {
   // The last session took the login with it: the PIN is needed again.
   examinePlan(config, counting);
   assert.equal(asked, 2);
-  assert.equal(listTokens(bench.module).some(({ sessions }) => (sessions.open ?? 0) > 0), false);
+  assert.equal(
+    listTokens(bench.module).some(({ sessions }) => (sessions.open ?? 0) > 0),
+    false,
+  );
 });
 
 function openBench(test: TestContext, { loggedIn = true } = {}) {
@@ -197,7 +247,10 @@ function openBench(test: TestContext, { loggedIn = true } = {}) {
     /** A certificate file for the key, or for one that nobody has, and its place in a configuration. */
     async certificate(name: string, key?: GeneratedKey, options?: LeafOptions) {
       const chain = join(disposable.directory, `${name}.pem`);
-      writeFileSync(chain, `${await authority.issue(key?.publicKey ?? anyPublicKey(), options)}\n${authority.intermediatePem}\n`);
+      writeFileSync(
+        chain,
+        `${await authority.issue(key?.publicKey ?? anyPublicKey(), options)}\n${authority.intermediatePem}\n`,
+      );
       return { name, chain, key: { object: key?.key.label ?? name }, tokens: ['hsm'] };
     },
   };

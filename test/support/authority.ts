@@ -6,7 +6,13 @@
 import 'reflect-metadata';
 import { generateKeyPairSync, webcrypto } from 'node:crypto';
 import type { KeyObject } from 'node:crypto';
-import { BasicConstraintsExtension, ExtendedKeyUsage, ExtendedKeyUsageExtension, SubjectAlternativeNameExtension, X509CertificateGenerator } from '@peculiar/x509';
+import {
+  BasicConstraintsExtension,
+  ExtendedKeyUsage,
+  ExtendedKeyUsageExtension,
+  SubjectAlternativeNameExtension,
+  X509CertificateGenerator,
+} from '@peculiar/x509';
 
 export interface LeafOptions {
   readonly names?: readonly string[];
@@ -26,7 +32,6 @@ export interface Authority {
 export const daysFromNow = (days: number): Date => new Date(Date.now() + days * 86_400_000);
 
 export async function createAuthority(): Promise<Authority> {
-  const crypto = webcrypto as unknown as Crypto;
   const algorithm = { name: 'ECDSA', namedCurve: 'P-256', hash: 'SHA-256' };
   const keys = () => webcrypto.subtle.generateKey(algorithm, true, ['sign', 'verify']);
   const [rootKeys, intermediateKeys] = [await keys(), await keys()];
@@ -34,7 +39,7 @@ export async function createAuthority(): Promise<Authority> {
   const ca = [new BasicConstraintsExtension(true, undefined, true)];
   const root = await X509CertificateGenerator.createSelfSigned(
     { name: 'CN=Test Root', keys: rootKeys, signingAlgorithm: algorithm, extensions: ca, ...validity },
-    crypto,
+    webcrypto,
   );
   const intermediate = await X509CertificateGenerator.create(
     {
@@ -46,13 +51,19 @@ export async function createAuthority(): Promise<Authority> {
       extensions: ca,
       ...validity,
     },
-    crypto,
+    webcrypto,
   );
   return {
     rootPem: root.toString('pem'),
     intermediatePem: intermediate.toString('pem'),
     async issue(publicKey, options = {}) {
-      const { names = ['www.example.org'], commonName = 'leaf', notBefore = daysFromNow(-1), notAfter = daysFromNow(90), purpose } = options;
+      const {
+        names = ['www.example.org'],
+        commonName = 'leaf',
+        notBefore = daysFromNow(-1),
+        notAfter = daysFromNow(90),
+        purpose,
+      } = options;
       const leaf = await X509CertificateGenerator.create(
         {
           subject: [{ CN: [commonName] }],
@@ -64,10 +75,12 @@ export async function createAuthority(): Promise<Authority> {
           notAfter,
           extensions: [
             new ExtendedKeyUsageExtension([purpose ?? ExtendedKeyUsage.serverAuth]),
-            ...(names.length === 0 ? [] : [new SubjectAlternativeNameExtension(names.map((value) => ({ type: 'dns' as const, value })))]),
+            ...(names.length === 0
+              ? []
+              : [new SubjectAlternativeNameExtension(names.map((value) => ({ type: 'dns' as const, value })))]),
           ],
         },
-        crypto,
+        webcrypto,
       );
       return leaf.toString('pem');
     },

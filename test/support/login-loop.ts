@@ -7,7 +7,7 @@
 import { once } from 'node:events';
 import { readPin } from '../../src/config/pin.ts';
 import { findPrivateKey, proveConfined } from '../../src/pkcs11/keys.ts';
-import { closeModule, closeSession, findToken, login, openModule, openSession } from '../../src/pkcs11/module.ts';
+import { closeSession, findToken, login, openModule, openSession } from '../../src/pkcs11/module.ts';
 import { nativeGuard } from '../../src/pkcs11/native-guard.ts';
 
 const [path = '', label = '', object = '', rounds = '0'] = process.argv.slice(2);
@@ -17,8 +17,8 @@ process.stdin.resume();
 await once(process.stdin, 'end');
 for (let round = 0; round < Number(rounds); round++) {
   const release = nativeGuard.lockLogin(path, lockWaitMs);
-  const module = openModule(path, true, nativeGuard);
-  const token = findToken(module, { token: label });
+  const opened = openModule(path, true, nativeGuard);
+  const token = findToken(opened.module, { token: label });
   const session = openSession(token);
   login(session, token, () => readPin({ env: 'KEYGATE_TEST_PIN' }));
   const open = { session, token };
@@ -26,5 +26,5 @@ for (let round = 0; round < Number(rounds); round++) {
   release();
   proveConfined(open, key);
   closeSession(session);
-  closeModule(module);
+  opened.close();
 }

@@ -8,11 +8,15 @@ import type { PlanConfig } from '../../src/pkcs11/plan.ts';
 import type { DisposableToken } from './softhsm.ts';
 
 export function planConfig(tokens: readonly TokenConfig[], certificates: readonly CertificateConfig[]): PlanConfig {
-  const byName = <T extends { readonly name: string }>(items: readonly T[]) => Object.fromEntries(items.map((item) => [item.name, item]));
+  const byName = <T extends { readonly name: string }>(items: readonly T[]) =>
+    Object.fromEntries(items.map((item) => [item.name, item]));
   return { workers: 1, tokens: byName(tokens), certificates: byName(certificates) };
 }
 
-export function tokenConfig(disposable: DisposableToken, overrides: Partial<TokenConfig> = {}): TokenConfig {
+export function tokenConfig(
+  disposable: Pick<DisposableToken, 'module' | 'label' | 'pinFile'>,
+  overrides: Partial<TokenConfig> = {},
+): TokenConfig {
   return {
     name: 'hsm',
     module: disposable.module,

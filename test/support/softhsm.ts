@@ -9,7 +9,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { TestContext } from 'node:test';
 import type { OpenToken } from '../../src/pkcs11/keys.ts';
-import { closeModule, closeSession, findToken, login, openModule, openSession } from '../../src/pkcs11/module.ts';
+import { closeSession, findToken, login, openModule, openSession } from '../../src/pkcs11/module.ts';
 import type { NativeModuleGuard } from '../../src/pkcs11/module.ts';
 
 export interface DisposableToken {
@@ -36,11 +36,18 @@ export function disposableToken({ label = 'keygate-test', empty = false } = {}):
   const conf = join(directory, 'softhsm2.conf');
   const pinFile = join(directory, 'pin');
   mkdirSync(join(directory, 'tokens'), { mode: 0o700 });
-  writeFileSync(conf, `directories.tokendir = ${join(directory, 'tokens')}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n`);
+  writeFileSync(
+    conf,
+    `directories.tokendir = ${join(directory, 'tokens')}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n`,
+  );
   writeFileSync(pinFile, `${userPin}\n`, { mode: 0o600 });
   const env = { SOFTHSM2_CONF: conf };
   const run = (command: string, args: readonly string[]) =>
-    execFileSync(command, args, { env: { ...process.env, ...env }, encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] });
+    execFileSync(command, args, {
+      env: { ...process.env, ...env },
+      encoding: 'utf8',
+      stdio: ['ignore', 'pipe', 'pipe'],
+    });
   const token: DisposableToken = {
     directory,
     module: softhsmModule,
@@ -52,7 +59,8 @@ export function disposableToken({ label = 'keygate-test', empty = false } = {}):
     addToken(name, pin = userPin) {
       run('softhsm2-util', ['--init-token', '--free', '--label', name, '--pin', pin, '--so-pin', soPin]);
     },
-    pkcs11Tool: (...args) => run('pkcs11-tool', ['--module', softhsmModule, '--token-label', label, '--login', '--pin', userPin, ...args]),
+    pkcs11Tool: (...args) =>
+      run('pkcs11-tool', ['--module', softhsmModule, '--token-label', label, '--login', '--pin', userPin, ...args]),
     dispose: () => rmSync(directory, { recursive: true, force: true }),
   };
   if (!empty) token.addToken(label);
@@ -60,15 +68,18 @@ export function disposableToken({ label = 'keygate-test', empty = false } = {}):
 }
 
 /** A disposable token, and a read-write session of this process that is logged in to it; gone when the test ends. */
-export function openDisposableToken(test: TestContext): { readonly disposable: DisposableToken; readonly open: OpenToken } {
+export function openDisposableToken(test: TestContext): {
+  readonly disposable: DisposableToken;
+  readonly open: OpenToken;
+} {
   const disposable = disposableToken();
   process.env['SOFTHSM2_CONF'] = disposable.env.SOFTHSM2_CONF;
-  const module = openModule(disposable.module, false, unguarded);
-  const token = findToken(module, { token: disposable.label });
+  const opened = openModule(disposable.module, false, unguarded);
+  const token = findToken(opened.module, { token: disposable.label });
   const session = openSession(token, 'read-write');
   test.after(() => {
     closeSession(session);
-    closeModule(module);
+    opened.close();
     disposable.dispose();
   });
   login(session, token, () => Buffer.from(disposable.pin));
@@ -84,5 +95,6 @@ const soPin = '58820417';
 
 /** Debian's and Fedora's places. */
 const softhsmModule =
-  ['/usr/lib/softhsm/libsofthsm2.so', '/usr/lib64/pkcs11/libsofthsm2.so', '/usr/lib64/softhsm/libsofthsm2.so'].find(existsSync) ??
-  '/usr/lib/softhsm/libsofthsm2.so';
+  ['/usr/lib/softhsm/libsofthsm2.so', '/usr/lib64/pkcs11/libsofthsm2.so', '/usr/lib64/softhsm/libsofthsm2.so'].find(
+    existsSync,
+  ) ?? '/usr/lib/softhsm/libsofthsm2.so';

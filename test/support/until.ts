@@ -1,17 +1,30 @@
 /**
- * Owns: waiting for what announces itself by no event, such as a counter of another process.
- * Must not know: what is waited for.
+ * Owns: waiting for what has no event, such as a number on a metrics page.
+ * Must not know: what is awaited.
  * Runs: in test processes.
  */
 import { setTimeout as pause } from 'node:timers/promises';
 
-/** Looks again and again. @throws naming `what` when it has not come true in time; that time is no measurement. */
-export async function until(what: string, condition: () => boolean | Promise<boolean>, deadlineMs = 15_000): Promise<void> {
-  const giveUp = Date.now() + deadlineMs;
-  while (!(await condition())) {
-    if (Date.now() > giveUp) throw new Error(`waited ${deadlineMs} ms in vain until ${what}`);
-    await pause(intervalMs);
+const pauseMs = 10;
+
+/**
+ * Asks again until there is an answer.
+ * @param what completes the sentence "no ... within N ms".
+ * @param probe answers undefined or false for "not yet".
+ */
+export async function until<Answer>(
+  what: string,
+  probe: () => Answer | Promise<Answer>,
+  { deadlineMs = 10_000, found }: { readonly deadlineMs?: number; readonly found?: () => unknown } = {},
+): Promise<Exclude<Answer, undefined | false>> {
+  const end = performance.now() + deadlineMs;
+  for (;;) {
+    const answer = await probe();
+    if (answer !== undefined && answer !== false) return answer as Exclude<Answer, undefined | false>;
+    if (performance.now() > end) {
+      const last = found === undefined ? '' : `; found ${JSON.stringify(found())}`;
+      throw new Error(`no ${what} within ${deadlineMs} ms${last}`);
+    }
+    await pause(pauseMs);
   }
 }
-
-const intervalMs = 5;

@@ -71,7 +71,7 @@ close_reasons! {
     ProxyRelayHalfClosedDeadline = "proxy" / "relay" / "half_closed_deadline": "One direction was closed and the other did not end within `deadlines.halfClosed`.";
     ProxyRelayLifetimeDeadline = "proxy" / "relay" / "lifetime_deadline": "The connection is older than `deadlines.lifetime`.";
 
-    ProxyDrainDeadline = "proxy" / "drain" / "deadline": "The worker stopped and the connection had not ended by `drain.deadline`.";
+    ProxyDrainDeadline = "proxy" / "drain" / "deadline": "The worker stopped and the connection had not ended by `drainDeadline`.";
     ProxyInternalPanic = "proxy" / "internal" / "panic": "A defect in keygate ended this connection alone. Report it.";
 }
 

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::SockRef;
-use tokio::io::ReadBuf;
+use tokio::io::{Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
 /// A connected byte stream. `&Stream` is also `std::io::Read` and `Write`, answering `WouldBlock` where it would
@@ -20,12 +20,24 @@ pub enum Stream {
 }
 
 impl Stream {
-    /// Bytes read; 0 when the peer has closed its direction. `WouldBlock` clears the readiness.
+    /// Bytes read; 0 when the peer has closed its direction. `WouldBlock` clears the readiness, and so does a read that
+    /// did not fill the buffer: the socket is empty then, and finding that out by another read would cost a system call
+    /// each time. What comes later is an edge of its own (epoll(7)), and the peer's close is kept apart by tokio.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Stream::Tcp(tcp) => tcp.try_read(buffer),
-            Stream::Unix(unix) => unix.try_read(buffer),
-        }
+        let mut short = None;
+        let read = || {
+            let read = (&*self.socket()).read(buffer)?;
+            if 0 < read && read < buffer.len() {
+                short = Some(read);
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Ok(read)
+        };
+        let result = match self {
+            Stream::Tcp(tcp) => tcp.try_io(Interest::READABLE, read),
+            Stream::Unix(unix) => unix.try_io(Interest::READABLE, read),
+        };
+        short.map_or(result, Ok)
     }
 
     /// Bytes written, which may be fewer than given. `WouldBlock` clears the readiness.

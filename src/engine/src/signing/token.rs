@@ -51,6 +51,7 @@ pub struct TokenPlan {
 
 pub const LANES_MAX: usize = 256;
 
+/// Lanes hold it, so it ends with `stop`, not with the last handle.
 pub struct Token {
     name: Arc<str>,
     module: Arc<Module>,
@@ -88,7 +89,8 @@ const FAILURES_MAX: u32 = 3;
 impl Token {
     /// Loads the module, finds the token, logs in once and starts the first lane. Takes the login lock of the module:
     /// the caller must not hold it. Run it before anything else in this process logs in: with read-only token files
-    /// SoftHSM cannot tell its label any more after a login.
+    /// SoftHSM cannot tell its label any more after a login. A process that is logged in already does not present the
+    /// PIN, so a wrong one shows only when it is needed.
     pub fn start(plan: TokenPlan) -> Result<Arc<Token>, TokenError> {
         let name = plan.name.clone();
         start(plan).map_err(|problem| TokenError::token(&name, problem))
@@ -314,7 +316,12 @@ fn find_slot(module: &Module, label: &str, serial: Option<&str>) -> Result<(CK_S
         [] => Err(Problem::TokenMissing {
             label: label.to_owned(),
             serial: serial.map(str::to_owned),
-            present: tokens.into_iter().map(|(_, info)| info.label).collect(),
+            // A slot that waits for C_InitToken has no label.
+            present: tokens
+                .into_iter()
+                .map(|(_, info)| info.label)
+                .filter(|label| !label.is_empty())
+                .collect(),
         }),
         _ => Err(Problem::TokenAmbiguous {
             label: label.to_owned(),

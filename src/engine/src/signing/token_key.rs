@@ -131,7 +131,17 @@ impl TokenKey {
             return Ok(found);
         }
         place.found = None;
-        let fault = match session.find_private_keys(self.id.as_deref(), self.label.as_deref())? {
+        let find = || session.find_private_keys(self.id.as_deref(), self.label.as_deref());
+        let mut matches = find()?;
+        // Private objects are invisible without a login (v3.0 5.7): that is not a missing key. Another lane may log in
+        // between the search and the question, so only a search after the answer counts.
+        if matches == Matches::None {
+            if !session.is_logged_in()? {
+                return Err(Ckr::USER_NOT_LOGGED_IN.into());
+            }
+            matches = find()?;
+        }
+        let fault = match matches {
             Matches::One(handle) => {
                 place.generation += 1;
                 let found = Found { handle, generation: place.generation, epoch };
@@ -140,8 +150,6 @@ impl TokenKey {
                 self.token.stats().refound.add(u64::from(found.generation > 1));
                 return Ok(found);
             }
-            // Private objects are invisible without a login (v3.0 5.7): that is not a missing key.
-            Matches::None if !session.is_logged_in()? => return Err(Ckr::USER_NOT_LOGGED_IN.into()),
             Matches::None => Fault::KeyMissing,
             Matches::Several => Fault::KeyAmbiguous,
         };

@@ -1,0 +1,56 @@
+/**
+ * Owns: the parts of README.md that are printed from the code: they stand between markers and are never edited.
+ * Must not know: the rest of README.md.
+ * Runs: `npm run docs` writes; `--check`, a step of `npm test`, fails when README.md differs.
+ */
+import { readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { configReference } from '../src/config/reference.ts';
+import { errorCodes, exitCodes } from '../src/errors.ts';
+
+const readme = join(import.meta.dirname, '../README.md');
+
+const sections: Readonly<Record<string, () => string>> = {
+  'exit-codes': exitCodeTable,
+  'error-codes': errorCodeTable,
+  'config-example': configExample,
+  'config-reference': configReference,
+};
+
+const current = readFileSync(readme, 'utf8');
+const printed = Object.entries(sections).reduce((text, [name, print]) => replaceSection(text, name, print()), current);
+if (!process.argv.includes('--check')) {
+  writeFileSync(readme, printed);
+} else if (printed !== current) {
+  console.error('README.md differs from the code: run `npm run docs` and commit the result');
+  process.exitCode = 1;
+}
+
+function replaceSection(text: string, name: string, content: string): string {
+  const [begin, end] = [`<!-- ${name}: printed by npm run docs -->`, `<!-- ${name}: end -->`];
+  const [from, to] = [text.indexOf(begin), text.indexOf(end)];
+  if (from < 0 || to < from) throw new Error(`README.md has no section between ${begin} and ${end}`);
+  return `${text.slice(0, from)}${begin}\n\n${content}\n\n${text.slice(to)}`;
+}
+
+function exitCodeTable(): string {
+  const meanings: Record<keyof typeof exitCodes, string> = {
+    ok: 'done; for `serve`: drained',
+    other: 'anything else',
+    usage: 'the command line is wrong',
+    unavailable: 'a token, a PIN, a key or a service is unavailable',
+    config: 'the configuration or a certificate file is wrong',
+  };
+  const rows = Object.entries(exitCodes).map(([name, code]) => `| ${code} | ${meanings[name as keyof typeof exitCodes]} |`);
+  return ['| exit code | meaning |', '|---|---|', ...rows].join('\n');
+}
+
+function errorCodeTable(): string {
+  const rows = Object.entries(errorCodes).map(([code, summary]) => `| \`${code}\` | ${summary} |`);
+  return ['| error code | meaning |', '|---|---|', ...rows].join('\n');
+}
+
+function configExample(): string {
+  const text = readFileSync(join(import.meta.dirname, '../native-config/keygate.yaml'), 'utf8');
+  return `\`\`\`yaml\n${text.trimEnd()}\n\`\`\``;
+}

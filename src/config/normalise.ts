@@ -1,0 +1,106 @@
+/**
+ * Owns: from a checked document to a `Config`: names with units, absolute paths, defaults that depend on other sections.
+ * Must not know: YAML, positions; nothing here can fail.
+ * Runs: at start and reload, on the main thread.
+ */
+import type { CertificateConfig, Config, HealthConfig, ListenerConfig, PolicyConfig, TokenConfig, UpstreamConfig } from './config.ts';
+import { absolutePath } from './path.ts';
+import type { PinSource } from './pin.ts';
+import { builtInPolicies, cipherSuitesOf } from './policies.ts';
+import type { Document } from './schema.ts';
+
+/** @param directory what relative paths are relative to. */
+export function normalise(document: Document, file: string, directory: string): Config {
+  const tokens = named(document.tokens, (name, token) => tokenConfig(name, token, directory));
+  const policies = named(document.policies, policyConfig);
+  for (const policy of builtInPolicies) policies[policy.name] = policy;
+  return {
+    file,
+    workers: document.workers,
+    user: document.user,
+    group: document.group,
+    drainDeadlineMs: document.drainDeadline,
+    log: document.log,
+    admin: document.admin,
+    tokens,
+    certificates: named(document.certificates, (name, certificate) => certificateConfig(name, certificate, directory, Object.keys(tokens))),
+    policies,
+    tickets: { lifetimeMs: document.tickets.lifetime, rotationMs: document.tickets.rotation },
+    upstreams: named(document.upstreams, upstreamConfig),
+    listeners: named(document.listeners, listenerConfig),
+  };
+}
+
+/** Without a prototype: names like `constructor` are as good as any. */
+function named<From, To>(entries: Readonly<Record<string, From>>, convert: (name: string, entry: From) => To): Record<string, To> {
+  const result = Object.create(null) as Record<string, To>;
+  for (const [name, entry] of Object.entries(entries)) result[name] = convert(name, entry);
+  return result;
+}
+
+function tokenConfig(name: string, token: Document['tokens'][string], directory: string): TokenConfig {
+  return {
+    name,
+    module: absolutePath(token.module, directory),
+    uri: token.uri,
+    pin: pinSource(token.pin, directory),
+    lanes: token.lanes,
+    queue: { max: token.queue.max, ageMs: token.queue.age },
+    signDeadlineMs: token.signDeadline,
+    verify: token.verify,
+    isolate: token.isolate,
+    loginLockWaitMs: token.loginLockWait,
+  };
+}
+
+function pinSource({ file, env, credential }: Document['tokens'][string]['pin'], directory: string): PinSource {
+  if (file !== undefined) return { file: absolutePath(file, directory) };
+  if (env !== undefined) return { env };
+  // The schema demands exactly one; an empty name would be refused when it is read.
+  return { credential: credential ?? '' };
+}
+
+function certificateConfig(
+  name: string,
+  certificate: Document['certificates'][string],
+  directory: string,
+  allTokens: readonly string[],
+): CertificateConfig {
+  return { name, chain: absolutePath(certificate.chain, directory), key: certificate.key, tokens: certificate.tokens ?? allTokens };
+}
+
+function policyConfig(name: string, policy: Document['policies'][string]): PolicyConfig {
+  const { minVersion, maxVersion, groups, cipherSuites = cipherSuitesOf(minVersion, maxVersion), tickets } = policy;
+  return { name, minVersion, maxVersion, groups, cipherSuites, tickets };
+}
+
+function upstreamConfig(name: string, upstream: Document['upstreams'][string]): UpstreamConfig {
+  return {
+    name,
+    servers: upstream.servers,
+    balance: upstream.balance,
+    proxyProtocol: upstream.proxyProtocol,
+    connectDeadlineMs: upstream.connectDeadline,
+    attempts: upstream.attempts,
+    health: upstream.health && healthConfig(upstream.health),
+    passive: { failures: upstream.passive.failures, ejectionMs: upstream.passive.ejection },
+  };
+}
+
+function healthConfig({ tcp, timeout, fall, rise }: NonNullable<Document['upstreams'][string]['health']>): HealthConfig {
+  return { intervalMs: tcp, timeoutMs: timeout, fall, rise };
+}
+
+function listenerConfig(name: string, listener: Document['listeners'][string]): ListenerConfig {
+  const { deadlines, ...same } = listener;
+  return {
+    name,
+    ...same,
+    deadlines: {
+      handshakeMs: deadlines.handshake,
+      idleMs: deadlines.idle,
+      lifetimeMs: deadlines.lifetime,
+      halfClosedMs: deadlines.halfClosed,
+    },
+  };
+}

@@ -1,0 +1,246 @@
+/**
+ * Owns: the metrics: one table of names, types, labels and meanings, from which the scrape and the README are printed.
+ * The only module that knows prom-client.
+ * Must not know: how measurements are gathered or served.
+ * Runs: main thread of the primary.
+ *
+ * The engine counts; nothing is counted here. So a scrape is a translation of absolute values, and prom-client gets them
+ * as the JSON that its registries exchange: its own Counter and Histogram can only be added to.
+ */
+import { AggregatorRegistry, Registry, collectDefaultMetrics } from 'prom-client';
+import { engine } from '../engine/binding.ts';
+import type { EngineSnapshot, LatencySnapshot } from '../engine/native.d.ts';
+import { version } from '../version.ts';
+import type { SlotStatus } from './workers.ts';
+
+export const metricsContentType = Registry.PROMETHEUS_CONTENT_TYPE;
+
+export interface Measurements {
+  /** Summed over the workers, living and dead. */
+  readonly snapshot: EngineSnapshot;
+  readonly workers: readonly SlotStatus[];
+  readonly certificates: readonly { readonly name: string; readonly notAfterMs: number }[];
+}
+
+/** A scrape in Prometheus' text format 0.0.4. */
+export async function renderMetrics(measurements: Measurements): Promise<string> {
+  const own = families.map(({ name, type, help, labels, read }) => ({
+    name,
+    type,
+    help,
+    values: read(measurements).flatMap(([values, value]) => {
+      const named = Object.fromEntries(labels.map((label, index) => [label, values[index]]));
+      return typeof value === 'number' ? [{ labels: named, value }] : histogramSamples(name, named, value);
+    }),
+  }));
+  const ofProcess = (await processRegistry().getMetricsAsJSON()).filter(({ name }) => processFamilies.has(name));
+  // Each name comes once, so there is nothing to aggregate; and prom-client's own choice would omit some.
+  return AggregatorRegistry.aggregate([[...own, ...ofProcess].map((family) => ({ ...family, aggregator: 'first' }))]).metrics();
+}
+
+/** The metrics as a Markdown table for README.md, without the markers around it. */
+export function metricsTable(): string {
+  const rows = families.map(({ name, type, help, labels }) => {
+    const list = labels.map((label) => `\`${label}\``).join(', ');
+    return `| \`${name}\` | ${type} | ${list} | ${help.replaceAll('|', '\\|')} |`;
+  });
+  const ofProcess = [...processFamilies].map((name) => `\`${name}\``).join(', ');
+  return [
+    '| metric | type | labels | meaning |',
+    '|---|---|---|---|',
+    ...rows,
+    '',
+    `And about the primary process itself: ${ofProcess}.`,
+  ].join('\n');
+}
+
+interface Family {
+  readonly name: string;
+  readonly type: 'counter' | 'gauge' | 'histogram';
+  readonly help: string;
+  readonly labels: readonly string[];
+  readonly read: (measurements: Measurements) => readonly Sample<readonly string[], number | LatencySnapshot>[];
+}
+
+/** The values of the labels, in their order, and what was measured. */
+type Sample<Values, Measured> = readonly [labels: Values, value: Measured];
+
+/** Label values are names from the configuration, slots, or words from closed lists; never what a client sent. */
+const families: readonly Family[] = [
+  gauge('connections_open', 'Connections that are open.', ['listener'], ({ snapshot }) =>
+    snapshot.listeners.map(({ name, connectionsOpen }) => [[name], connectionsOpen]),
+  ),
+  counter('connections_accepted_total', 'Connections accepted.', ['listener'], ({ snapshot }) =>
+    snapshot.listeners.map(({ name, accepted }) => [[name], accepted]),
+  ),
+  counter('accept_failures_total', 'Failures of accept(2) itself, such as no free descriptor.', ['listener'], ({ snapshot }) =>
+    snapshot.listeners.map(({ name, acceptFailures }) => [[name], acceptFailures]),
+  ),
+  counter('connections_closed_total', 'Connections ended, by close reason.', ['side', 'phase', 'reason'], closes),
+  gauge('handshakes_in_flight', 'Handshakes begun and not finished.', ['listener'], ({ snapshot }) =>
+    snapshot.listeners.map(({ name, handshakesInFlight }) => [[name], handshakesInFlight]),
+  ),
+  histogram('handshake_seconds', 'Finished handshakes, from accept to Finished.', ['listener', 'protocol', 'resumed'], ({ snapshot }) =>
+    snapshot.listeners.flatMap(({ name, handshakes }) =>
+      handshakes.map(({ protocol, resumed, latency }) => [[name, protocol, String(resumed)], latency] as const),
+    ),
+  ),
+  counter('relay_bytes_total', 'Plaintext relayed.', ['listener', 'direction'], ({ snapshot }) =>
+    snapshot.listeners.flatMap(({ name, toUpstreamBytes, toClientBytes }) => [
+      [[name, 'to_upstream'], toUpstreamBytes] as const,
+      [[name, 'to_client'], toClientBytes] as const,
+    ]),
+  ),
+
+  gauge('token_up', '1 while every running worker can sign with the token; 0 when one cannot, or none runs.', ['token'], (measurements) =>
+    measurements.snapshot.tokens.map(({ name, up }) => [[name], upForAll(up, measurements)]),
+  ),
+  counter('token_went_down_total', 'How often the token went down for a worker.', ['token'], ({ snapshot }) =>
+    snapshot.tokens.map(({ name, wentDown }) => [[name], wentDown]),
+  ),
+  histogram('sign_wait_seconds', 'How long requests waited for a lane.', ['token'], ({ snapshot }) =>
+    snapshot.tokens.map(({ name, signWait }) => [[name], signWait]),
+  ),
+  histogram('sign_seconds', 'How long a lane was busy with one request, repairs and verification included.', ['token', 'mechanism'], ({ snapshot }) =>
+    snapshot.tokens.flatMap(({ name, mechanisms }) => mechanisms.map(({ mechanism, latency }) => [[name, mechanism], latency] as const)),
+  ),
+  counter('signatures_total', 'Signatures, by outcome: ok, failed, or wrong (did not verify and was not sent).', ['token', 'mechanism', 'outcome'], ({ snapshot }) =>
+    snapshot.tokens.flatMap(({ name, mechanisms }) =>
+      mechanisms.flatMap(({ mechanism, ok, failed, wrong }) => [
+        [[name, mechanism, 'ok'], ok] as const,
+        [[name, mechanism, 'failed'], failed] as const,
+        [[name, mechanism, 'wrong'], wrong] as const,
+      ]),
+    ),
+  ),
+  gauge('sign_queue_depth', 'Requests that wait for a lane; the two classes of keys have queues of their own.', ['token', 'class'], ({ snapshot }) =>
+    snapshot.tokens.flatMap(({ name, queueDepthEc, queueDepthRsa }) => [
+      [[name, 'ec'], queueDepthEc] as const,
+      [[name, 'rsa'], queueDepthRsa] as const,
+    ]),
+  ),
+  counter('sign_shed_total', 'Requests refused without a signature, by reason.', ['token', 'reason'], ({ snapshot }) =>
+    snapshot.tokens.flatMap(({ name, shedQueueFull, shedQueueAged, shedTokenDown }) => [
+      [[name, 'queue_full'], shedQueueFull] as const,
+      [[name, 'queue_aged'], shedQueueAged] as const,
+      [[name, 'token_down'], shedTokenDown] as const,
+    ]),
+  ),
+  counter('sign_cancelled_total', 'Requests whose connection had ended when a lane came to them.', ['token'], ({ snapshot }) =>
+    snapshot.tokens.map(({ name, cancelled }) => [[name], cancelled]),
+  ),
+  gauge('lanes', 'Lanes by state; a lost one is stuck in the module.', ['token', 'state'], ({ snapshot }) =>
+    snapshot.tokens.flatMap(({ name, lanesIdle, lanesBusy, lanesLost }) => [
+      [[name, 'idle'], lanesIdle] as const,
+      [[name, 'busy'], lanesBusy] as const,
+      [[name, 'lost'], lanesLost] as const,
+    ]),
+  ),
+  counter('pkcs11_recoveries_total', 'Repairs: a PKCS#11 session reopened, a login repeated, a key found again.', ['token', 'repair'], ({ snapshot }) =>
+    snapshot.tokens.flatMap(({ name, reopened, loggedIn, refound }) => [
+      [[name, 'session_reopened'], reopened] as const,
+      [[name, 'logged_in'], loggedIn] as const,
+      [[name, 'key_refound'], refound] as const,
+    ]),
+  ),
+  counter('login_lock_timeouts_total', 'Logins that went ahead because another process held the login lock too long.', ['token'], ({ snapshot }) =>
+    snapshot.tokens.map(({ name, loginLockTimeouts }) => [[name], loginLockTimeouts]),
+  ),
+
+  gauge('upstream_server_up', '1 while every running worker holds the server for healthy; 0 when one does not, or none runs.', ['upstream', 'server'], (measurements) =>
+    servers(measurements).map(([labels, { up }]) => [labels, upForAll(up, measurements)]),
+  ),
+  gauge('upstream_connections_open', 'Connections to the server that are open.', ['upstream', 'server'], (measurements) =>
+    servers(measurements).map(([labels, { connectionsOpen }]) => [labels, connectionsOpen]),
+  ),
+  counter('upstream_connects_total', 'Attempts to connect, by outcome; health checks are not counted.', ['upstream', 'server', 'outcome'], (measurements) =>
+    servers(measurements).flatMap(([labels, { connects }]) => connects.map(({ outcome, count }) => [[...labels, outcome], count] as const)),
+  ),
+  histogram('upstream_connect_seconds', 'Attempts to connect that succeeded.', ['upstream', 'server'], (measurements) =>
+    servers(measurements).map(([labels, { connectLatency }]) => [labels, connectLatency]),
+  ),
+
+  gauge('worker_up', '1 while the worker is ready.', ['worker'], ({ workers }) =>
+    workers.map(({ slot, state }) => [[String(slot)], Number(state === 'ready')]),
+  ),
+  counter('worker_restarts_total', 'How often the worker was replaced.', ['worker'], ({ workers }) =>
+    workers.map(({ slot, restarts }) => [[String(slot)], restarts]),
+  ),
+  gauge('certificate_expiry_timestamp_seconds', 'When the certificate expires, in Unix time.', ['certificate'], ({ certificates }) =>
+    certificates.map(({ name, notAfterMs }) => [[name], notAfterMs / 1000]),
+  ),
+  gauge('build_info', 'Always 1; the labels say which keygate and which Node.js run.', ['version', 'node'], () => [
+    [[version, process.versions.node], 1],
+  ]),
+];
+
+function counter<const Labels extends readonly string[]>(name: `${string}_total`, help: string, labels: Labels, read: Read<Labels, number>): Family {
+  return { name: `keygate_${name}`, type: 'counter', help, labels, read };
+}
+
+function gauge<const Labels extends readonly string[]>(name: string, help: string, labels: Labels, read: Read<Labels, number>): Family {
+  return { name: `keygate_${name}`, type: 'gauge', help, labels, read };
+}
+
+function histogram<const Labels extends readonly string[]>(name: `${string}_seconds`, help: string, labels: Labels, read: Read<Labels, LatencySnapshot>): Family {
+  return { name: `keygate_${name}`, type: 'histogram', help, labels, read };
+}
+
+/** As many values as labels: the compiler counts them. */
+type Read<Labels extends readonly string[], Measured> = (
+  measurements: Measurements,
+) => readonly Sample<{ readonly [Index in keyof Labels]: string }, Measured>[];
+
+/** Every reason is there from the first scrape on: a rate over a series that begins at 1 misses that 1. */
+function closes({ snapshot }: Measurements): readonly Sample<readonly [string, string, string], number>[] {
+  const counts = new Map(snapshot.closes.map(({ side, phase, reason, count }) => [`${side}/${phase}/${reason}`, count]));
+  return engine()
+    .closeReasons()
+    .map(({ side, phase, reason }) => [[side, phase, reason], counts.get(`${side}/${phase}/${reason}`) ?? 0]);
+}
+
+function servers({ snapshot }: Measurements): readonly Sample<readonly [string, string], EngineSnapshot['upstreams'][number]['servers'][number]>[] {
+  return snapshot.upstreams.flatMap(({ name, servers: all }) => all.map((server) => [[name, server.address], server] as const));
+}
+
+/** Dead workers say nothing of what is up, and where no worker says anything nothing is. */
+function upForAll(up: boolean, { workers }: Measurements): number {
+  return Number(up && workers.some(({ state }) => state === 'ready'));
+}
+
+/** Prometheus' buckets count everything up to their bound, the engine's only what is above the bound before. */
+function histogramSamples(name: string, labels: Readonly<Record<string, string | undefined>>, { buckets, sumUs }: LatencySnapshot): object[] {
+  const bounds = [...engine().latencyBoundsUs().map((us) => us / 1e6), '+Inf'];
+  let count = 0;
+  const samples: object[] = bounds.map((le, index) => {
+    count += buckets[index] ?? 0;
+    return { metricName: `${name}_bucket`, labels: { ...labels, le }, value: count };
+  });
+  samples.push({ metricName: `${name}_sum`, labels, value: sumUs / 1e6 });
+  samples.push({ metricName: `${name}_count`, labels, value: count });
+  return samples;
+}
+
+/** Of what prom-client knows about a process: what tells a sick primary, under the names that dashboards know. */
+const processFamilies: ReadonlySet<string> = new Set([
+  'process_cpu_seconds_total',
+  'process_start_time_seconds',
+  'process_resident_memory_bytes',
+  'process_open_fds',
+  'process_max_fds',
+  'nodejs_eventloop_lag_p99_seconds',
+  'nodejs_eventloop_lag_max_seconds',
+  'nodejs_heap_size_used_bytes',
+  'nodejs_gc_duration_seconds',
+]);
+
+let observed: Registry | undefined;
+
+/** Made by the first scrape: it measures the event loop from then on, which a process that nobody scrapes is spared. */
+function processRegistry(): Registry {
+  if (observed === undefined) {
+    observed = new Registry();
+    collectDefaultMetrics({ register: observed });
+  }
+  return observed;
+}

@@ -1,0 +1,214 @@
+/**
+ * Owns: `keygate check` as its users see it: what it reports, all at once, and how it ends.
+ * Must not know: how things are examined.
+ * Runs: the command in child processes, a token directory per test.
+ */
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import { createPublicKey } from 'node:crypto';
+import { once } from 'node:events';
+import { writeFileSync } from 'node:fs';
+import { createServer } from 'node:net';
+import type { AddressInfo } from 'node:net';
+import { join } from 'node:path';
+import { before, it } from 'node:test';
+import type { TestContext } from 'node:test';
+import { anyPublicKey, createAuthority, daysFromNow } from '../support/authority.ts';
+import type { Authority, LeafOptions } from '../support/authority.ts';
+import { keygate } from '../support/command.ts';
+import { disposableToken } from '../support/softhsm.ts';
+
+let authority: Authority;
+before(async () => {
+  authority = await createAuthority();
+});
+
+it('a configuration that can be served ends with 0, every part of it ok', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('www');
+  bench.configure({ certificates: { www: await bench.chain('www') } });
+  const { exitCode, stdout, stderr } = await bench.check();
+  assert.equal(exitCode, 0, stdout + stderr);
+  assert.match(stdout, /^ok +token hsm +"keygate-test"/m);
+  assert.match(stdout, /^ok +certificate www +p256, 2 in chain, until .*, for www\.example\.org$/m);
+  assert.match(stdout, /^ok +certificate www +key "www" .*cannot leave it, belongs to the certificate$/m);
+  assert.match(stdout, /^ok +upstream web +127\.0\.0\.1:\d+ accepts connections$/m);
+  assert.match(stdout, /^0 errors, 0 warnings$/m);
+});
+
+it('absent, ambiguous, extractable and foreign keys and bad chains are all reported in one run, by name', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('good');
+  bench.disposable.pkcs11Tool(
+    '--keypairgen',
+    '--key-type',
+    'EC:prime256v1',
+    '--label',
+    'twin',
+    '--id',
+    '01',
+    '--sensitive',
+  );
+  bench.disposable.pkcs11Tool(
+    '--keypairgen',
+    '--key-type',
+    'EC:prime256v1',
+    '--label',
+    'twin',
+    '--id',
+    '02',
+    '--sensitive',
+  );
+  bench.disposable.pkcs11Tool(
+    '--keypairgen',
+    '--key-type',
+    'EC:prime256v1',
+    '--label',
+    'loose',
+    '--id',
+    '03',
+    '--extractable',
+  );
+  bench.configure({
+    certificates: {
+      absent: await bench.chain('absent'),
+      twin: await bench.chain('twin'),
+      loose: await bench.chain('loose'),
+      foreign: { ...(await bench.chain('foreign')), key: 'pkcs11:object=good' },
+      expired: { ...(await bench.chain('good', { notBefore: daysFromNow(-9), notAfter: daysFromNow(-1) }, 'expired')) },
+    },
+  });
+  const { exitCode, stdout } = await bench.check();
+  assert.equal(exitCode, 78, stdout);
+  assert.match(stdout, /^error +certificate absent +.*not found/m);
+  assert.match(stdout, /^error +certificate twin +.*found 2 keys/m);
+  assert.match(stdout, /^error +certificate loose +.*"loose".*CKA_EXTRACTABLE/m);
+  assert.match(stdout, /^error +certificate foreign +.*does not verify/m);
+  assert.match(stdout, /^error +certificate expired +.*expired\.pem:1:1 .*expired at/m);
+  assert.match(stdout, /^5 errors, 0 warnings$/m);
+});
+
+it('key problems alone end with 69', async (test) => {
+  const bench = await openBench(test);
+  bench.configure({ certificates: { www: await bench.chain('www') } });
+  assert.equal((await bench.check()).exitCode, 69);
+});
+
+it('a wrong PIN is tried once for the whole run and ends with 69 naming the token; no PIN is in any output', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('www');
+  const wrongPin = '66602842';
+  writeFileSync(bench.disposable.pinFile, wrongPin);
+  bench.configure({ certificates: { www: await bench.chain('www'), again: await bench.chain('www', {}, 'again') } });
+  const { exitCode, stdout, stderr } = await bench.check();
+  assert.equal(exitCode, 69, stdout);
+  assert.equal(stdout.match(/CKR_PIN_INCORRECT/g)?.length, 1);
+  assert.match(stdout, /^error +token hsm +token keygate-test: C_Login failed: CKR_PIN_INCORRECT$/m);
+  assert.doesNotMatch(stdout + stderr, new RegExp(wrongPin));
+});
+
+it('problems of the file end with 78 and name its lines, and no token is asked', async (test) => {
+  const bench = await openBench(test);
+  const file = bench.configure({ certificates: { www: await bench.chain('www') }, extra: 'bogus: true\n' });
+  const { exitCode, stdout } = await bench.check();
+  assert.equal(exitCode, 78, stdout);
+  assert.ok(stdout.includes(`${file}:`), stdout);
+  assert.match(stdout, /bogus/);
+  assert.doesNotMatch(stdout, /^ok +token/m);
+});
+
+it('an upstream that refuses is a warning only', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('www');
+  bench.configure({ certificates: { www: await bench.chain('www') } });
+  await bench.stopUpstream();
+  const { exitCode, stdout } = await bench.check();
+  assert.equal(exitCode, 0, stdout);
+  assert.match(stdout, /^warning +upstream web +127\.0\.0\.1:\d+ cannot be reached: ECONNREFUSED$/m);
+});
+
+it('JSON has the same findings, with codes', async (test) => {
+  const bench = await openBench(test);
+  bench.configure({ certificates: { www: await bench.chain('www') } });
+  const { exitCode, stdout } = await bench.check('--json');
+  const report = JSON.parse(stdout);
+  assert.equal(exitCode, 69);
+  assert.equal(report.ok, false);
+  assert.equal(report.exitCode, 69);
+  const error = report.findings.find(({ severity }: { severity: string }) => severity === 'error');
+  assert.equal(error.code, 'token_key_not_found');
+  assert.equal(error.token, 'keygate-test');
+});
+
+interface CertificateEntry {
+  readonly chain: string;
+  readonly key: string;
+}
+
+async function openBench(test: TestContext) {
+  const disposable = disposableToken();
+  const upstream = createServer().listen(0, '127.0.0.1');
+  await once(upstream, 'listening');
+  const { port } = upstream.address() as AddressInfo;
+  const stopUpstream = async () => {
+    upstream.close();
+    await once(upstream, 'close');
+  };
+  test.after(() => {
+    upstream.close();
+    disposable.dispose();
+  });
+  const file = join(disposable.directory, 'keygate.yaml');
+  const onToken = ['--module', disposable.module, '--token', disposable.label, '--pin-file', disposable.pinFile];
+  return {
+    disposable,
+    stopUpstream,
+    check: (...args: readonly string[]) => keygate(['check', '--config', file, ...args], disposable.env),
+    async generate(label: string) {
+      const { exitCode, stderr } = await keygate(
+        ['key', 'generate', ...onToken, '--label', label, '--type', 'p256'],
+        disposable.env,
+      );
+      assert.equal(exitCode, 0, stderr);
+    },
+    /** A chain for the key with this label, or for a key that nobody has when the token has none. */
+    async chain(label: string, options: LeafOptions = {}, name = label): Promise<CertificateEntry> {
+      const request = await keygate(
+        ['key', 'csr', ...onToken, '--label', label, '--dns', 'www.example.org'],
+        disposable.env,
+      );
+      const publicKey =
+        request.exitCode === 0
+          ? createPublicKey(execFileSync('openssl', ['req', '-pubkey', '-noout'], { input: request.stdout }))
+          : anyPublicKey();
+      const chain = join(disposable.directory, `${name}.pem`);
+      writeFileSync(chain, `${await authority.issue(publicKey, options)}\n${authority.intermediatePem}\n`);
+      return { chain, key: `pkcs11:object=${label}` };
+    },
+    /** @returns the path of the configuration. */
+    configure({
+      certificates,
+      extra = '',
+    }: {
+      readonly certificates: Readonly<Record<string, CertificateEntry>>;
+      readonly extra?: string;
+    }): string {
+      const entries = Object.entries(certificates);
+      writeFileSync(
+        file,
+        [
+          'tokens:',
+          `  hsm: { module: ${disposable.module}, uri: "pkcs11:token=${disposable.label}", pin: { file: ${disposable.pinFile} } }`,
+          'certificates:',
+          ...entries.map(([name, { chain, key }]) => `  ${name}: { chain: ${chain}, key: "${key}", tokens: [hsm] }`),
+          'upstreams:',
+          `  web: { servers: ["127.0.0.1:${port}"] }`,
+          'listeners:',
+          `  https: { bind: ["127.0.0.1:0"], mode: offload, certificates: [${entries.map(([name]) => name).join(', ')}], upstream: web }`,
+          extra,
+        ].join('\n'),
+      );
+      return file;
+    },
+  };
+}

@@ -1,0 +1,250 @@
+/**
+ * Owns: what a scrape says about what was measured.
+ * Must not know: HTTP.
+ * Runs: in one test process, with the engine's own lists of reasons and bounds.
+ */
+import assert from 'node:assert/strict';
+import { describe, it } from 'node:test';
+import { engine } from '../../src/engine/binding.ts';
+import type { EngineSnapshot, LatencySnapshot } from '../../src/engine/native.d.ts';
+import { metricsTable, renderMetrics } from '../../src/primary/metrics.ts';
+import { SnapshotBook } from '../../src/primary/snapshot-book.ts';
+import type { SlotStatus } from '../../src/primary/workers.ts';
+import { parseScrape } from '../support/prometheus-text.ts';
+import type { ScrapedFamily } from '../support/prometheus-text.ts';
+
+const boundsUs = engine().latencyBoundsUs();
+const readyWorker: SlotStatus = { slot: 0, state: 'ready', pid: 1, restarts: 0, failure: undefined };
+const certificates = [{ name: 'www', notAfterMs: Date.UTC(2030, 0, 1) }];
+
+describe('a scrape', () => {
+  it('is well formed, with and without measurements', async () => {
+    for (const snapshot of [anySnapshot(() => 1), nothing()]) {
+      const families = parseScrape(await renderMetrics({ snapshot, workers: [readyWorker], certificates }));
+      assert.ok(families.has('keygate_build_info'));
+    }
+  });
+
+  it('tells every number that the engine counts', async () => {
+    // A number of its own for each, so that none can stand for another.
+    const given = new Map<number, string>();
+    const snapshot = anySnapshot((what) => {
+      const number = 1_000_003 + 1009 * given.size;
+      given.set(number, what);
+      return number;
+    });
+    const scraped = await scrape(snapshot);
+    const told = new Set(scraped.values());
+    for (const [number, what] of given) assert.ok(told.has(number) || told.has(number / 1e6), `${what} is in no metric`);
+  });
+
+  it('names what it counts by listener, token, upstream and reason', async () => {
+    const snapshot = anySnapshot(() => 7);
+    const scraped = await scrape(snapshot);
+    for (const series of [
+      'keygate_connections_accepted_total{listener="https"}',
+      'keygate_relay_bytes_total{listener="https",direction="to_client"}',
+      'keygate_signatures_total{token="hsm",mechanism="ecdsa",outcome="wrong"}',
+      'keygate_sign_queue_depth{token="hsm",class="rsa"}',
+      'keygate_sign_shed_total{token="hsm",reason="queue_aged"}',
+      'keygate_lanes{token="hsm",state="lost"}',
+      'keygate_pkcs11_recoveries_total{token="hsm",repair="key_refound"}',
+      'keygate_upstream_connects_total{upstream="web",server="127.0.0.1:80",outcome="refused"}',
+      'keygate_connections_closed_total{side="client",phase="handshake",reason="deadline"}',
+    ]) {
+      assert.equal(scraped.get(series), 7, series);
+    }
+  });
+
+  it('has every close reason from the start, so that the first of a kind is a step from 0', async () => {
+    const scraped = await scrape(nothing());
+    const reasons = engine().closeReasons();
+    assert.ok(reasons.length > 0);
+    for (const { side, phase, reason } of reasons) {
+      assert.equal(scraped.get(`keygate_connections_closed_total{side="${side}",phase="${phase}",reason="${reason}"}`), 0);
+    }
+  });
+
+  it('counts a latency in every bucket whose bound it does not exceed, in seconds', async () => {
+    const snapshot = anySnapshot(() => 0);
+    // One at most 50 us, two of at most 100 us, three above every bound.
+    const buckets = boundsUs.map(() => 0).concat(3);
+    buckets.splice(0, 2, 1, 2);
+    const [token] = snapshot.tokens;
+    assert.ok(token);
+    token.signWait = { buckets, sumUs: 30_000_250 };
+    const scraped = await scrape(snapshot);
+    const name = (suffix: string, le = '') => `keygate_sign_wait_seconds_${suffix}{token="hsm"${le}}`;
+    assert.equal(scraped.get(name('bucket', ',le="0.00005"')), 1);
+    assert.equal(scraped.get(name('bucket', ',le="0.0001"')), 3);
+    assert.equal(scraped.get(name('bucket', ',le="10"')), 3);
+    assert.equal(scraped.get(name('bucket', ',le="+Inf"')), 6);
+    assert.equal(scraped.get(name('count')), 6);
+    assert.equal(scraped.get(name('sum')), 30.00025);
+  });
+
+  it('does not call a token or server up when no worker could say so', async () => {
+    const snapshot = anySnapshot(() => 0);
+    const up = ['keygate_token_up{token="hsm"}', 'keygate_upstream_server_up{upstream="web",server="127.0.0.1:80"}'];
+    const values = async (own: EngineSnapshot, workers: readonly SlotStatus[]) => {
+      const scraped = await scrape(own, workers);
+      return up.map((series) => scraped.get(series));
+    };
+    assert.deepEqual(await values(snapshot, [readyWorker]), [1, 1]);
+    assert.deepEqual(await values(snapshot, [{ ...readyWorker, state: 'waiting' }]), [0, 0]);
+    for (const token of snapshot.tokens) token.up = false;
+    for (const server of snapshot.upstreams.flatMap(({ servers }) => servers)) server.up = false;
+    assert.deepEqual(await values(snapshot, [readyWorker]), [0, 0]);
+  });
+
+  it('tells of each worker whether it is ready and how often it was replaced', async () => {
+    const scraped = await scrape(nothing(), [readyWorker, { ...readyWorker, slot: 1, state: 'starting', restarts: 3 }]);
+    assert.equal(scraped.get('keygate_worker_up{worker="0"}'), 1);
+    assert.equal(scraped.get('keygate_worker_up{worker="1"}'), 0);
+    assert.equal(scraped.get('keygate_worker_restarts_total{worker="1"}'), 3);
+  });
+
+  it('tells when a certificate expires, in seconds', async () => {
+    assert.equal((await scrape(nothing())).get('keygate_certificate_expiry_timestamp_seconds{certificate="www"}'), Date.UTC(2030, 0, 1) / 1000);
+  });
+
+  it('tells how the primary process itself is', async () => {
+    const scraped = await scrape(nothing());
+    assert.ok((scraped.get('process_resident_memory_bytes{}') ?? 0) > 1e6);
+    assert.ok((scraped.get('process_start_time_seconds{}') ?? 0) > 1e9);
+    assert.ok(scraped.has('nodejs_eventloop_lag_p99_seconds{}'));
+  });
+
+  it('never counts backwards when a worker dies and is replaced, and drops what only the living have', async () => {
+    const book = new SnapshotBook();
+    const rendered = async () => families({ snapshot: book.total() });
+    book.enter(1, 0, anySnapshot(() => 40));
+    book.enter(1, 1, anySnapshot(() => 2));
+    const before = await rendered();
+    book.retire(0);
+    const during = await rendered();
+    book.enter(2, 0, anySnapshot(() => 1));
+    const after = await rendered();
+    book.retire(0);
+    book.retire(1);
+    const none = await rendered();
+
+    const accepted = 'keygate_connections_accepted_total{listener="https"}';
+    assert.deepEqual([before, during, after, none].map((one) => counts(one).get(accepted)), [42, 42, 43, 43]);
+    for (const [earlier, later] of [[before, during], [during, after], [after, none]] as const) {
+      assert.ok(counts(earlier).size > 100);
+      for (const [series, count] of counts(earlier)) {
+        assert.ok((counts(later).get(series) ?? -1) >= count, `${series} was ${count} and is ${counts(later).get(series)}`);
+      }
+    }
+    const open = [before, during, after, none].map((one) => one.get('keygate_connections_open')?.series.get('keygate_connections_open{listener="https"}'));
+    assert.deepEqual(open, [42, 2, 3, 0]);
+  });
+});
+
+describe('the table of metrics', () => {
+  it('has the name, type, labels and meaning of what a scrape has, and nothing else', async () => {
+    const rows = metricsTable()
+      .split('\n')
+      .filter((line) => line.startsWith('| `'))
+      .map((line) => line.split('|').map((cell) => cell.trim().replaceAll('`', '')));
+    const told = rows.map(([, name, type, labels, help]) => ({ name, type, labels: labels?.replaceAll(', ', ','), help }));
+    const scraped = [...(await families({ snapshot: anySnapshot(() => 1) })).values()]
+      .filter(({ name }) => name.startsWith('keygate_'))
+      .map(({ name, type, labels, help }) => ({ name, type, labels: [...labels].join(), help }));
+    assert.deepEqual(told, scraped);
+  });
+
+  it('names everything else in a scrape below', async () => {
+    const names = [...(await families({ snapshot: nothing() })).keys()].filter((name) => !name.startsWith('keygate_'));
+    const last = metricsTable().split('\n').at(-1) ?? '';
+    assert.deepEqual([...last.matchAll(/`(\w+)`/g)].map(([, name]) => name).toSorted(), names.toSorted());
+  });
+});
+
+async function scrape(snapshot: EngineSnapshot, workers: readonly SlotStatus[] = [readyWorker]): Promise<Map<string, number>> {
+  return new Map([...(await families({ snapshot, workers })).values()].flatMap(({ series }) => [...series]));
+}
+
+async function families({ snapshot, workers = [readyWorker] }: { snapshot: EngineSnapshot; workers?: readonly SlotStatus[] }): Promise<Map<string, ScrapedFamily>> {
+  return parseScrape(await renderMetrics({ snapshot, workers, certificates }));
+}
+
+/** Every series that may only grow. */
+function counts(scraped: ReadonlyMap<string, ScrapedFamily>): Map<string, number> {
+  const growing = [...scraped.values()].filter(({ name, type }) => type !== 'gauge' && name.startsWith('keygate_'));
+  return new Map(growing.flatMap(({ series }) => [...series]));
+}
+
+function nothing(): EngineSnapshot {
+  return new SnapshotBook().total();
+}
+
+/** A snapshot with everything the engine can tell, each number from `of`; the compiler says when one is missing. */
+function anySnapshot(of: (what: string) => number): EngineSnapshot {
+  const latency = (what: string): LatencySnapshot => ({
+    buckets: [of(`${what}: first bucket`), ...boundsUs.map(() => 0)],
+    sumUs: of(`${what}: sum`),
+  });
+  return {
+    running: true,
+    listeners: [
+      {
+        name: 'https',
+        accepted: of('accepted'),
+        acceptFailures: of('acceptFailures'),
+        connectionsOpen: of('connectionsOpen'),
+        handshakesInFlight: of('handshakesInFlight'),
+        toUpstreamBytes: of('toUpstreamBytes'),
+        toClientBytes: of('toClientBytes'),
+        handshakes: [
+          { protocol: 'TLSv1.2', resumed: false, latency: latency('full 1.2') },
+          { protocol: 'TLSv1.3', resumed: true, latency: latency('resumed 1.3') },
+        ],
+      },
+    ],
+    upstreams: [
+      {
+        name: 'web',
+        servers: [
+          {
+            address: '127.0.0.1:80',
+            up: true,
+            connectionsOpen: of('server connectionsOpen'),
+            connects: ['ok', 'refused'].map((outcome) => ({ outcome, count: of(outcome) })),
+            connectLatency: latency('connectLatency'),
+          },
+        ],
+      },
+    ],
+    closes: engine().closeReasons().map(({ side, phase, reason }) => ({ side, phase, reason, count: of(reason) })),
+    tokens: [
+      {
+        name: 'hsm',
+        up: true,
+        mechanisms: (['ecdsa', 'rsa_pkcs'] as const).map((mechanism) => ({
+          mechanism,
+          ok: of('ok'),
+          failed: of('failed'),
+          wrong: of('wrong'),
+          latency: latency(mechanism),
+        })),
+        signWait: latency('signWait'),
+        queueDepthEc: of('queueDepthEc'),
+        queueDepthRsa: of('queueDepthRsa'),
+        lanesIdle: of('lanesIdle'),
+        lanesBusy: of('lanesBusy'),
+        lanesLost: of('lanesLost'),
+        reopened: of('reopened'),
+        loggedIn: of('loggedIn'),
+        refound: of('refound'),
+        shedQueueFull: of('shedQueueFull'),
+        shedQueueAged: of('shedQueueAged'),
+        shedTokenDown: of('shedTokenDown'),
+        cancelled: of('cancelled'),
+        wentDown: of('wentDown'),
+        loginLockTimeouts: of('loginLockTimeouts'),
+      },
+    ],
+  };
+}
