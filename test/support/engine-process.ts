@@ -3,18 +3,13 @@
  * Must not know: what is tested.
  * Runs: in test processes.
  */
+import assert from 'node:assert/strict';
 import { fork } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
-import { writeFileSync } from 'node:fs';
-import { join } from 'node:path';
 import type { TestContext } from 'node:test';
-import { createSelfSigned } from '../../src/pkcs11/issue.ts';
-import { generateKeyPair } from '../../src/pkcs11/provision.ts';
-import type { GeneratedKind } from '../../src/pkcs11/provision.ts';
 import type { EngineAnswer, EngineOrder, EngineParameters } from './engine-process-main.ts';
-import { openDisposableToken } from './softhsm.ts';
-import type { DisposableToken } from './softhsm.ts';
+import type { ProvisionedToken } from './provisioned-token.ts';
 
 export interface EngineProcess {
   readonly child: ChildProcess;
@@ -25,19 +20,10 @@ export interface EngineProcess {
   ended(): Promise<string>;
 }
 
-export interface EngineToken {
-  readonly disposable: DisposableToken;
-  readonly parameters: EngineParameters;
-}
-
-/** A disposable token with one key and its certificate. */
-export async function engineToken(test: TestContext, kind: GeneratedKind = 'p256'): Promise<EngineToken> {
-  const { disposable, open } = openDisposableToken(test);
-  const { key } = generateKeyPair(open, 'www', kind);
-  const chain = join(disposable.directory, 'www.pem');
-  writeFileSync(chain, await createSelfSigned(open, key, { dns: ['localhost'], ip: [] }, 30));
-  const { module, label, pin } = disposable;
-  return { disposable, parameters: { module, label, pin, chain, keyLabel: 'www', lanes: 4, upstream: '127.0.0.1:1' } };
+/** Of an engine that serves the certificate `www` of the token, and whose upstream nobody answers. */
+export function engineParameters({ module, label, pin, certificates: { www } }: ProvisionedToken): EngineParameters {
+  assert.ok(www !== undefined, 'the token has no certificate www');
+  return { module, label, pin, chain: www.chain, keyLabel: 'www', lanes: 4, upstream: '127.0.0.1:1' };
 }
 
 export function startEngineProcess(

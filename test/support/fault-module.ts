@@ -32,7 +32,20 @@ const functions = [
 ] as const;
 export type Pkcs11Function = (typeof functions)[number];
 
-const fields = { delayUs: 0, hang: 1, rv: 2, rvEvery: 3, rvLeft: 4, flipEvery: 5, flipLeft: 6, calls: 8, inFlight: 9, inFlightMax: 10, injected: 11, flipped: 12 };
+const fields = {
+  delayUs: 0,
+  hang: 1,
+  rv: 2,
+  rvEvery: 3,
+  rvLeft: 4,
+  flipEvery: 5,
+  flipLeft: 6,
+  calls: 8,
+  inFlight: 9,
+  inFlightMax: 10,
+  injected: 11,
+  flipped: 12,
+};
 type Field = keyof typeof fields;
 
 const controlBytes = 4096;
@@ -98,7 +111,8 @@ export class FaultModule {
 
   /** No faults any more. What was counted stays. */
   clear(): void {
-    for (const name of functions) for (const field of ['hang', 'delayUs', 'rvLeft', 'rv', 'flipLeft'] as const) this.#set(name, field, 0n);
+    for (const name of functions)
+      for (const field of ['hang', 'delayUs', 'rvLeft', 'rv', 'flipLeft'] as const) this.#set(name, field, 0n);
   }
 
   read(name: Pkcs11Function, field: Field): number {
@@ -137,9 +151,22 @@ let built: string | undefined;
 function builtModule(): string {
   if (built !== undefined) return built;
   const crate = new URL('../fault-module/', import.meta.url).pathname;
-  execFileSync('cargo', ['build', '--release', '--locked', '--quiet', '--manifest-path', join(crate, 'Cargo.toml'), '--target-dir', join(crate, 'target')], {
-    stdio: ['ignore', 'ignore', 'inherit'],
-  });
+  execFileSync(
+    'cargo',
+    [
+      'build',
+      '--release',
+      '--locked',
+      '--quiet',
+      '--manifest-path',
+      join(crate, 'Cargo.toml'),
+      '--target-dir',
+      join(crate, 'target'),
+    ],
+    {
+      stdio: ['ignore', 'ignore', 'inherit'],
+    },
+  );
   built = join(crate, 'target/release/libkeygate_fault_module.so');
   return built;
 }

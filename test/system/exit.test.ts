@@ -7,9 +7,10 @@ import assert from 'node:assert/strict';
 import { it } from 'node:test';
 import type { TestContext } from 'node:test';
 import { connect } from 'node:tls';
-import { engineToken, startEngineProcess } from '../support/engine-process.ts';
+import { engineParameters, startEngineProcess } from '../support/engine-process.ts';
 import type { EngineProcess } from '../support/engine-process.ts';
 import { FaultModule } from '../support/fault-module.ts';
+import { provisionedToken } from '../support/provisioned-token.ts';
 import { until } from '../support/until.ts';
 
 interface Way {
@@ -20,7 +21,11 @@ interface Way {
 
 const ways: readonly Way[] = [
   { name: 'process.exit', leave: ({ order }) => order({ do: 'exit' }), ends: 'exit 0' },
-  { name: 'process.exit without a stopped engine', leave: ({ order }) => order({ do: 'exit unstopped' }), ends: 'exit 0' },
+  {
+    name: 'process.exit without a stopped engine',
+    leave: ({ order }) => order({ do: 'exit unstopped' }),
+    ends: 'exit 0',
+  },
   { name: 'an uncaught exception', leave: ({ order }) => order({ do: 'throw' }), ends: 'exit 1' },
   { name: 'SIGTERM', leave: ({ child }) => child.kill('SIGTERM'), ends: 'exit 0' },
   { name: 'SIGINT', leave: ({ child }) => child.kill('SIGINT'), ends: 'SIGINT' },
@@ -38,14 +43,14 @@ for (const { name, leave, ends } of ways) {
   it(`${name} while lanes sign ends with ${ends}, ${repetitions} times`, { timeout: 120_000 }, async (test) => {
     await repeat(test, ends, leave, async (faults, engines) => {
       const signed = faults.read('C_Sign', 'calls');
-      await until('the lanes are busy', () => faults.read('C_Sign', 'calls') >= signed + engines * clientsPerEngine * 3);
+      await until('load on the lanes', () => faults.read('C_Sign', 'calls') >= signed + engines * clientsPerEngine * 3);
     });
   });
 
   it(`${name} while C_Sign hangs ends with ${ends}, ${repetitions} times`, { timeout: 120_000 }, async (test) => {
     await repeat(test, ends, leave, async (faults, engines, lanes) => {
       faults.hang('C_Sign');
-      await until('every lane hangs', () => faults.read('C_Sign', 'inFlight') === engines * lanes);
+      await until('hang of every lane', () => faults.read('C_Sign', 'inFlight') === engines * lanes);
     });
   });
 }
@@ -57,13 +62,17 @@ async function repeat(
   prepare: (faults: FaultModule, engines: number, lanes: number) => Promise<void>,
 ): Promise<void> {
   // An RSA signature takes a millisecond, so that a lane is inside SoftHSM and not on its way there. One lane is left to EC.
-  const { disposable, parameters } = await engineToken(test, 'rsa2048');
+  const token = await provisionedToken({ www: { kind: 'rsa2048' } });
+  test.after(token.dispose);
+  const parameters = engineParameters(token);
   const lanes = parameters.lanes - 1;
   for (let done = 0; done < repetitions; done += atOnce) {
     // A control file for each time: a killed process never leaves the calls that it is counted in.
-    const faults = new FaultModule(test, disposable);
+    const faults = new FaultModule(test, token);
     faults.lingerAtExit(lingerMs);
-    const engines = Array.from({ length: atOnce }, () => startEngineProcess(test, { ...parameters, module: faults.module }, faults.env));
+    const engines = Array.from({ length: atOnce }, () =>
+      startEngineProcess(test, { ...parameters, module: faults.module }, faults.env),
+    );
     const clients = await Promise.all(engines.map(async (engine) => load(await started(engine))));
     try {
       await prepare(faults, engines.length, lanes);
