@@ -120,6 +120,10 @@ impl Control {
         &self.words[4]
     }
 
+    pub fn exit_delay_us(&self) -> &AtomicU64 {
+        &self.words[5]
+    }
+
     /// All broken contracts together.
     pub fn violations(&self) -> u64 {
         [self.shared_session(), self.not_initialized(), self.finalize_in_flight()]

@@ -62,6 +62,11 @@ fn load() -> Result<FaultModule, String> {
     let control_path = variable("KEYGATE_FAULT_CONTROL")?;
     let control = Control::open(Path::new(&control_path))
         .map_err(|reason| format!("KEYGATE_FAULT_CONTROL {control_path}: {reason}"))?;
+    // Before the real module registers its own: exit handlers run in reverse order.
+    // SAFETY: a plain function, and this library is never unloaded while the process lives (see `load_real`'s caller).
+    if unsafe { libc::atexit(linger_at_exit) } != 0 {
+        return Err("atexit failed".into());
+    }
     let real = load_real(&variable("KEYGATE_FAULT_MODULE")?)?;
     let mut table = *real;
     table.C_GetFunctionList = Some(C_GetFunctionList);
@@ -111,6 +116,14 @@ fn load_real(path: &str) -> Result<&'static CK_FUNCTION_LIST, String> {
     }
     // SAFETY: the module's static table, kept by RTLD_NODELETE; null becomes `None`.
     unsafe { list.as_ref() }.ok_or_else(|| failed("returned no list"))
+}
+
+/// Keeps the process alive once the real module's exit handlers have run: a thread that is still inside has time to meet
+/// what they tore down.
+extern "C" fn linger_at_exit() {
+    if let Ok(module) = module() {
+        thread::sleep(Duration::from_micros(module.control.exit_delay_us().load(SeqCst)));
+    }
 }
 
 /// One call: check the contract, wait as the test says, fail as the test says, or do it.
