@@ -34,15 +34,25 @@ if (!process.argv.includes('--check')) {
 /** Only type-checks, in the artefacts that clippy shares; when nothing changed, the items of the last time are still true. */
 function compileForTypes(): void {
   mkdirSync(folder, { recursive: true });
-  execFileSync('cargo', ['check', '--release', '--lib', '--locked', '--manifest-path', join(root, 'src/engine/Cargo.toml')], {
-    stdio: ['ignore', 'inherit', 'inherit'],
-    env: { ...process.env, RUSTC_WORKSPACE_WRAPPER: join(root, 'scripts/rustc-with-types'), KEYGATE_TYPES_FOLDER: folder },
-  });
+  execFileSync(
+    'cargo',
+    ['check', '--release', '--lib', '--locked', '--manifest-path', join(root, 'src/engine/Cargo.toml')],
+    {
+      stdio: ['ignore', 'inherit', 'inherit'],
+      env: {
+        ...process.env,
+        RUSTC_WORKSPACE_WRAPPER: join(root, 'scripts/rustc-with-types'),
+        KEYGATE_TYPES_FOLDER: folder,
+      },
+    },
+  );
 }
 
 function items(): readonly Item[] {
   const lines = readFileSync(join(folder, 'keygate-engine'), 'utf8').trimEnd().split('\n');
-  return lines.map((line) => JSON.parse(line) as Item).toSorted((left, right) => (left.name < right.name ? -1 : left.name > right.name ? 1 : 0));
+  return lines
+    .map((line) => JSON.parse(line) as Item)
+    .toSorted((left, right) => (left.name < right.name ? -1 : left.name > right.name ? 1 : 0));
 }
 
 function print(all: readonly Item[]): string {
@@ -61,7 +71,9 @@ function declaration({ kind, name, def, js_doc: documentation = '' }: Item, memb
     case 'interface':
       return [`${head}export interface ${name} {\n${indent(def)}\n}`];
     case 'struct':
-      return [`${head}export declare class ${name} {\n${indent([def, ...members].filter((part) => part.trim() !== '').join('\n'))}\n}`];
+      return [
+        `${head}export declare class ${name} {\n${indent([def, ...members].filter((part) => part.trim() !== '').join('\n'))}\n}`,
+      ];
     case 'fn':
       return [`${head}export declare ${def}`];
     case 'type':
@@ -79,9 +91,11 @@ function declaration({ kind, name, def, js_doc: documentation = '' }: Item, memb
 }
 
 function indent(text: string): string {
-  return text
-    .split('\n')
-    // Members of a class come with a space too many; only the lines of a comment need theirs.
-    .map((line) => (line.startsWith(' *') ? `  ${line}` : `  ${line.trim()}`).trimEnd())
-    .join('\n');
+  return (
+    text
+      .split('\n')
+      // Members of a class come with a space too many; only the lines of a comment need theirs.
+      .map((line) => (line.startsWith(' *') ? `  ${line}` : `  ${line.trim()}`).trimEnd())
+      .join('\n')
+  );
 }

@@ -32,14 +32,23 @@ const checks: readonly Check[] = [
   { name: 'format-rust', command: ['cargo', 'fmt', '--check', ...manifest] },
   { name: 'types', command: [`${bin}/tsc`, '-p', '.'] },
   { name: 'lint', command: [`${bin}/oxlint`, '--type-aware', '--deny-warnings'] },
-  { name: 'lint-rust', command: ['cargo', 'clippy', '--release', '--all-targets', '--locked', ...manifest, '--', '-D', 'warnings'] },
+  {
+    name: 'lint-rust',
+    command: ['cargo', 'clippy', '--release', '--all-targets', '--locked', ...manifest, '--', '-D', 'warnings'],
+  },
   { name: 'dead-code', command: [`${bin}/knip`] },
   { name: 'docs', command: [process.execPath, 'scripts/docs.ts', '--check'] },
   { name: 'binding-types', command: [process.execPath, 'scripts/binding-types.ts', '--check'] },
   { name: 'test-rust', command: ['cargo', 'test', '--release', '--locked', ...manifest], count: countCargo },
   {
     name: 'test',
-    command: [process.execPath, '--test', `--test-timeout=${testDeadlineMs}`, '--test-reporter=spec', 'test/**/*.test.ts'],
+    command: [
+      process.execPath,
+      '--test',
+      `--test-timeout=${testDeadlineMs}`,
+      '--test-reporter=spec',
+      'test/**/*.test.ts',
+    ],
     count: countNode,
   },
 ];
@@ -48,7 +57,8 @@ process.exitCode = await main(process.argv.slice(2));
 
 async function main(names: readonly string[]): Promise<number> {
   const unknown = names.filter((name) => !checks.some((check) => check.name === name));
-  if (unknown.length > 0) throw new Error(`no check is called ${unknown.join(', ')}; there are ${checks.map(({ name }) => name).join(', ')}`);
+  if (unknown.length > 0)
+    throw new Error(`no check is called ${unknown.join(', ')}; there are ${checks.map(({ name }) => name).join(', ')}`);
 
   let passed = 0;
   const failures: string[] = [];
@@ -86,7 +96,9 @@ async function run({ name, command, count }: Check): Promise<Result> {
 
   const result = judge(exitCode, count?.(stripVTControlCharacters(output)));
   const seconds = ((performance.now() - startedAt) / 1000).toFixed(1);
-  console.log(`    ${name}: ${result.failed === 0 ? styleText('green', 'ok') : styleText('red', 'failed')}, ${seconds} s`);
+  console.log(
+    `    ${name}: ${result.failed === 0 ? styleText('green', 'ok') : styleText('red', 'failed')}, ${seconds} s`,
+  );
   return result;
 }
 

@@ -41,7 +41,9 @@ function exitCodeTable(): string {
     unavailable: 'a token, a PIN, a key or a service is unavailable',
     config: 'the configuration or a certificate file is wrong',
   };
-  const rows = Object.entries(exitCodes).map(([name, code]) => `| ${code} | ${meanings[name as keyof typeof exitCodes]} |`);
+  const rows = Object.entries(exitCodes).map(
+    ([name, code]) => `| ${code} | ${meanings[name as keyof typeof exitCodes]} |`,
+  );
   return ['| exit code | meaning |', '|---|---|', ...rows].join('\n');
 }
 

@@ -76,8 +76,6 @@ export const errorCodes = {
   privileges: 'privileges cannot be dropped',
   upstream_unresolved: 'the name of an upstream server has no address',
   worker_failed: 'a worker ended or never became ready',
-  reload_failed: 'a reload was rolled back',
-  check_failed: 'keygate check found problems',
   demo_failed: 'the demo cannot be set up',
   output_failed: 'a result cannot be written',
 } as const;

@@ -37,7 +37,7 @@ function commandLine(): Command {
 
   program
     .command('serve')
-    .description('Serve until drained by SIGTERM; SIGHUP reloads the configuration.')
+    .description('Serve until SIGTERM, then drain: connections that are open may end.')
     .requiredOption('-c, --config <file>', 'configuration file')
     .action(async (options: { config: string }) => (await import('./serve.ts')).run(options));
   program
@@ -51,12 +51,17 @@ function commandLine(): Command {
     .description('Make a SoftHSM token with keys and certificates in it, and serve with them on loopback.')
     .option('--port <port>', 'of the TLS listener; 0: any free one', port, 8443)
     .option('--http-upstream-port <port>', 'of the HTTP upstream; 0: any free one', port, 0)
-    .option('--dir <directory>', 'where token, PIN, certificates and configuration are kept (default: in the state directory of the user)')
+    .option(
+      '--dir <directory>',
+      'where token, PIN, certificates and configuration are kept (default: in the state directory of the user)',
+    )
     .option('--workers <count>', 'worker processes (default: one per core)', whole(1, 1024))
     .action(async (options: DemoOptions) => (await import('./demo.ts')).run(options));
 
   addTokenCommands(program.command('token').description('Look at tokens, and initialise them.'));
-  addKeyCommands(program.command('key').description('Look at keys in a token, make them, and make certificates for them.'));
+  addKeyCommands(
+    program.command('key').description('Look at keys in a token, make them, and make certificates for them.'),
+  );
   addConfigCommands(program.command('config').description('What can stand in a configuration file.'));
   return program;
 }
@@ -74,8 +79,8 @@ function addTokenCommands(token: Command): void {
     'pin',
     'PIN for its keys',
   );
-  withPin(token.commands.at(-1) as Command, 'so-pin', 'PIN of its security officer').action(async (options: TokenInitOptions) =>
-    (await import('./token.ts')).init(options),
+  withPin(token.commands.at(-1) as Command, 'so-pin', 'PIN of its security officer').action(
+    async (options: TokenInitOptions) => (await import('./token.ts')).init(options),
   );
 }
 
@@ -85,12 +90,17 @@ function addKeyCommands(key: Command): void {
     .action(async (options: KeyListOptions) => (await import('./key.ts')).list(options));
   withToken(key.command('generate').description('Generate a key inside the token that cannot leave it.'))
     .requiredOption('--label <label>', 'label of the new key')
-    .requiredOption('--type <type>', 'p256, p384, rsa2048, rsa3072, rsa4096, ed25519, or ticket for the secret behind session tickets')
+    .requiredOption(
+      '--type <type>',
+      'p256, p384, rsa2048, rsa3072, rsa4096, ed25519, or ticket for the secret behind session tickets',
+    )
     .action(async (options: KeyGenerateOptions) => (await import('./key.ts')).generate(options));
-  withSubject(withToken(key.command('csr').description('Make a certificate signing request with a key of the token.'))).action(
-    async (options: KeySubjectOptions) => (await import('./key.ts')).csr(options),
-  );
-  withSubject(withToken(key.command('self-sign').description('Make a self-signed certificate with a key of the token.')))
+  withSubject(
+    withToken(key.command('csr').description('Make a certificate signing request with a key of the token.')),
+  ).action(async (options: KeySubjectOptions) => (await import('./key.ts')).csr(options));
+  withSubject(
+    withToken(key.command('self-sign').description('Make a self-signed certificate with a key of the token.')),
+  )
     .option('--days <count>', 'how long it is valid', whole(1, 3650), 90)
     .action(async (options: KeySelfSignOptions) => (await import('./key.ts')).selfSign(options));
 }
@@ -107,11 +117,17 @@ function addConfigCommands(config: Command): void {
 }
 
 function withModule(command: Command): Command {
-  return command.option('-c, --config <file>', 'configuration file that names the modules').option('--module <path>', 'PKCS#11 module, instead of a configuration');
+  return command
+    .option('-c, --config <file>', 'configuration file that names the modules')
+    .option('--module <path>', 'PKCS#11 module, instead of a configuration');
 }
 
 function withToken(command: Command): Command {
-  return withPin(withModule(command).option('--token <name>', 'label of the token; with --config its name there'), 'pin', 'PIN, unless --config says where it is');
+  return withPin(
+    withModule(command).option('--token <name>', 'label of the token; with --config its name there'),
+    'pin',
+    'PIN, unless --config says where it is',
+  );
 }
 
 /** A PIN itself is no option: every user of the machine can read the arguments of every process. */
@@ -150,7 +166,9 @@ function whole(min: number, max: number): (text: string) => number {
 
 /** The same path from src/cli and from dist/cli. */
 function version(): string {
-  const { version: text } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as { version: string };
+  const { version: text } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
+    version: string;
+  };
   return text;
 }
 
@@ -167,13 +185,22 @@ Exit codes:
 function usageError({ code, message }: CommanderError): UsageError {
   const hint = { hint: 'keygate --help, or keygate COMMAND --help, shows what there is' };
   // Without a command commander has printed its help already.
-  return code === 'commander.help' ? new UsageError('a command is missing', hint) : new UsageError(message.replace(/^error: /, ''), hint);
+  return code === 'commander.help'
+    ? new UsageError('a command is missing', hint)
+    : new UsageError(message.replace(/^error: /, ''), hint);
 }
 
 function describeFailure(failure: unknown): string {
-  if (!(failure instanceof KeygateError)) return `keygate: internal error: ${failure instanceof Error ? failure.stack : String(failure)}\n`;
-  const lines = failure instanceof ConfigError ? failure.problems.map(formatProblem) : [`keygate: ${failure.code}: ${failure.message}`];
+  if (!(failure instanceof KeygateError))
+    return `keygate: internal error: ${failure instanceof Error ? failure.stack : String(failure)}\n`;
+  const lines =
+    failure instanceof ConfigError
+      ? failure.problems.map(formatProblem)
+      : [`keygate: ${failure.code}: ${failure.message}`];
   if (failure.hint !== undefined) lines.push(`hint: ${failure.hint}`);
-  if (failure instanceof ConfigError) lines.push(`keygate: ${failure.problems.length} ${failure.problems.length === 1 ? 'problem' : 'problems'} in the configuration`);
+  if (failure instanceof ConfigError)
+    lines.push(
+      `keygate: ${failure.problems.length} ${failure.problems.length === 1 ? 'problem' : 'problems'} in the configuration`,
+    );
   return `${lines.join('\n')}\n`;
 }

@@ -51,12 +51,14 @@ function parseTcpAddress(text: string, portMin: 0 | 1): Parsed<TcpAddress> {
   if (match?.groups === undefined) return { fault };
   const { v6, host, port } = match.groups;
   const portNumber = Number(port);
-  if (portNumber < portMin || portNumber > 65_535) return { fault: { ...fault, expected: `a port from ${portMin} to 65535` } };
+  if (portNumber < portMin || portNumber > 65_535)
+    return { fault: { ...fault, expected: `a port from ${portMin} to 65535` } };
   if (v6 !== undefined) {
     if (!isIPv6(v6)) return { fault: { ...fault, found: `"${v6}", which is not an IPv6 address` } };
     return { value: { host: new SocketAddress({ address: v6, family: 'ipv6' }).address, port: portNumber } };
   }
-  if (host !== undefined && (isIPv4(host) || isDnsName(host))) return { value: { host: host.toLowerCase(), port: portNumber } };
+  if (host !== undefined && (isIPv4(host) || isDnsName(host)))
+    return { value: { host: host.toLowerCase(), port: portNumber } };
   return { fault };
 }
 
@@ -72,7 +74,12 @@ function isDnsName(host: string): boolean {
 
 function parseUnixAddress(text: string): Parsed<UnixAddress> {
   const path = text.slice('unix:'.length);
-  if (path.startsWith('/') && !path.includes('\0') && !path.endsWith('/') && Buffer.byteLength(path) <= unixPathBytesMax) {
+  if (
+    path.startsWith('/') &&
+    !path.includes('\0') &&
+    !path.endsWith('/') &&
+    Buffer.byteLength(path) <= unixPathBytesMax
+  ) {
     return { value: { path } };
   }
   return { fault: { expected: `unix: and the absolute path of a socket, at most ${unixPathBytesMax} bytes` } };

@@ -41,8 +41,10 @@ export function parseConfig(text: string, file: string): Config {
     error: (issue) => (issue.code === 'invalid_type' && issue.expected === 'object' ? 'a mapping' : undefined),
   });
   // After a syntax error the values are guesses: what else is wrong with them would only distract.
-  const faults = source.usable ? [...source.faults, ...schemaFaults(checked.error, source.value), ...referenceFaults(source.value)] : [];
-  const problems = [...source.problems, ...faults.slice(0, problemsMax).map(source.problem)];
+  const faults = source.usable
+    ? [...source.faults, ...schemaFaults(checked.error, source.value), ...referenceFaults(source.value)]
+    : [];
+  const problems = [...source.problems, ...faults.slice(0, problemsMax).map((fault) => source.problem(fault))];
   const [first, ...others] = problems.toSorted(byPosition);
   if (first !== undefined) {
     const more = faults.length - problemsMax;
@@ -65,7 +67,8 @@ function readBounded(file: string): string {
   try {
     // Without O_NONBLOCK, opening a FIFO waits for a writer for ever.
     descriptor = openSync(file, constants.O_RDONLY | constants.O_NONBLOCK);
-    if (!fstatSync(descriptor).isFile()) return fail('config_unreadable', 'something that is not a regular file', 'a YAML file');
+    if (!fstatSync(descriptor).isFile())
+      return fail('config_unreadable', 'something that is not a regular file', 'a YAML file');
     const bytes = Buffer.alloc(configBytesMax + 1);
     let length = 0;
     for (;;) {
@@ -73,12 +76,14 @@ function readBounded(file: string): string {
       if (count === 0) break;
       length += count;
     }
-    if (length > configBytesMax) return fail('config_too_large', `more than ${configBytesMax} bytes`, `at most ${configBytesMax} bytes`);
+    if (length > configBytesMax)
+      return fail('config_too_large', `more than ${configBytesMax} bytes`, `at most ${configBytesMax} bytes`);
     return new TextDecoder('utf-8', { fatal: true }).decode(bytes.subarray(0, length));
   } catch (error) {
     if (error instanceof ConfigError) throw error;
     const { code } = error as NodeJS.ErrnoException;
-    if (code === 'ERR_ENCODING_INVALID_ENCODED_DATA') return fail('config_syntax', 'bytes that are not UTF-8', 'UTF-8 text');
+    if (code === 'ERR_ENCODING_INVALID_ENCODED_DATA')
+      return fail('config_syntax', 'bytes that are not UTF-8', 'UTF-8 text');
     return fail('config_unreadable', code ?? String(error), 'a file that keygate can read');
   } finally {
     if (descriptor !== undefined) closeSync(descriptor);

@@ -3,7 +3,15 @@
  * Must not know: YAML, positions; nothing here can fail.
  * Runs: at start and reload, on the main thread.
  */
-import type { CertificateConfig, Config, HealthConfig, ListenerConfig, PolicyConfig, TokenConfig, UpstreamConfig } from './config.ts';
+import type {
+  CertificateConfig,
+  Config,
+  HealthConfig,
+  ListenerConfig,
+  PolicyConfig,
+  TokenConfig,
+  UpstreamConfig,
+} from './config.ts';
 import { absolutePath } from './path.ts';
 import type { PinSource } from './pin.ts';
 import { builtInPolicies, cipherSuitesOf } from './policies.ts';
@@ -23,7 +31,9 @@ export function normalise(document: Document, file: string, directory: string): 
     log: document.log,
     admin: document.admin,
     tokens,
-    certificates: named(document.certificates, (name, certificate) => certificateConfig(name, certificate, directory, Object.keys(tokens))),
+    certificates: named(document.certificates, (name, certificate) =>
+      certificateConfig(name, certificate, directory, Object.keys(tokens)),
+    ),
     policies,
     tickets: { lifetimeMs: document.tickets.lifetime, rotationMs: document.tickets.rotation },
     upstreams: named(document.upstreams, upstreamConfig),
@@ -32,7 +42,10 @@ export function normalise(document: Document, file: string, directory: string): 
 }
 
 /** Without a prototype: names like `constructor` are as good as any. */
-function named<From, To>(entries: Readonly<Record<string, From>>, convert: (name: string, entry: From) => To): Record<string, To> {
+function named<From, To>(
+  entries: Readonly<Record<string, From>>,
+  convert: (name: string, entry: From) => To,
+): Record<string, To> {
   const result = Object.create(null) as Record<string, To>;
   for (const [name, entry] of Object.entries(entries)) result[name] = convert(name, entry);
   return result;
@@ -66,7 +79,12 @@ function certificateConfig(
   directory: string,
   allTokens: readonly string[],
 ): CertificateConfig {
-  return { name, chain: absolutePath(certificate.chain, directory), key: certificate.key, tokens: certificate.tokens ?? allTokens };
+  return {
+    name,
+    chain: absolutePath(certificate.chain, directory),
+    key: certificate.key,
+    tokens: certificate.tokens ?? allTokens,
+  };
 }
 
 function policyConfig(name: string, policy: Document['policies'][string]): PolicyConfig {
@@ -87,7 +105,12 @@ function upstreamConfig(name: string, upstream: Document['upstreams'][string]): 
   };
 }
 
-function healthConfig({ tcp, timeout, fall, rise }: NonNullable<Document['upstreams'][string]['health']>): HealthConfig {
+function healthConfig({
+  tcp,
+  timeout,
+  fall,
+  rise,
+}: NonNullable<Document['upstreams'][string]['health']>): HealthConfig {
   return { intervalMs: tcp, timeoutMs: timeout, fall, rise };
 }
 

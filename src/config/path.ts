@@ -13,10 +13,16 @@ const pathBytesMax = 4095;
 export function parsePath(text: string): Parsed<string> {
   const unset = [...text.matchAll(variable)].map(([, name]) => name ?? '').find((name) => !process.env[name]);
   if (unset !== undefined) {
-    return { fault: { expected: `the environment variable ${unset} to be set`, hint: `export ${unset}, or write the path out` } };
+    return {
+      fault: {
+        expected: `the environment variable ${unset} to be set`,
+        hint: `export ${unset}, or write the path out`,
+      },
+    };
   }
   const path = text.replaceAll(variable, (_, name: string) => process.env[name] ?? '');
-  if (path === '' || path.includes('\0')) return { fault: { expected: 'a path that is not empty and holds no zero byte' } };
+  if (path === '' || path.includes('\0'))
+    return { fault: { expected: 'a path that is not empty and holds no zero byte' } };
   if (path.includes('${')) return { fault: { expected: 'environment variables as ${NAME}' } };
   if (Buffer.byteLength(path) > pathBytesMax) return { fault: { expected: `a path of at most ${pathBytesMax} bytes` } };
   return { value: path };

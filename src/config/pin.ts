@@ -32,7 +32,7 @@ export function readPin(source: PinSource): Buffer {
 }
 
 /** `file /run/secrets/pin`, for messages. */
-export function formatPinSource(source: PinSource): string {
+function formatPinSource(source: PinSource): string {
   if ('env' in source) return `environment variable ${source.env}`;
   if ('credential' in source) return `systemd credential ${source.credential}`;
   return `file ${source.file}`;
@@ -67,7 +67,8 @@ function pinFromFile(path: string, source: PinSource): Buffer {
     // Without O_NONBLOCK, opening a FIFO waits for a writer for ever.
     descriptor = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK);
     const stat = fstatSync(descriptor);
-    if (!stat.isFile()) throw new TokenError('pin_unavailable', `PIN: ${formatPinSource(source)} is not a regular file`);
+    if (!stat.isFile())
+      throw new TokenError('pin_unavailable', `PIN: ${formatPinSource(source)} is not a regular file`);
     if ((stat.mode & 0o007) !== 0) {
       throw new TokenError('pin_exposed', `PIN: ${formatPinSource(source)} is open to every user of this machine`, {
         hint: `chmod o= ${path}`,
@@ -88,7 +89,13 @@ function pinFromFile(path: string, source: PinSource): Buffer {
 function checkedPin(bytes: Buffer, source: PinSource): Buffer {
   const pin = bytes.at(-1) === 0x0a ? bytes.subarray(0, -1) : bytes;
   const fault =
-    pin.length === 0 ? 'is empty' : pin.length > pinBytesMax ? `is longer than ${pinBytesMax} bytes` : pin.includes(0) ? 'holds a zero byte' : undefined;
+    pin.length === 0
+      ? 'is empty'
+      : pin.length > pinBytesMax
+        ? `is longer than ${pinBytesMax} bytes`
+        : pin.includes(0)
+          ? 'holds a zero byte'
+          : undefined;
   if (fault === undefined) return pin;
   bytes.fill(0);
   throw new TokenError('pin_invalid', `PIN: ${formatPinSource(source)} ${fault}`, {

@@ -31,7 +31,8 @@ const uriLengthMax = 2048;
 const objectTypes: readonly string[] = ['public', 'private', 'cert', 'secret-key', 'data'];
 
 export function parsePkcs11Uri(text: string): Parsed<Pkcs11Uri> {
-  if (!/^pkcs11:/i.test(text)) return refuse({ expected: 'a PKCS#11 URI such as pkcs11:token=NAME or pkcs11:object=NAME' }, text);
+  if (!/^pkcs11:/i.test(text))
+    return refuse({ expected: 'a PKCS#11 URI such as pkcs11:token=NAME or pkcs11:object=NAME' }, text);
   if (text.length > uriLengthMax) return refuse({ expected: `at most ${uriLengthMax} characters` }, text);
   const [path = '', ...query] = text.slice('pkcs11:'.length).split('?');
   if (query.length > 0) return refuse(queryFault(query.join('?')), text);
@@ -60,7 +61,9 @@ export function formatPkcs11Uri(uri: Pkcs11Uri): string {
 
 /** A URI with anything like a PIN in it is never shown. */
 function refuse(fault: Fault, text: string): { readonly fault: Fault } {
-  return { fault: /pin/i.test(text) ? { found: 'a URI that is not shown because it may hold a PIN', ...fault } : fault };
+  return {
+    fault: /pin/i.test(text) ? { found: 'a URI that is not shown because it may hold a PIN', ...fault } : fault,
+  };
 }
 
 function queryFault(query: string): Fault {
@@ -75,6 +78,7 @@ function queryFault(query: string): Fault {
 }
 
 function unknownFault(name: string): Fault {
+  if (/^pin-/i.test(name)) return queryFault(name);
   const expected = 'only the attributes token, manufacturer, model, serial, object, id and type';
   return /^(?:slot|library)-/.test(name)
     ? { expected, hint: 'slot numbers and library versions change; name the token by label and serial' }
@@ -89,16 +93,25 @@ function parseValue(name: Attribute, raw: string): Parsed<string> {
   // RFC 7512 2.3: pk11-pchar, that is unreserved, pk11-path-res-avail, "&" or a percent-encoded byte.
   const illegal = /%(?![0-9A-Fa-f]{2})|[^A-Za-z0-9\-._~:[\]@!$'()*+,=&%]/u.exec(raw)?.[0];
   if (illegal !== undefined) {
-    return { fault: { expected: `${name} with every special character as %XX`, hint: `write "${illegal}" as ${percent(Buffer.from(illegal))}` } };
+    return {
+      fault: {
+        expected: `${name} with every special character as %XX`,
+        hint: `write "${illegal}" as ${percent(Buffer.from(illegal))}`,
+      },
+    };
   }
-  const bytes = Buffer.from(raw.replaceAll(/%(..)/g, (_, hex: string) => String.fromCharCode(Number.parseInt(hex, 16))), 'latin1');
+  const bytes = Buffer.from(
+    raw.replaceAll(/%(..)/g, (_, hex: string) => String.fromCharCode(Number.parseInt(hex, 16))),
+    'latin1',
+  );
   if (name === 'id') return lengthChecked(name, bytes.toString('hex'), bytes.length);
 
   const text = bytes.toString('utf8').replace(/ +$/, '');
   if (!Buffer.from(bytes.toString('utf8')).equals(bytes) || text.includes('\0')) {
     return { fault: { expected: `${name} in UTF-8 without zero bytes` } };
   }
-  if (name === 'type' && !objectTypes.includes(text)) return { fault: { expected: `type to be one of ${objectTypes.join(', ')}` } };
+  if (name === 'type' && !objectTypes.includes(text))
+    return { fault: { expected: `type to be one of ${objectTypes.join(', ')}` } };
   return lengthChecked(name, text, Buffer.byteLength(text));
 }
 

@@ -6,8 +6,22 @@
 import { cipherSuites, groups, type CipherSuite, type PolicyConfig, type TlsVersion } from './config.ts';
 
 export const builtInPolicies: readonly PolicyConfig[] = [
-  { name: 'modern', minVersion: '1.3', maxVersion: '1.3', groups, cipherSuites: cipherSuitesOf('1.3', '1.3'), tickets: true },
-  { name: 'intermediate', minVersion: '1.2', maxVersion: '1.3', groups, cipherSuites: cipherSuitesOf('1.2', '1.3'), tickets: true },
+  {
+    name: 'modern',
+    minVersion: '1.3',
+    maxVersion: '1.3',
+    groups,
+    cipherSuites: cipherSuitesOf('1.3', '1.3'),
+    tickets: true,
+  },
+  {
+    name: 'intermediate',
+    minVersion: '1.2',
+    maxVersion: '1.3',
+    groups,
+    cipherSuites: cipherSuitesOf('1.2', '1.3'),
+    tickets: true,
+  },
 ];
 
 /** Every cipher suite that a range of versions can use, preferred first. */

@@ -16,7 +16,11 @@ function* keyRows(schema: JsonSchema, prefix: string): Generator<string[]> {
   for (const [name, property] of Object.entries(schema.properties ?? {})) {
     const key = `${prefix}${name}`;
     const value = property.default;
-    const preset = required.has(name) ? 'required' : value === undefined || isEmpty(value) ? '' : `\`${JSON.stringify(value).replaceAll('"', '')}\``;
+    const preset = required.has(name)
+      ? 'required'
+      : value === undefined || isEmpty(value)
+        ? ''
+        : `\`${JSON.stringify(value).replaceAll('"', '')}\``;
     yield [`\`${key}\``, kindOf(property), preset, property.description ?? ''];
     yield* keyRows(property, `${key}.`);
     if (property.additionalProperties) yield* keyRows(property.additionalProperties, `${key}.NAME.`);

@@ -14,10 +14,14 @@ export function referenceFaults(document: unknown): PlacedFault[] {
 
 function* unknownNames(document: unknown): Generator<PlacedFault> {
   const policies = [...builtInPolicies.map(({ name }) => name), ...namesIn(document, 'policies')];
-  for (const [path, name] of texts(document, 'certificates', 'tokens')) yield* unlessDefined(path, name, 'tokens', namesIn(document, 'tokens'));
-  for (const [path, name] of texts(document, 'listeners', 'certificates')) yield* unlessDefined(path, name, 'certificates', namesIn(document, 'certificates'));
-  for (const [path, name] of texts(document, 'listeners', 'policy')) yield* unlessDefined(path, name, 'policies', policies);
-  for (const [path, name] of texts(document, 'listeners', 'upstream')) yield* unlessDefined(path, name, 'upstreams', namesIn(document, 'upstreams'));
+  for (const [path, name] of texts(document, 'certificates', 'tokens'))
+    yield* unlessDefined(path, name, 'tokens', namesIn(document, 'tokens'));
+  for (const [path, name] of texts(document, 'listeners', 'certificates'))
+    yield* unlessDefined(path, name, 'certificates', namesIn(document, 'certificates'));
+  for (const [path, name] of texts(document, 'listeners', 'policy'))
+    yield* unlessDefined(path, name, 'policies', policies);
+  for (const [path, name] of texts(document, 'listeners', 'upstream'))
+    yield* unlessDefined(path, name, 'upstreams', namesIn(document, 'upstreams'));
 }
 
 function* unlessDefined(path: Path, name: string, section: string, defined: readonly string[]): Generator<PlacedFault> {
@@ -26,7 +30,10 @@ function* unlessDefined(path: Path, name: string, section: string, defined: read
   yield {
     path,
     code: 'config_reference',
-    expected: defined.length === 0 ? `one of the ${section}; none is defined` : `one of the ${section}: ${defined.slice(0, 20).join(', ')}`,
+    expected:
+      defined.length === 0
+        ? `one of the ${section}; none is defined`
+        : `one of the ${section}: ${defined.slice(0, 20).join(', ')}`,
     ...(suggestion === undefined ? {} : { hint: `did you mean "${suggestion}"?` }),
   };
 }
@@ -54,7 +61,13 @@ function* repeatedNames(document: unknown): Generator<PlacedFault> {
 function* builtInNames(document: unknown): Generator<PlacedFault> {
   for (const { name } of builtInPolicies) {
     if (!namesIn(document, 'policies').includes(name)) continue;
-    yield { path: ['policies', name], at: 'key', code: 'config_conflict', expected: 'another name: this policy is built in', hint: `give it a name of its own, such as ${name}-2` };
+    yield {
+      path: ['policies', name],
+      at: 'key',
+      code: 'config_conflict',
+      expected: 'another name: this policy is built in',
+      hint: `give it a name of its own, such as ${name}-2`,
+    };
   }
 }
 
@@ -66,7 +79,12 @@ function* sharedBinds(document: unknown): Generator<PlacedFault> {
     if ('fault' in parsed || parsed.value.port === 0) continue;
     const address = formatAddress(parsed.value);
     const owner = owners.get(address);
-    if (owner !== undefined) yield { path, code: 'config_conflict', expected: `an address of its own: the listener ${owner} binds ${address} already` };
+    if (owner !== undefined)
+      yield {
+        path,
+        code: 'config_conflict',
+        expected: `an address of its own: the listener ${owner} binds ${address} already`,
+      };
     owners.set(address, String(path[1]));
   }
 }
@@ -81,7 +99,8 @@ function* texts(document: unknown, section: string, key: string): Generator<[Pat
     const value = mapping(entry)[key];
     if (typeof value === 'string') yield [[section, name, key], value];
     if (!Array.isArray(value)) continue;
-    for (const [index, item] of value.entries()) if (typeof item === 'string') yield [[section, name, key, index], item];
+    for (const [index, item] of value.entries())
+      if (typeof item === 'string') yield [[section, name, key, index], item];
   }
 }
 

@@ -35,7 +35,9 @@ function unknownKeyFaults(parent: Path, keys: readonly string[], document: unkno
   const known = knownKeys(parent);
   const present = valueAt(document, parent);
   const absent = known.filter((key) => present === undefined || !Object.hasOwn(present, key));
-  return keys.map((key) => {
+  // source.ts reports __proto__ wherever it stands; zod sees it in some places only.
+  const unreported = keys.filter((key) => key !== '__proto__');
+  return unreported.map((key) => {
     const path = [...parent, key];
     const suggestion = suggest(key, absent);
     return {
@@ -55,6 +57,7 @@ function secretHint(path: Path): { hint?: string } {
 
 function valueAt(document: unknown, path: Path): object | undefined {
   let value: unknown = document;
-  for (const step of path) value = typeof value === 'object' && value !== null ? (value as Record<string | number, unknown>)[step] : undefined;
+  for (const step of path)
+    value = typeof value === 'object' && value !== null ? (value as Record<string | number, unknown>)[step] : undefined;
   return typeof value === 'object' && value !== null ? value : undefined;
 }

@@ -24,14 +24,22 @@ const token = z.strictObject({
     'Which token: `token` and, to be exact, `serial`, `manufacturer`, `model`. No PIN, no object.',
   ),
   pin: z
-    .strictObject({
-      file: path('A file that other users cannot read; one newline at its end is ignored.').optional(),
-      env: kind('name', 'the name of an environment variable', parseVariableName).describe('An environment variable.').optional(),
-      credential: kind('name', 'the name of a systemd credential', parseCredentialName)
-        .describe('A systemd credential, read from `$CREDENTIALS_DIRECTORY`.')
-        .optional(),
-    }, { error: 'a place where the PIN is kept: {file: PATH}, {env: NAME} or {credential: NAME}' })
-    .refine((pin) => Object.values(pin).filter((place) => place !== undefined).length === 1, 'exactly one of file, env and credential')
+    .strictObject(
+      {
+        file: path('A file that other users cannot read; one newline at its end is ignored.').optional(),
+        env: kind('name', 'the name of an environment variable', parseVariableName)
+          .describe('An environment variable.')
+          .optional(),
+        credential: kind('name', 'the name of a systemd credential', parseCredentialName)
+          .describe('A systemd credential, read from `$CREDENTIALS_DIRECTORY`.')
+          .optional(),
+      },
+      { error: 'a place where the PIN is kept: {file: PATH}, {env: NAME} or {credential: NAME}' },
+    )
+    .refine(
+      (pin) => Object.values(pin).filter((place) => place !== undefined).length === 1,
+      'exactly one of file, env and credential',
+    )
     .describe('Where the PIN is kept, never the PIN itself: exactly one of these.'),
   lanes: whole(1, 256, 8).describe('Signing threads per worker, each with a PKCS#11 session of its own.'),
   queue: z
@@ -41,11 +49,17 @@ const token = z.strictObject({
     })
     .prefault({})
     .describe('What waits for a lane.'),
-  signDeadline: duration(10, 600_000, '5s').describe('A signature that takes longer fails its handshake, and its lane is written off.'),
+  signDeadline: duration(10, 600_000, '5s').describe(
+    'A signature that takes longer fails its handshake, and its lane is written off.',
+  ),
   verify: z
     .strictObject({
-      rsa: verifyRate('always').describe('How often an RSA signature is verified before use: `always` or one in N. A fault in a signature can reveal the key.'),
-      ec: verifyRate(64).describe('The same for ECDSA and EdDSA. The first signature of a session with a key is always verified.'),
+      rsa: verifyRate('always').describe(
+        'How often an RSA signature is verified before use: `always` or one in N. A fault in a signature can reveal the key.',
+      ),
+      ec: verifyRate(64).describe(
+        'The same for ECDSA and EdDSA. The first signature of a session with a key is always verified.',
+      ),
     })
     .prefault({})
     .describe('Checks of what the token signed.'),
@@ -53,13 +67,18 @@ const token = z.strictObject({
     .boolean({ error: 'true or false' })
     .default(true)
     .describe('Load the module so that it binds to its own libraries and not to those inside Node (RTLD_DEEPBIND).'),
-  loginLockWait: duration(0, 600_000, '10s').describe('How long to wait for another process that is logging in to the same token.'),
+  loginLockWait: duration(0, 600_000, '10s').describe(
+    'How long to wait for another process that is logging in to the same token.',
+  ),
 });
 
 const certificate = z.strictObject({
   chain: path('PEM file with the leaf certificate first, then its issuers.'),
-  key: kind('PKCS#11 URI', 'a PKCS#11 URI with object or id', keyUri).describe('Which private key: `object` (label), `id`, or both.'),
-  tokens: z.array(reference('a token'), { error: 'a list of token names' })
+  key: kind('PKCS#11 URI', 'a PKCS#11 URI with object or id', keyUri).describe(
+    'Which private key: `object` (label), `id`, or both.',
+  ),
+  tokens: z
+    .array(reference('a token'), { error: 'a list of token names' })
     .min(1, 'at least one token')
     .optional()
     .describe('Tokens that hold this key. Default: all tokens.'),
@@ -83,17 +102,28 @@ const policy = z
       .min(1, 'at least one cipher suite')
       .optional()
       .describe('Cipher suites by IANA name, preferred first. Default: all that keygate has for the versions.'),
-    tickets: z.boolean({ error: 'true or false' }).default(true).describe('Whether TLS sessions can be resumed with session tickets.'),
+    tickets: z
+      .boolean({ error: 'true or false' })
+      .default(true)
+      .describe('Whether TLS sessions can be resumed with session tickets.'),
   })
   .check((context) => {
     for (const fault of policyFaults(context.value)) {
-      context.issues.push({ code: 'custom', input: context.value, message: fault.expected, params: { ...fault }, path: [fault.key] });
+      context.issues.push({
+        code: 'custom',
+        input: context.value,
+        message: fault.expected,
+        params: { ...fault },
+        path: [fault.key],
+      });
     }
   });
 
 const tickets = z
   .strictObject({
-    lifetime: duration(1000, ticketLifetimeMsMax, '12h').describe('How long a session ticket is accepted; at most `rotation`.'),
+    lifetime: duration(1000, ticketLifetimeMsMax, '12h').describe(
+      'How long a session ticket is accepted; at most `rotation`.',
+    ),
     rotation: duration(1000, ticketLifetimeMsMax, '12h').describe(
       'How long one ticket key issues tickets. A key opens tickets for one rotation more, so a stolen key opens at most two rotations.',
     ),
@@ -141,20 +171,32 @@ const listener = z.strictObject({
     .min(1, 'at least one address')
     .max(64, 'at most 64 addresses')
     .describe('`0.0.0.0:443`, `[::]:443`; port 0 takes any free port.'),
-  mode: kind('mode', 'offload', parseMode).prefault('offload').describe('`offload`: TLS from the client, plaintext to the upstream.'),
+  mode: kind('mode', 'offload', parseMode)
+    .prefault('offload')
+    .describe('`offload`: TLS from the client, plaintext to the upstream.'),
   certificates: z
     .array(reference('a certificate'), { error: 'a list of certificate names' })
     .min(1, 'at least one certificate')
     .describe('Chosen by the name the client asks for (SNI); the first is the default.'),
-  unknownName: oneOf(['default', 'refuse'], 'default').describe('What a client gets that asks for another name: the default certificate, or an alert.'),
+  unknownName: oneOf(['default', 'refuse'], 'default').describe(
+    'What a client gets that asks for another name: the default certificate, or an alert.',
+  ),
   alpn: z
-    .array(z.string({ error: 'a protocol name' }).min(1, 'a protocol name of 1 to 255 characters').max(255, 'a protocol name of 1 to 255 characters'), {
-      error: 'a list of protocol names',
-    })
+    .array(
+      z
+        .string({ error: 'a protocol name' })
+        .min(1, 'a protocol name of 1 to 255 characters')
+        .max(255, 'a protocol name of 1 to 255 characters'),
+      {
+        error: 'a list of protocol names',
+      },
+    )
     .max(16, 'at most 16 protocol names')
     .default([])
     .describe('ALPN protocol names, preferred first. Empty: not negotiated.'),
-  policy: reference('a policy').prefault('intermediate').describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
+  policy: reference('a policy')
+    .prefault('intermediate')
+    .describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
   upstream: reference('an upstream').describe('Where connections go.'),
   deadlines: z
     .strictObject({
@@ -172,38 +214,51 @@ const listener = z.strictObject({
     })
     .prefault({})
     .describe('Over a limit a client is turned away at once.'),
-  backlog: whole(1, 65_535, 4096).describe('Accept queue, per worker (listen(2)); the kernel caps it at net.core.somaxconn.'),
+  backlog: whole(1, 65_535, 4096).describe(
+    'Accept queue, per worker (listen(2)); the kernel caps it at net.core.somaxconn.',
+  ),
 });
 
 const workersExpected = 'auto, or a whole number from 1 to 1024';
 
 /** Parses to `Document`. Every section is checked even when another is wrong. */
-export const documentSchema = z.strictObject({
-  workers: z
-    .union([z.literal('auto'), wholeNumber(1, 1024, workersExpected)], { error: workersExpected })
-    .default('auto')
-    .describe('Worker processes; `auto`: one per core that keygate may use.'),
-  user: account().describe('What workers run as when keygate is started as root. Default: no change.'),
-  group: account().describe('Default: the group of `user`.'),
-  drainDeadline: duration(0, 86_400_000, '30s').describe('Connections still open this long after a drain began are closed.'),
-  log: z
-    .strictObject({ level: oneOf(['debug', 'info', 'warn', 'error'], 'info').describe('The least severe level that is logged.') })
-    .prefault({})
-    .describe('Logging, as JSON lines on standard output.'),
-  admin: z
-    .strictObject({ listen: kind('address', 'a loopback address or unix:/path', parseAdminAddress).describe('`127.0.0.1:9180` or `unix:/path`. Loopback only: there is no authentication.') })
-    .optional()
-    .describe('Admin server: metrics, health, status, reload, drain. Default: off.'),
-  tokens: section('token', token).describe('PKCS#11 tokens, by a name of your choice.'),
-  certificates: section('certificate', certificate).describe('Certificates and where their private keys are.'),
-  policies: z
-    .record(name(), policy, { error: 'policies by name' })
-    .default({})
-    .describe('TLS policies beside the built-in `modern` (TLS 1.3) and `intermediate` (TLS 1.2 and 1.3).'),
-  tickets: tickets.prefault({}).describe('Session tickets.'),
-  upstreams: section('upstream', upstream).describe('Services that connections go to.'),
-  listeners: section('listener', listener).describe('Addresses that clients connect to.'),
-}, { error: 'a mapping with the sections tokens, certificates, upstreams and listeners' });
+export const documentSchema = z.strictObject(
+  {
+    workers: z
+      .union([z.literal('auto'), wholeNumber(1, 1024, workersExpected)], { error: workersExpected })
+      .default('auto')
+      .describe('Worker processes; `auto`: one per core that keygate may use.'),
+    user: account().describe('What workers run as when keygate is started as root. Default: no change.'),
+    group: account().describe('Default: the group of `user`.'),
+    drainDeadline: duration(0, 86_400_000, '30s').describe(
+      'Connections still open this long after a drain began are closed.',
+    ),
+    log: z
+      .strictObject({
+        level: oneOf(['debug', 'info', 'warn', 'error'], 'info').describe('The least severe level that is logged.'),
+      })
+      .prefault({})
+      .describe('Logging, as JSON lines on standard output.'),
+    admin: z
+      .strictObject({
+        listen: kind('address', 'a loopback address or unix:/path', parseAdminAddress).describe(
+          '`127.0.0.1:9180` or `unix:/path`. Loopback only: there is no authentication.',
+        ),
+      })
+      .optional()
+      .describe('Admin server: metrics, health, status, drain. Default: off.'),
+    tokens: section('token', token).describe('PKCS#11 tokens, by a name of your choice.'),
+    certificates: section('certificate', certificate).describe('Certificates and where their private keys are.'),
+    policies: z
+      .record(name(), policy, { error: 'policies by name' })
+      .default({})
+      .describe('TLS policies beside the built-in `modern` (TLS 1.3) and `intermediate` (TLS 1.2 and 1.3).'),
+    tickets: tickets.prefault({}).describe('Session tickets.'),
+    upstreams: section('upstream', upstream).describe('Services that connections go to.'),
+    listeners: section('listener', listener).describe('Addresses that clients connect to.'),
+  },
+  { error: 'a mapping with the sections tokens, certificates, upstreams and listeners' },
+);
 
 export type Document = z.output<typeof documentSchema>;
 
@@ -213,17 +268,21 @@ export function jsonSchema(): JsonSchema {
 }
 
 /** Where a PIN may stand by mistake. */
-export function isSecret(path: readonly (string | number)[]): boolean {
-  return path[0] === 'tokens' && path[2] === 'pin';
+export function isSecret([part, , key]: readonly (string | number)[]): boolean {
+  return part === 'tokens' && key === 'pin';
 }
 
 let printed: JsonSchema | undefined;
 
 /** The keys that a mapping of the document may have; empty where names are free. */
-export function knownKeys(path: readonly (string | number)[]): readonly string[] {
+export function knownKeys(mapping: readonly (string | number)[]): readonly string[] {
   printed ??= jsonSchema();
   let schema: JsonSchema | undefined = printed;
-  for (const step of path) schema = typeof step === 'number' ? schema?.items : (schema?.properties?.[step] ?? (schema?.additionalProperties || undefined));
+  for (const step of mapping)
+    schema =
+      typeof step === 'number'
+        ? schema?.items
+        : (schema?.properties?.[step] ?? (schema?.additionalProperties || undefined));
   return Object.keys(schema?.properties ?? {});
 }
 
@@ -253,7 +312,10 @@ function section<T extends z.ZodType>(singular: string, value: T) {
 function name() {
   return z
     .string()
-    .regex(/^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$/, 'a name of 1 to 64 letters, digits, "-", "_" and ".", beginning with a letter or digit');
+    .regex(
+      /^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$/,
+      'a name of 1 to 64 letters, digits, "-", "_" and ".", beginning with a letter or digit',
+    );
 }
 
 /** Whether the name is defined is the business of references.ts. */
@@ -262,7 +324,10 @@ function reference(what: string) {
 }
 
 function account() {
-  return z.string({ error: 'a name' }).regex(/^[A-Za-z_][A-Za-z0-9_.-]{0,31}$/, 'the name of an account, not its number').optional();
+  return z
+    .string({ error: 'a name' })
+    .regex(/^[A-Za-z_][A-Za-z0-9_.-]{0,31}$/, 'the name of an account, not its number')
+    .optional();
 }
 
 function oneOf<const T extends readonly [string, ...string[]]>(values: T, preset: T[number]) {
@@ -319,7 +384,10 @@ function tokenUri(text: string): Parsed<Pkcs11Uri> {
   if ('fault' in parsed) return parsed;
   const { token: label, object, id, type } = parsed.value;
   if (label === undefined) return { fault: { expected: 'a URI with token=LABEL' } };
-  if (object ?? id ?? type) return { fault: { expected: 'a URI without object, id and type', hint: 'objects are named by the key of a certificate' } };
+  if (object ?? id ?? type)
+    return {
+      fault: { expected: 'a URI without object, id and type', hint: 'objects are named by the key of a certificate' },
+    };
   return parsed;
 }
 
@@ -328,7 +396,9 @@ function keyUri(text: string): Parsed<Pkcs11Uri> {
   if ('fault' in parsed) return parsed;
   const { object, id, type, ...tokenAttributes } = parsed.value;
   if (Object.keys(tokenAttributes).length > 0) {
-    return { fault: { expected: 'a URI with only object, id and type', hint: 'say which tokens hold the key with "tokens"' } };
+    return {
+      fault: { expected: 'a URI with only object, id and type', hint: 'say which tokens hold the key with "tokens"' },
+    };
   }
   if (type !== undefined && type !== 'private') return { fault: { expected: 'type=private or no type' } };
   if ((object ?? id) === undefined) return { fault: { expected: 'a URI with object=LABEL or id=%XX...' } };
@@ -336,7 +406,9 @@ function keyUri(text: string): Parsed<Pkcs11Uri> {
 }
 
 function parseVariableName(text: string): Parsed<string> {
-  return /^[A-Za-z_][A-Za-z0-9_]{0,127}$/.test(text) ? { value: text } : { fault: { expected: 'the name of an environment variable' } };
+  return /^[A-Za-z_][A-Za-z0-9_]{0,127}$/.test(text)
+    ? { value: text }
+    : { fault: { expected: 'the name of an environment variable' } };
 }
 
 /** Slashes would lead out of the directory. */
@@ -351,7 +423,12 @@ function parseMode(text: string): Parsed<'offload'> {
   return { fault: { code: 'config_unsupported', expected: 'offload', hint: `mode ${text} is not in this version` } };
 }
 
-type PolicyDocument = { minVersion: string; maxVersion: string; groups: readonly string[]; cipherSuites?: readonly string[] | undefined };
+type PolicyDocument = {
+  minVersion: string;
+  maxVersion: string;
+  groups: readonly string[];
+  cipherSuites?: readonly string[] | undefined;
+};
 
 function* policyFaults(value: PolicyDocument): Generator<Fault & { readonly key: keyof PolicyDocument }> {
   const { minVersion, maxVersion } = value;
@@ -360,17 +437,29 @@ function* policyFaults(value: PolicyDocument): Generator<Fault & { readonly key:
     return;
   }
   if (minVersion === '1.2' && value.groups.every((group) => group === 'X25519MLKEM768')) {
-    yield { key: 'groups', code: 'config_conflict', expected: 'a group that TLS 1.2 has as well: X25519, secp256r1 or secp384r1' };
+    yield {
+      key: 'groups',
+      code: 'config_conflict',
+      expected: 'a group that TLS 1.2 has as well: X25519, secp256r1 or secp384r1',
+    };
   }
   if (value.cipherSuites === undefined) return;
   for (const version of ['1.2', '1.3']) {
     const enabled = minVersion <= version && version <= maxVersion;
     const suites = value.cipherSuites.filter((suite) => cipherSuiteVersion(suite) === version);
     if (enabled && suites.length === 0) {
-      yield { key: 'cipherSuites', code: 'config_conflict', expected: `a cipher suite for TLS ${version}, which the policy allows` };
+      yield {
+        key: 'cipherSuites',
+        code: 'config_conflict',
+        expected: `a cipher suite for TLS ${version}, which the policy allows`,
+      };
     }
     if (!enabled && suites.length > 0) {
-      yield { key: 'cipherSuites', code: 'config_conflict', expected: `no cipher suite for TLS ${version}, which the policy forbids (${suites.join(', ')})` };
+      yield {
+        key: 'cipherSuites',
+        code: 'config_conflict',
+        expected: `no cipher suite for TLS ${version}, which the policy forbids (${suites.join(', ')})`,
+      };
     }
   }
 }

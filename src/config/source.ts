@@ -3,7 +3,18 @@
  * Must not know: which keys keygate has.
  * Runs: at start and reload, on the main thread. Bounded by the size of the text, a number of aliases and a depth.
  */
-import { isAlias, isMap, isNode, isScalar, isSeq, LineCounter, parseDocument, visit, type Document, type Node } from 'yaml';
+import {
+  isAlias,
+  isMap,
+  isNode,
+  isScalar,
+  isSeq,
+  LineCounter,
+  parseDocument,
+  visit,
+  type Document,
+  type Node,
+} from 'yaml';
 import type { Problem } from '../errors.ts';
 import type { Fault } from './fault.ts';
 
@@ -42,10 +53,24 @@ export function parseSource(text: string, file: string, isSecret: (path: Path) =
   const lines = new LineCounter();
   const syntaxProblem = (found: string, offset = 0): Problem => {
     const { line, col: column } = lines.linePos(offset);
-    return { file, line, column, path: '', code: 'config_syntax', found, expected: `YAML 1.2, at most ${depthMax} levels deep` };
+    return {
+      file,
+      line,
+      column,
+      path: '',
+      code: 'config_syntax',
+      found,
+      expected: `YAML 1.2, at most ${depthMax} levels deep`,
+    };
   };
   const problem = (fault: PlacedFault): Problem => place(document, fault, { file, lines, isSecret });
-  const unusable = (...problems: readonly Problem[]): Source => ({ value: undefined, usable: false, problems, faults: [], problem });
+  const unusable = (...problems: readonly Problem[]): Source => ({
+    value: undefined,
+    usable: false,
+    problems,
+    faults: [],
+    problem,
+  });
 
   let document: Document;
   try {
@@ -57,7 +82,10 @@ export function parseSource(text: string, file: string, isSecret: (path: Path) =
     throw error;
   }
   const faults = [...document.errors, ...document.warnings];
-  if (faults.length > 0) return unusable(...faults.slice(0, syntaxProblemsMax).map(({ message, pos }) => syntaxProblem(withoutContent(message), pos[0])));
+  if (faults.length > 0)
+    return unusable(
+      ...faults.slice(0, syntaxProblemsMax).map(({ message, pos }) => syntaxProblem(withoutContent(message), pos[0])),
+    );
 
   const keys = hiddenKeyFaults(document);
   if (keys.tooDeep) return unusable(syntaxProblem('nesting that is too deep'));
@@ -86,7 +114,8 @@ function hiddenKeyFaults(document: Document): { faults: PlacedFault[]; tooDeep: 
         const keyPath = [...path, key];
         const at = { path: keyPath, at: 'key', offset: offsetOf(keyNode) } as const;
         if (seen.has(key)) faults.push({ ...at, code: 'config_duplicate_key', expected: 'each key once' });
-        if (key === '__proto__') faults.push({ ...at, code: 'config_unknown_key', expected: 'a key that keygate knows' });
+        if (key === '__proto__')
+          faults.push({ ...at, code: 'config_unknown_key', expected: 'a key that keygate knows' });
         seen.add(key);
         descend(value, keyPath);
       }
@@ -122,7 +151,9 @@ function place(document: Document, fault: PlacedFault, { file, lines, isSecret }
   // A key inside a secret may be the secret itself, written in the wrong place.
   const secret = isSecret(fault.path);
   const shown = secret && fault.at === 'key' ? fault.path.slice(0, -1) : fault.path;
-  const value = secret ? 'something that is not shown because it may be a secret' : describe(fault.at === 'key' ? fault.path.at(-1) : node);
+  const value = secret
+    ? 'something that is not shown because it may be a secret'
+    : describe(fault.at === 'key' ? fault.path.at(-1) : node);
   return {
     file,
     line,
@@ -171,8 +202,12 @@ function describe(node: unknown): string {
   if (isAlias(node)) return 'an alias';
   const value = isScalar(node) ? node.value : node;
   if (value === null || value === undefined) return 'nothing';
-  if (typeof value !== 'string') return isScalar(node) ? (node.source ?? String(value)) : String(value);
-  return JSON.stringify(value.length > foundCharactersMax ? `${value.slice(0, foundCharactersMax)}...` : value);
+  if (typeof value === 'string') return JSON.stringify(shortened(value));
+  return shortened(isScalar(node) && node.source !== undefined ? node.source : JSON.stringify(value));
+}
+
+function shortened(text: string): string {
+  return text.length > foundCharactersMax ? `${text.slice(0, foundCharactersMax)}...` : text;
 }
 
 /** `listeners.https.bind[0]`. */

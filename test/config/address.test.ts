@@ -1,0 +1,121 @@
+/**
+ * Owns: addresses: what is read, what is refused.
+ * Must not know: the configuration.
+ * Runs: node:test, in memory.
+ */
+import assert from 'node:assert/strict';
+import { it } from 'node:test';
+import * as fc from 'fast-check';
+import { formatAddress, parseAdminAddress, parseBindAddress, parseServerAddress } from '../../src/config/address.ts';
+
+it('servers are IP addresses, DNS names or unix sockets', () => {
+  assert.deepEqual(parseServerAddress('10.0.0.1:8080'), { value: { host: '10.0.0.1', port: 8080 } });
+  assert.deepEqual(parseServerAddress('[2001:DB8::1]:443'), { value: { host: '2001:db8::1', port: 443 } });
+  assert.deepEqual(parseServerAddress('Web.internal:65535'), { value: { host: 'web.internal', port: 65_535 } });
+  assert.deepEqual(parseServerAddress('unix:/run/web.sock'), { value: { path: '/run/web.sock' } });
+});
+
+it('a server needs a port from 1 to 65535', () => {
+  for (const text of [
+    '10.0.0.1',
+    '10.0.0.1:',
+    '10.0.0.1:0',
+    '10.0.0.1:65536',
+    '10.0.0.1:080',
+    '10.0.0.1:-1',
+    '10.0.0.1:8o',
+  ]) {
+    assert.ok('fault' in parseServerAddress(text), text);
+  }
+});
+
+it('what looks like a broken IPv4 address is no name', () => {
+  for (const text of ['10.0.0.256:80', '10.0.0:80', '1:80', '10.0.0.1.:80'])
+    assert.ok('fault' in parseServerAddress(text), text);
+});
+
+it('IPv6 addresses need brackets and no zone', () => {
+  for (const text of ['::1:80', '[::1', '[::1]', '[::g]:80', '[fe80::1%eth0]:80', '[10.0.0.1]:80', '[]:80']) {
+    assert.ok('fault' in parseServerAddress(text), text);
+  }
+});
+
+it('names with labels that DNS does not allow are refused', () => {
+  for (const text of [
+    '-a:80',
+    'a-:80',
+    'a..b:80',
+    'a b:80',
+    'user@a:80',
+    'http://a:80',
+    `${'a'.repeat(64)}:80`,
+    `${'a.'.repeat(130)}a:80`,
+  ]) {
+    assert.ok('fault' in parseServerAddress(text), text);
+  }
+});
+
+it('unix sockets need an absolute path of at most 107 bytes', () => {
+  const longest = `/${'a'.repeat(106)}`;
+  assert.deepEqual(parseServerAddress(`unix:${longest}`), { value: { path: longest } });
+  for (const text of [
+    `unix:${longest}a`,
+    'unix:',
+    'unix:web.sock',
+    'unix:/',
+    'unix:/a\0b',
+    `unix:/${'ä'.repeat(54)}`,
+  ]) {
+    assert.ok('fault' in parseServerAddress(text), text);
+  }
+});
+
+it('listeners bind IP addresses only, and may let the kernel choose a port', () => {
+  assert.deepEqual(parseBindAddress('[::]:0'), { value: { host: '::', port: 0 } });
+  for (const text of ['localhost:443', '*:443', ':443', 'unix:/run/a.sock'])
+    assert.ok('fault' in parseBindAddress(text), text);
+});
+
+it('two spellings of one IPv6 address read as the same', () => {
+  assert.deepEqual(parseBindAddress('[0:0:0:0:0:0:0:1]:443'), parseBindAddress('[::1]:443'));
+});
+
+it('the admin server listens on loopback or a unix socket, nowhere else', () => {
+  for (const text of ['127.0.0.1:9180', '127.1.2.3:0', '[::1]:9180', 'unix:/run/keygate/admin.sock'])
+    assert.ok('value' in parseAdminAddress(text), text);
+  for (const text of [
+    '0.0.0.0:9180',
+    '[::]:9180',
+    '10.0.0.1:9180',
+    '[::ffff:127.0.0.1]:9180',
+    'localhost:9180',
+    'unix:admin.sock',
+  ]) {
+    assert.ok('fault' in parseAdminAddress(text), text);
+  }
+});
+
+it('what is printed reads back as the same', () => {
+  const port = fc.integer({ min: 1, max: 65_535 });
+  const written = fc.oneof(
+    fc.tuple(fc.ipV4(), port).map(([host, number]) => `${host}:${number}`),
+    fc.tuple(fc.ipV6(), port).map(([host, number]) => `[${host}]:${number}`),
+    fc.stringMatching(/^unix:\/[a-z.]{1,20}$/),
+  );
+  fc.assert(
+    fc.property(written, (text) => {
+      const parsed = parseServerAddress(text);
+      assert.ok('value' in parsed, text);
+      assert.deepEqual(parseServerAddress(formatAddress(parsed.value)), parsed);
+    }),
+  );
+});
+
+it('arbitrary text is read or refused, never an exception', () => {
+  fc.assert(
+    fc.property(fc.string({ unit: 'binary' }), (text) => {
+      for (const parse of [parseServerAddress, parseBindAddress, parseAdminAddress])
+        assert.ok('fault' in parse(text) || 'value' in parse(text));
+    }),
+  );
+});

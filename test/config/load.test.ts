@@ -1,0 +1,648 @@
+/**
+ * Owns: from a file to a configuration or to all of its problems, each at its place.
+ * Must not know: how the loader does it.
+ * Runs: node:test, with files in a private directory.
+ */
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { it, type TestContext } from 'node:test';
+import * as fc from 'fast-check';
+import { configBytesMax, loadConfig, parseConfig } from '../../src/config/load.ts';
+import { ConfigError, formatProblem, type ErrorCode, type Problem } from '../../src/errors.ts';
+
+const base = {
+  tokens: '{ a: { module: /m.so, uri: "pkcs11:token=a", pin: { file: pin } } }',
+  certificates: '{ www: { chain: www.pem, key: "pkcs11:object=www" } }',
+  upstreams: '{ web: { servers: ["10.0.0.1:80"] } }',
+  listeners: '{ https: { bind: ["0.0.0.0:443"], certificates: [www], upstream: web } }',
+};
+
+type Sections = Partial<Record<keyof typeof base | 'more' | 'policies', string>>;
+
+it('defaults are filled in, units are in names, paths are absolute', () => {
+  const config = parseConfig(document(), '/etc/keygate/keygate.yaml');
+  assert.deepEqual(plain(config), {
+    file: '/etc/keygate/keygate.yaml',
+    workers: 'auto',
+    drainDeadlineMs: 30_000,
+    log: { level: 'info' },
+    tokens: {
+      a: {
+        name: 'a',
+        module: '/m.so',
+        uri: { token: 'a' },
+        pin: { file: '/etc/keygate/pin' },
+        lanes: 8,
+        queue: { max: 1024, ageMs: 3000 },
+        signDeadlineMs: 5000,
+        verify: { rsa: 'always', ec: 64 },
+        isolate: true,
+        loginLockWaitMs: 10_000,
+      },
+    },
+    certificates: { www: { name: 'www', chain: '/etc/keygate/www.pem', key: { object: 'www' }, tokens: ['a'] } },
+    policies: {
+      modern: { ...plain(config.policies['modern']), name: 'modern', minVersion: '1.3', maxVersion: '1.3' },
+      intermediate: {
+        ...plain(config.policies['intermediate']),
+        name: 'intermediate',
+        minVersion: '1.2',
+        maxVersion: '1.3',
+      },
+    },
+    tickets: { lifetimeMs: 43_200_000, rotationMs: 43_200_000 },
+    upstreams: {
+      web: {
+        name: 'web',
+        servers: [{ host: '10.0.0.1', port: 80 }],
+        balance: 'round-robin',
+        connectDeadlineMs: 5000,
+        attempts: 3,
+        passive: { failures: 3, ejectionMs: 10_000 },
+      },
+    },
+    listeners: {
+      https: {
+        name: 'https',
+        bind: [{ host: '0.0.0.0', port: 443 }],
+        mode: 'offload',
+        certificates: ['www'],
+        unknownName: 'default',
+        alpn: [],
+        policy: 'intermediate',
+        upstream: 'web',
+        deadlines: { handshakeMs: 10_000, idleMs: 300_000, lifetimeMs: 0, halfClosedMs: 60_000 },
+        limits: { connections: 20_000, handshakes: 1024 },
+        backlog: 4096,
+      },
+    },
+  });
+});
+
+it('the example that is shipped loads', () => {
+  const file = join(import.meta.dirname, '../../native-config/keygate.yaml');
+  const config = parseConfig(readFileSync(file, 'utf8'), file);
+  assert.deepEqual(Object.keys(config.listeners), ['https']);
+  assert.equal(config.upstreams['web']?.health?.intervalMs, 5000);
+});
+
+it('the modern policy has TLS 1.3 only, a policy without cipher suites has all of its versions', () => {
+  const { policies } = parseConfig(document({ policies: '{ old: { maxVersion: 1.2, tickets: false } }' }), '/k.yaml');
+  assert.ok(policies['modern']?.cipherSuites.every((suite) => !suite.includes('_WITH_')));
+  assert.equal(policies['intermediate']?.cipherSuites.length, 9);
+  assert.equal(policies['old']?.cipherSuites.length, 6);
+  assert.ok(policies['old']?.cipherSuites.every((suite) => suite.includes('_WITH_')));
+});
+
+it('a name that every object has is an ordinary name, and no name is defined by accident', () => {
+  const config = parseConfig(
+    document({
+      upstreams: '{ constructor: { servers: ["10.0.0.1:80"] } }',
+      listeners: base.listeners.replace('web', 'constructor'),
+    }),
+    '/k.yaml',
+  );
+  assert.equal(config.listeners['https']?.upstream, 'constructor');
+  assert.equal(config.tokens['toString'], undefined);
+  const [problem] = problemsOf(document({ listeners: base.listeners.replace('web', 'toString') }));
+  assert.equal(problem?.code, 'config_reference');
+});
+
+it('environment variables are substituted in paths, and only there', (test) => {
+  process.env['KEYGATE_TEST_DIRECTORY'] = '/run/secrets';
+  test.after(() => delete process.env['KEYGATE_TEST_DIRECTORY']);
+  const config = parseConfig(
+    document({ tokens: base.tokens.replace('file: pin', 'file: "${KEYGATE_TEST_DIRECTORY}/pin"') }),
+    '/k.yaml',
+  );
+  assert.deepEqual(config.tokens['a']?.pin, { file: '/run/secrets/pin' });
+  const [problem] = problemsOf(
+    document({ listeners: base.listeners.replace('0.0.0.0:443', '${KEYGATE_TEST_DIRECTORY}:443') }),
+  );
+  assert.equal(problem?.path, 'listeners.https.bind[0]');
+});
+
+it('all problems are reported at once, in the order of the file', () => {
+  const problems = problemsOf(
+    [
+      'workers: 0',
+      'foo: 1',
+      'tokens: { a: { module: /m.so, uri: "pkcs11:token=a", pin: { file: pin }, lanse: 3 } }',
+      'certificates: { www: { chain: www.pem, key: "pkcs11:object=www", tokens: [b] } }',
+      'upstreams: { web: { servers: ["a:0"] } }',
+      'listeners: { https: { bind: ["0.0.0.0:443"], certificates: [www], upstream: wbe, policy: 5 } }',
+    ].join('\n'),
+  );
+  assert.deepEqual(
+    problems.map(({ line, path, code }) => [line, path, code]),
+    [
+      [1, 'workers', 'config_value'],
+      [2, 'foo', 'config_unknown_key'],
+      [3, 'tokens.a.lanse', 'config_unknown_key'],
+      [4, 'certificates.www.tokens[0]', 'config_reference'],
+      [5, 'upstreams.web.servers[0]', 'config_value'],
+      [6, 'listeners.https.upstream', 'config_reference'],
+      [6, 'listeners.https.policy', 'config_type'],
+    ],
+  );
+});
+
+it('a misspelt key or name comes with the one that was meant', () => {
+  const [key] = problemsOf(document(token('uri: "pkcs11:token=a", pin: { file: pin }, isolte: true')));
+  assert.match(key?.hint ?? '', /"isolate"/);
+  const [name] = problemsOf(document({ listeners: base.listeners.replace('upstream: web', 'upstream: wbe') }));
+  assert.match(name?.hint ?? '', /"web"/);
+  const [policy] = problemsOf(document({ listeners: base.listeners.replace('upstream', 'policy: Modern, upstream') }));
+  assert.match(policy?.hint ?? '', /"modern"/);
+});
+
+interface Placed {
+  /** The mark stands where the problem must be. */
+  readonly sections: Sections;
+  readonly path: string;
+  readonly code: ErrorCode;
+  readonly expected?: RegExp;
+  /** Paths of problems that follow from it. */
+  readonly also?: readonly string[];
+}
+
+const token = (keys: string): Sections => ({ tokens: `{ a: { module: /m.so, ${keys} } }` });
+const tokenUri = (uri: string): Sections => token(`uri: ${uri}, pin: { file: pin }`);
+const tokenPin = (pin: string): Sections => token(`uri: "pkcs11:token=a", pin: ${pin}`);
+const tokenLanes = (lanes: string): Sections => token(`uri: "pkcs11:token=a", pin: { file: pin }, lanes: ${lanes}`);
+const certificate = (keys: string): Sections => ({ certificates: `{ www: { ${keys} } }` });
+const upstream = (keys: string): Sections => ({ upstreams: `{ web: ${keys} }` });
+const listener = (keys: string): Sections => ({ listeners: `{ https: { bind: ["0.0.0.0:443"], ${keys} } }` });
+const policy = (keys: string): Sections => ({ more: `policies: { p: { ${keys} } }` });
+
+const placed: Record<string, Placed> = {
+  'a key given twice': { sections: { more: 'workers: 1\n▸workers: 2' }, path: 'workers', code: 'config_duplicate_key' },
+  'a nested key given twice': {
+    sections: upstream('{ servers: ["a:1"], attempts: 1, ▸attempts: 2 }'),
+    path: 'upstreams.web.attempts',
+    code: 'config_duplicate_key',
+  },
+  'the key __proto__': { sections: { more: '▸__proto__: {}' }, path: '__proto__', code: 'config_unknown_key' },
+  'the name __proto__': {
+    sections: { upstreams: '{ web: { servers: ["a:1"] }, ▸__proto__: { servers: ["a:1"] } }' },
+    path: 'upstreams.__proto__',
+    code: 'config_unknown_key',
+  },
+  'an unknown section': { sections: { more: '▸listener: {}' }, path: 'listener', code: 'config_unknown_key' },
+  'an unknown key': {
+    sections: upstream('{ servers: ["a:1"], ▸helth: 1 }'),
+    path: 'upstreams.web.helth',
+    code: 'config_unknown_key',
+  },
+  'a key that is absent': {
+    sections: { upstreams: '{ ▸web: {} }' },
+    path: 'upstreams.web.servers',
+    code: 'config_missing_key',
+  },
+  'a value that is absent': { sections: { more: 'admin:▸' }, path: 'admin', code: 'config_type' },
+  'an empty section': {
+    sections: { upstreams: '▸{}' },
+    path: 'upstreams',
+    code: 'config_value',
+    expected: /at least one/,
+    also: ['listeners.https.upstream'],
+  },
+  'a list in the place of a mapping': {
+    sections: { upstreams: '▸[web]' },
+    path: 'upstreams',
+    code: 'config_type',
+    also: ['listeners.https.upstream'],
+  },
+  'a name that begins with a dash': {
+    sections: { upstreams: '{ web: { servers: ["a:1"] }, ▸-x: { servers: ["a:1"] } }' },
+    path: 'upstreams.-x',
+    code: 'config_value',
+  },
+  'a duration without a unit': {
+    sections: { more: 'drainDeadline: ▸30' },
+    path: 'drainDeadline',
+    code: 'config_type',
+    expected: /such as/,
+  },
+  'a duration out of range': {
+    sections: { more: 'drainDeadline: ▸25h' },
+    path: 'drainDeadline',
+    code: 'config_value',
+    expected: /0ms to 1d/,
+  },
+  'too few lanes': { sections: tokenLanes('▸0'), path: 'tokens.a.lanes', code: 'config_value', expected: /1 to 256/ },
+  'too many lanes': { sections: tokenLanes('▸257'), path: 'tokens.a.lanes', code: 'config_value' },
+  'half a lane': { sections: tokenLanes('▸1.5'), path: 'tokens.a.lanes', code: 'config_type' },
+  'a token URI that names an object': {
+    sections: tokenUri('▸"pkcs11:token=a;object=b"'),
+    path: 'tokens.a.uri',
+    code: 'config_value',
+  },
+  'a token URI without a label': {
+    sections: tokenUri('▸"pkcs11:serial=1"'),
+    path: 'tokens.a.uri',
+    code: 'config_value',
+  },
+  'a key URI that names a token': {
+    sections: certificate('chain: w, key: ▸"pkcs11:token=a;object=b"'),
+    path: 'certificates.www.key',
+    code: 'config_value',
+  },
+  'a key URI that names nothing': {
+    sections: certificate('chain: w, key: ▸"pkcs11:type=private"'),
+    path: 'certificates.www.key',
+    code: 'config_value',
+  },
+  'a key URI of a public key': {
+    sections: certificate('chain: w, key: ▸"pkcs11:object=b;type=public"'),
+    path: 'certificates.www.key',
+    code: 'config_value',
+  },
+  'a PIN in a URI': {
+    sections: tokenUri('▸"pkcs11:token=a?pin-value=9876"'),
+    path: 'tokens.a.uri',
+    code: 'config_secret',
+  },
+  'a PIN in the place of its place': { sections: tokenPin('▸9876'), path: 'tokens.a.pin', code: 'config_type' },
+  'two places of a PIN': { sections: tokenPin('▸{ file: pin, env: PIN }'), path: 'tokens.a.pin', code: 'config_value' },
+  'no place of a PIN': { sections: tokenPin('▸{}'), path: 'tokens.a.pin', code: 'config_value' },
+  'a credential outside of its directory': {
+    sections: tokenPin('{ credential: ▸../pin }'),
+    path: 'tokens.a.pin.credential',
+    code: 'config_value',
+  },
+  'a variable that is not set': {
+    sections: certificate('chain: ▸"${KEYGATE_TEST_UNSET}/w", key: "pkcs11:object=w"'),
+    path: 'certificates.www.chain',
+    code: 'config_value',
+    expected: /KEYGATE_TEST_UNSET/,
+  },
+  'an upstream that is not defined': {
+    sections: listener('certificates: [www], upstream: ▸api'),
+    path: 'listeners.https.upstream',
+    code: 'config_reference',
+    expected: /web/,
+  },
+  'a policy that is not defined': {
+    sections: listener('certificates: [www], upstream: web, policy: ▸old'),
+    path: 'listeners.https.policy',
+    code: 'config_reference',
+    expected: /modern, intermediate/,
+  },
+  'a certificate that is not defined': {
+    sections: listener('certificates: [www, ▸ftp], upstream: web'),
+    path: 'listeners.https.certificates[1]',
+    code: 'config_reference',
+  },
+  'a certificate named twice': {
+    sections: listener('certificates: [www, ▸www], upstream: web'),
+    path: 'listeners.https.certificates[1]',
+    code: 'config_conflict',
+  },
+  'no certificate': {
+    sections: listener('certificates: ▸[], upstream: web'),
+    path: 'listeners.https.certificates',
+    code: 'config_value',
+  },
+  'a server named twice': {
+    sections: upstream('{ servers: ["a:1", ▸"a:1"] }'),
+    path: 'upstreams.web.servers[1]',
+    code: 'config_conflict',
+  },
+  'a token that is not defined': {
+    sections: certificate('chain: w, key: "pkcs11:object=w", tokens: [▸b]'),
+    path: 'certificates.www.tokens[0]',
+    code: 'config_reference',
+  },
+  'a public address of the admin server': {
+    sections: { more: 'admin: { listen: ▸"0.0.0.0:9180" }' },
+    path: 'admin.listen',
+    code: 'config_value',
+    expected: /loopback/,
+  },
+  'a mode of a later version': {
+    sections: listener('certificates: [www], upstream: web, mode: ▸bridge'),
+    path: 'listeners.https.mode',
+    code: 'config_unsupported',
+  },
+  'a mode that does not exist': {
+    sections: listener('certificates: [www], upstream: web, mode: ▸http'),
+    path: 'listeners.https.mode',
+    code: 'config_value',
+  },
+  'a policy with a name that is built in': {
+    sections: { more: 'policies: { ▸modern: {} }' },
+    path: 'policies.modern',
+    code: 'config_conflict',
+  },
+  'versions the wrong way round': {
+    sections: policy('minVersion: ▸"1.3", maxVersion: 1.2'),
+    path: 'policies.p.minVersion',
+    code: 'config_conflict',
+  },
+  'a TLS version that is gone': {
+    sections: policy('minVersion: ▸1.1'),
+    path: 'policies.p.minVersion',
+    code: 'config_value',
+  },
+  'a cipher suite of a forbidden version': {
+    sections: policy('maxVersion: 1.2, cipherSuites: ▸[TLS_AES_128_GCM_SHA256, TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256]'),
+    path: 'policies.p.cipherSuites',
+    code: 'config_conflict',
+    expected: /TLS_AES_128_GCM_SHA256/,
+  },
+  'no cipher suite for a version': {
+    sections: policy('cipherSuites: ▸[TLS_AES_128_GCM_SHA256]'),
+    path: 'policies.p.cipherSuites',
+    code: 'config_conflict',
+    expected: /TLS 1.2/,
+  },
+  'no group for TLS 1.2': {
+    sections: policy('groups: ▸[X25519MLKEM768]'),
+    path: 'policies.p.groups',
+    code: 'config_conflict',
+  },
+  'a ticket lifetime above the rotation': {
+    sections: { more: 'tickets: { lifetime: ▸2h, rotation: 1h }' },
+    path: 'tickets.lifetime',
+    code: 'config_conflict',
+  },
+  'a ticket lifetime above seven days': {
+    sections: { more: 'tickets: { lifetime: ▸8d, rotation: 7d }' },
+    path: 'tickets.lifetime',
+    code: 'config_value',
+  },
+};
+for (const [what, { sections, path, code, expected, also = [] }] of Object.entries(placed)) {
+  it(`${what} is reported at its place`, () => {
+    const { text, line, column } = unmarked(document(sections));
+    const problems = problemsOf(text);
+    assert.deepEqual(
+      problems.map((problem) => problem.path),
+      [path, ...also],
+    );
+    const [problem] = problems;
+    assert.deepEqual([problem?.line, problem?.column], [line, column]);
+    assert.equal(problem?.code, code);
+    if (expected !== undefined) assert.match(problem.expected, expected);
+  });
+}
+
+it('the same address in two listeners is a conflict, port 0 is not', () => {
+  const two = (bind: string, other: string) =>
+    document({
+      listeners: `{ a: { bind: ["${bind}"], certificates: [www], upstream: web }, b: { bind: ["${other}"], certificates: [www], upstream: web } }`,
+    });
+  assert.deepEqual(
+    problemsOf(two('[::1]:443', '[0::1]:443')).map(({ path }) => path),
+    ['listeners.b.bind[0]'],
+  );
+  assert.ok(parseConfig(two('127.0.0.1:0', '127.0.0.1:0'), '/k.yaml'));
+  assert.ok(parseConfig(two('127.0.0.1:443', '127.0.0.2:443'), '/k.yaml'));
+});
+
+it('ticket lifetime may equal the rotation', () => {
+  assert.deepEqual(parseConfig(document({ more: 'tickets: { lifetime: 1h, rotation: 1h }' }), '/k.yaml').tickets, {
+    lifetimeMs: 3_600_000,
+    rotationMs: 3_600_000,
+  });
+});
+
+it('positions count lines and columns as editors do, also behind comments and wide characters', () => {
+  const { text, line, column } = unmarked(
+    `# Grüße 😀\n${document(upstream('{ servers: ["a:1"], "wé😀b": 1, ▸helth: 2 }'))}`,
+  );
+  const [wide, behind] = problemsOf(text);
+  assert.equal(wide?.path, 'upstreams.web."wé😀b"');
+  assert.deepEqual([behind?.line, behind?.column], [line, column]);
+});
+
+it('a syntax error is reported at its place and nothing is guessed behind it', () => {
+  const problems = problemsOf('tokens: {\nworkers: 0\n');
+  assert.ok(problems.length > 0 && problems.every(({ code }) => code === 'config_syntax'));
+  assert.ok((problems[0]?.line ?? 0) >= 1);
+});
+
+const unusable: Record<string, string> = {
+  'two documents': 'a: 1\n---\nb: 1\n',
+  'a tag': 'workers: !!binary aGk=\n',
+  'an unknown tag': 'workers: !secret 1\n',
+  'a key that is no text': '? [a]\n: 1\n',
+  'an alias that names nothing': 'workers: *a\n',
+  'an alias that contains itself': 'a: &a [*a]\n',
+  'deep nesting': `a: ${'['.repeat(40)}${']'.repeat(40)}`,
+  'very deep nesting': '['.repeat(100_000),
+  'many aliases': `a: &a [${'x,'.repeat(50)}]\nb: &b [${'*a,'.repeat(50)}]\nc: [${'*b,'.repeat(50)}]\n`,
+};
+for (const [what, text] of Object.entries(unusable)) {
+  it(`${what} is a problem, not an exception`, () => assert.ok(problemsOf(text).length > 0));
+}
+
+it('an empty file lacks its sections', () => {
+  for (const text of ['', '\n', '# nothing\n', '---\n']) {
+    assert.deepEqual(
+      problemsOf(text).map(({ path, code }) => `${path} ${code}`),
+      [
+        'tokens config_missing_key',
+        'certificates config_missing_key',
+        'upstreams config_missing_key',
+        'listeners config_missing_key',
+      ],
+    );
+  }
+});
+
+it('a file with more problems than a person reads says how many it does not show', () => {
+  const error = errorOf(Array.from({ length: 5000 }, (_, index) => `key${index}: 1`).join('\n'));
+  assert.equal(error.problems.length, 200);
+  assert.match(error.hint ?? '', /^48\d\d more problems/);
+});
+
+it('nothing of a PIN is shown, wherever in the token it was written', () => {
+  const secret = 'hunter2secret';
+  const written = [
+    `pin: ${secret}`,
+    `pin: [${secret}]`,
+    `pin: { value: ${secret} }`,
+    `pin: { ${secret} }`,
+    `pin: { ${secret}: 1, ${secret}: 2 }`,
+    `pin: { file: [${secret}] }`,
+    `pin: { env: "${secret}!" }`,
+    `pin: { credential: "/${secret}" }`,
+    `pin: *${secret}`,
+    `pin: !${secret} x`,
+    `pin: { file: pin }, uri: "pkcs11:token=a?pin-value=${secret}"`,
+    `pin: { file: pin }, uri: "pkcs11:token=a;pin-value=${secret}"`,
+  ];
+  for (const pin of written) {
+    const error = errorOf(
+      document({ tokens: `{ a: { module: /m.so, ${pin.includes('uri') ? '' : 'uri: "pkcs11:token=a", '}${pin} } }` }),
+    );
+    assert.doesNotMatch(
+      `${error.message} ${error.hint} ${JSON.stringify(error.problems)} ${error.stack}`,
+      /hunter2/,
+      pin,
+    );
+  }
+});
+
+it('a problem reads as file, position, path, what was found and what was expected', () => {
+  const [problem] = problemsOf(document({ listeners: base.listeners.replace('upstream: web', 'upstream: wbe') }));
+  assert.equal(
+    problem && formatProblem(problem),
+    '/k.yaml:4:77 listeners.https.upstream: undefined name: found "wbe", expected one of the upstreams: web; did you mean "web"?',
+  );
+});
+
+it('a file is read up to its limit and refused above it', (test) => {
+  const write = privateFile(test);
+  assert.ok(loadConfig(write(`${document()}\n#`.padEnd(configBytesMax, '#'))));
+  assert.deepEqual(codesOf(write(`${document()}\n#`.padEnd(configBytesMax + 1, '#'))), ['config_too_large']);
+});
+
+it('what cannot be read is a problem of the file', (test) => {
+  const write = privateFile(test);
+  const file = write(document());
+  assert.deepEqual(codesOf(`${file}.absent`), ['config_unreadable']);
+  assert.deepEqual(codesOf(join(file, '..')), ['config_unreadable']);
+  execFileSync('mkfifo', [`${file}.fifo`]);
+  assert.deepEqual(codesOf(`${file}.fifo`), ['config_unreadable']);
+  writeFileSync(file, Buffer.from([0x61, 0x3a, 0x20, 0xff]));
+  assert.deepEqual(codesOf(file), ['config_syntax']);
+});
+
+it('arbitrary text is a configuration or a ConfigError with positions, nothing else', () => {
+  const yamlLike = fc.array(
+    fc.oneof(
+      fc.constantFrom(
+        ...'{}[]:,-?&*!|>%@`"\'#\n\t '.split(''),
+        ...Object.keys(base),
+        ...Object.values(base),
+        '<<',
+        '&a',
+        '*a',
+        '---',
+        '__proto__',
+        'null',
+        '1.2',
+      ),
+      fc.string({ maxLength: 5 }),
+    ),
+    { maxLength: 30 },
+  );
+  fc.assert(
+    fc.property(
+      fc.oneof(
+        fc.string({ unit: 'binary' }),
+        yamlLike.map((parts) => parts.join('')),
+        yamlLike.map((parts) => parts.join(' ')),
+      ),
+      (text) => {
+        for (const { file, line = 0, column = 0 } of problemsOf(text))
+          assert.ok(file === '/k.yaml' && line >= 1 && column >= 1);
+      },
+    ),
+    { numRuns: 500 },
+  );
+});
+
+it('arbitrary values at known keys are a configuration or a ConfigError, nothing else', () => {
+  const value = fc.oneof(
+    fc.jsonValue({ maxDepth: 3 }),
+    fc.constantFrom('5s', 'none', 'www', 'web', 'a:1', '0.0.0.0:1', 'pkcs11:token=a'),
+  );
+  const entry = (...keys: string[]) =>
+    fc.record(Object.fromEntries(keys.map((key) => [key, value])), { requiredKeys: [] });
+  const documents = fc.record({
+    workers: value,
+    log: fc.oneof(value, entry('level')),
+    admin: fc.oneof(value, entry('listen')),
+    tokens: fc.oneof(
+      value,
+      fc.dictionary(fc.string(), fc.oneof(value, entry('module', 'uri', 'pin', 'lanes', 'queue', 'verify'))),
+    ),
+    certificates: fc.oneof(value, fc.dictionary(fc.string(), fc.oneof(value, entry('chain', 'key', 'tokens')))),
+    policies: fc.oneof(
+      value,
+      fc.dictionary(fc.string(), fc.oneof(value, entry('minVersion', 'maxVersion', 'groups', 'cipherSuites'))),
+    ),
+    tickets: fc.oneof(value, entry('lifetime', 'rotation')),
+    upstreams: fc.oneof(
+      value,
+      fc.dictionary(fc.string(), fc.oneof(value, entry('servers', 'balance', 'health', 'passive'))),
+    ),
+    listeners: fc.oneof(
+      value,
+      fc.dictionary(
+        fc.string(),
+        fc.oneof(value, entry('bind', 'mode', 'certificates', 'policy', 'upstream', 'deadlines')),
+      ),
+    ),
+  });
+  fc.assert(
+    // JSON is YAML.
+    fc.property(documents, (content) => assert.ok(problemsOf(JSON.stringify(content)).length >= 0)),
+    { numRuns: 300 },
+  );
+});
+
+/** The text without its mark, and where that stood, as an editor counts. */
+function unmarked(marked: string): { text: string; line: number; column: number } {
+  const before = marked.slice(0, marked.indexOf('▸')).split('\n');
+  return { text: marked.replace('▸', ''), line: before.length, column: (before.at(-1) ?? '').length + 1 };
+}
+
+function document(sections: Sections = {}): string {
+  const { more, ...others } = sections;
+  const lines = Object.entries({ ...base, ...others }).map(([name, content]) => `${name}: ${content}`);
+  return [...lines, ...(more === undefined ? [] : [more])].join('\n');
+}
+
+/** Without prototypes and undefined members, as it would cross to another process. */
+function plain(value: unknown): object {
+  return JSON.parse(JSON.stringify(value)) as object;
+}
+
+/** Empty when the text is a configuration; any error but ConfigError fails the test. */
+function problemsOf(text: string): readonly Problem[] {
+  try {
+    parseConfig(text, '/k.yaml');
+    return [];
+  } catch (error) {
+    if (error instanceof ConfigError) return error.problems;
+    throw error;
+  }
+}
+
+function errorOf(text: string): ConfigError {
+  try {
+    parseConfig(text, '/k.yaml');
+  } catch (error) {
+    if (error instanceof ConfigError) return error;
+    throw error;
+  }
+  return assert.fail('the text was accepted');
+}
+
+function codesOf(file: string): string[] {
+  try {
+    loadConfig(file);
+    return [];
+  } catch (error) {
+    if (error instanceof ConfigError) return error.problems.map(({ code }) => code);
+    throw error;
+  }
+}
+
+function privateFile(test: TestContext): (content: string) => string {
+  const directory = mkdtempSync(join(tmpdir(), 'keygate-config-'));
+  test.after(() => rmSync(directory, { recursive: true }));
+  return (content) => {
+    const file = join(directory, 'keygate.yaml');
+    writeFileSync(file, content);
+    return file;
+  };
+}
