@@ -7,7 +7,6 @@
 import { execFileSync } from 'node:child_process';
 import { closeSync, mkdtempSync, openSync, readSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
-import type { TestContext } from 'node:test';
 import type { DisposableToken } from './softhsm.ts';
 
 /** Places in the control file, in the order of test/fault-module/README.md. */
@@ -65,15 +64,11 @@ export class FaultModule {
   readonly #control: number;
 
   /** Switched off at first. The control file lies beside the token, and goes with it. */
-  constructor(test: TestContext, token: DisposableToken) {
+  constructor(token: DisposableToken) {
     this.module = builtModule();
     const path = join(mkdtempSync(join(token.directory, 'faults-')), 'control');
     this.env = { ...token.env, KEYGATE_FAULT_MODULE: token.module, KEYGATE_FAULT_CONTROL: path };
     this.#control = openSync(path, 'wx+', 0o600);
-    test.after(() => {
-      this.clear();
-      closeSync(this.#control);
-    });
     writeSync(this.#control, Buffer.alloc(controlBytes), 0, controlBytes, 0);
     this.#write(1, layoutVersion);
     this.#write(0, magic);
@@ -113,6 +108,11 @@ export class FaultModule {
   clear(): void {
     for (const name of functions)
       for (const field of ['hang', 'delayUs', 'rvLeft', 'rv', 'flipLeft'] as const) this.#set(name, field, 0n);
+  }
+
+  /** Nothing can be switched or read any more. */
+  close(): void {
+    closeSync(this.#control);
   }
 
   read(name: Pkcs11Function, field: Field): number {

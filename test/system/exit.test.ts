@@ -68,7 +68,7 @@ async function repeat(
   const lanes = parameters.lanes - 1;
   for (let done = 0; done < repetitions; done += atOnce) {
     // A control file for each time: a killed process never leaves the calls that it is counted in.
-    const faults = new FaultModule(test, token);
+    const faults = new FaultModule(token);
     faults.lingerAtExit(lingerMs);
     const engines = Array.from({ length: atOnce }, () =>
       startEngineProcess(test, { ...parameters, module: faults.module }, faults.env),
@@ -78,10 +78,11 @@ async function repeat(
       await prepare(faults, engines.length, lanes);
       for (const engine of engines) leave(engine);
       for (const engine of engines) assert.equal(await engine.ended(), ends);
+      assert.equal(faults.violations, 0);
     } finally {
       for (const stop of clients) stop();
+      faults.close();
     }
-    assert.equal(faults.violations, 0);
   }
 }
 
