@@ -63,7 +63,11 @@ const endDeadlineMs = 30_000;
  * Starts keygate and waits until every worker is ready. Use it as `await using keygate = await startKeygate(...)`, or call
  * `stop()` in an `after` hook: either asserts that it leaves with 0 and leaves no process behind.
  */
-export async function startKeygate(token: ProvisionedToken, document: KeygateDocument, options: LaunchOptions = {}): Promise<Keygate> {
+export async function startKeygate(
+  token: ProvisionedToken,
+  document: KeygateDocument,
+  options: LaunchOptions = {},
+): Promise<Keygate> {
   const keygate = new Keygate(launch(token, document, options));
   try {
     await keygate.started();
@@ -75,7 +79,11 @@ export async function startKeygate(token: ProvisionedToken, document: KeygateDoc
 }
 
 /** Starts a keygate that is expected to give up by itself. */
-export async function refusedKeygate(token: ProvisionedToken, document: KeygateDocument, options: LaunchOptions = {}): Promise<EndedKeygate> {
+export async function refusedKeygate(
+  token: ProvisionedToken,
+  document: KeygateDocument,
+  options: LaunchOptions = {},
+): Promise<EndedKeygate> {
   const keygate = new Keygate(launch(token, document, options));
   try {
     return await keygate.ended({ deadlineMs: startDeadlineMs });
@@ -132,7 +140,10 @@ export class Keygate {
   /** Port of a listener's first address, or of the one at `index`. */
   port(listener = 'https', index = 0): number {
     const address = this.addresses[listener]?.[index];
-    assert.ok(address !== undefined, `no address ${index} of listener ${listener} in ${JSON.stringify(this.addresses)}`);
+    assert.ok(
+      address !== undefined,
+      `no address ${index} of listener ${listener} in ${JSON.stringify(this.addresses)}`,
+    );
     return Number(address.slice(address.lastIndexOf(':') + 1));
   }
 
@@ -147,8 +158,13 @@ export class Keygate {
     };
     this.#lines.on('line', look);
     const wanted = JSON.stringify(fields);
-    const timer = setTimeout(() => reject(new Error(`no log line ${wanted} within ${deadlineMs} ms:\n${this.#stdout}`)), deadlineMs);
-    void this.#exit.then(async () => reject(new Error(`keygate ended without log line ${wanted}:\n${this.#stdout}${await this.#stderr}`)));
+    const timer = setTimeout(
+      () => reject(new Error(`no log line ${wanted} within ${deadlineMs} ms:\n${this.#stdout}`)),
+      deadlineMs,
+    );
+    void this.#exit.then(async () =>
+      reject(new Error(`keygate ended without log line ${wanted}:\n${this.#stdout}${await this.#stderr}`)),
+    );
     try {
       return await promise;
     } finally {
@@ -188,7 +204,9 @@ export class Keygate {
   async closes(): Promise<Readonly<Record<string, number>>> {
     const { engine } = await this.status();
     return Object.fromEntries(
-      engine.closes.filter(({ count }) => count > 0).map(({ side, phase, reason, count }) => [`${side}/${phase}/${reason}`, count]),
+      engine.closes
+        .filter(({ count }) => count > 0)
+        .map(({ side, phase, reason, count }) => [`${side}/${phase}/${reason}`, count]),
     );
   }
 
@@ -205,9 +223,15 @@ export class Keygate {
     );
   }
 
-  async workerPids(): Promise<number[]> {
-    const { workers } = await this.status();
-    return workers.map(({ pid }) => pid).filter((pid) => pid !== undefined);
+  /** Every worker, when every one is ready. */
+  async workers(): Promise<readonly { readonly slot: number; readonly pid: number }[]> {
+    return until('state in which every worker is ready', async () => {
+      const { workers } = await this.status();
+      const ready = workers.flatMap(({ slot, pid, state }) =>
+        pid !== undefined && state === 'ready' ? [{ slot, pid }] : [],
+      );
+      return ready.length === workers.length && ready;
+    });
   }
 
   /** Asks it to leave, and waits until it has, however long its connections last: the drain's deadline is its own. */
@@ -215,7 +239,11 @@ export class Keygate {
     if (!this.#hasExited) this.#child.kill(signal);
     try {
       const ended = await this.ended();
-      assert.equal(ended.exitCode, 0, `keygate left with ${ended.exitCode ?? ended.signal}:\n${ended.stdout}${ended.stderr}`);
+      assert.equal(
+        ended.exitCode,
+        0,
+        `keygate left with ${ended.exitCode ?? ended.signal}:\n${ended.stdout}${ended.stderr}`,
+      );
       assert.deepEqual(processesInGroup(this.pid), [], 'processes were left behind');
       return ended;
     } finally {
@@ -225,7 +253,10 @@ export class Keygate {
 
   async ended({ deadlineMs = endDeadlineMs } = {}): Promise<EndedKeygate> {
     const { promise: late, reject } = Promise.withResolvers<never>();
-    const timer = setTimeout(() => reject(new Error(`keygate did not end within ${deadlineMs} ms:\n${this.#stdout}`)), deadlineMs);
+    const timer = setTimeout(
+      () => reject(new Error(`keygate did not end within ${deadlineMs} ms:\n${this.#stdout}`)),
+      deadlineMs,
+    );
     try {
       const [exitCode, signal] = await Promise.race([this.#exit, late]);
       return { exitCode, signal, stdout: this.#stdout, stderr: await this.#stderr };
@@ -263,7 +294,12 @@ export function configurationOf(token: ProvisionedToken, document: KeygateDocume
   const everyCertificate = Object.keys((document['certificates'] as object | undefined) ?? token.certificates);
   const listeners = Object.entries(document.listeners).map(([name, listener]) => [
     name,
-    { bind: ['127.0.0.1:0'], certificates: everyCertificate, upstream: Object.keys(document.upstreams)[0], ...listener },
+    {
+      bind: ['127.0.0.1:0'],
+      certificates: everyCertificate,
+      upstream: Object.keys(document.upstreams)[0],
+      ...listener,
+    },
   ]);
   return {
     workers: 1,
@@ -284,7 +320,11 @@ export function residentBytes(pid: number): number {
 
 let launched = 0;
 
-function launch(token: ProvisionedToken, document: KeygateDocument, { env }: LaunchOptions): ChildProcessByStdio<null, Readable, Readable> {
+function launch(
+  token: ProvisionedToken,
+  document: KeygateDocument,
+  { env }: LaunchOptions,
+): ChildProcessByStdio<null, Readable, Readable> {
   launched += 1;
   const file = join(token.directory, `keygate-${launched}.yaml`);
   writeFileSync(file, stringify(configurationOf(token, document)), { mode: 0o600 });
@@ -319,7 +359,9 @@ function processesInGroup(group: number): number[] {
     .filter((pid) => {
       try {
         // proc(5): the name in parentheses may hold anything; state, parent and group follow it.
-        const [state, , pgrp] = readFileSync(`/proc/${pid}/stat`, 'utf8').replace(/^.*\) /s, '').split(' ');
+        const [state, , pgrp] = readFileSync(`/proc/${pid}/stat`, 'utf8')
+          .replace(/^.*\) /s, '')
+          .split(' ');
         return Number(pgrp) === group && state !== 'Z';
       } catch {
         return false; // gone between the two looks

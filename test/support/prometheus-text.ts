@@ -73,7 +73,7 @@ function lint({ name, type, help, series, labels }: ScrapedFamily): void {
 function lintHistogram(name: string, series: ReadonlyMap<string, number>): void {
   const buckets = Map.groupBy(
     [...series].filter(([one]) => one.startsWith(`${name}_bucket`)),
-    ([one]) => one.replace(/,?le="[^"]*"/, '').replace(`${name}_bucket`, ''),
+    ([one]) => one.replace(/,?le="[^"]*"/, '').replace('{,', '{').replace(`${name}_bucket`, ''),
   );
   for (const [labels, own] of buckets) {
     const bounds = own.map(([one]) => /le="([^"]*)"/.exec(one)?.[1] ?? '').map((le) => (le === '+Inf' ? Infinity : Number(le)));

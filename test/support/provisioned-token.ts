@@ -33,7 +33,10 @@ export interface ProvisionedToken extends DisposableToken {
   use<Result>(change: (open: OpenToken) => Result | Promise<Result>): Promise<Result>;
 }
 
-export async function provisionedToken(wanted: Readonly<Record<string, WantedCertificate>>, label?: string): Promise<ProvisionedToken> {
+export async function provisionedToken(
+  wanted: Readonly<Record<string, WantedCertificate>>,
+  label?: string,
+): Promise<ProvisionedToken> {
   const disposable = disposableToken(label === undefined ? {} : { label });
   const certificates: Record<string, { chain: string; key: string }> = {};
   const use: ProvisionedToken['use'] = async (change) => withOpenToken(disposable, change);
@@ -47,14 +50,22 @@ export async function provisionedToken(wanted: Readonly<Record<string, WantedCer
   });
   return {
     ...disposable,
-    settings: { module: disposable.module, uri: `pkcs11:token=${disposable.label}`, pin: { file: disposable.pinFile }, lanes: 2 },
+    settings: {
+      module: disposable.module,
+      uri: `pkcs11:token=${disposable.label}`,
+      pin: { file: disposable.pinFile },
+      lanes: 2,
+    },
     certificates,
     pem: (name) => readFileSync(join(disposable.directory, `${name}.pem`), 'utf8'),
     use,
   };
 }
 
-async function withOpenToken<Result>(disposable: DisposableToken, use: (open: OpenToken) => Result | Promise<Result>): Promise<Result> {
+async function withOpenToken<Result>(
+  disposable: DisposableToken,
+  use: (open: OpenToken) => Result | Promise<Result>,
+): Promise<Result> {
   process.env['SOFTHSM2_CONF'] = disposable.env.SOFTHSM2_CONF;
   const opened = openModule(disposable.module, false, unguarded);
   try {

@@ -29,7 +29,13 @@ export interface ProxySsl {
 /** Types of TLVs (section 2.2.7). */
 export const proxyTlv = { alpn: 0x01, authority: 0x02, crc32c: 0x03, noop: 0x04, uniqueId: 0x05, ssl: 0x20 } as const;
 /** Types within the SSL TLV (section 2.2.6). */
-export const proxySslTlv = { version: 0x21, commonName: 0x22, cipher: 0x23, signatureAlgorithm: 0x24, keyAlgorithm: 0x25 } as const;
+export const proxySslTlv = {
+  version: 0x21,
+  commonName: 0x22,
+  cipher: 0x23,
+  signatureAlgorithm: 0x24,
+  keyAlgorithm: 0x25,
+} as const;
 
 /** Undefined while the header is not complete. */
 export function parseProxyHeader(received: Buffer): ProxyHeader | undefined {
@@ -47,7 +53,8 @@ function parseVersion1(received: Buffer): ProxyHeader | undefined {
   }
   const line = received.toString('latin1', 0, end);
   const [, family, source, destination, sourcePort, destinationPort] =
-    /^PROXY (?:UNKNOWN|(TCP[46]) (\S+) (\S+) (\d+) (\d+))$/.exec(line) ?? assert.fail(`malformed: ${JSON.stringify(line)}`);
+    /^PROXY (?:UNKNOWN|(TCP[46]) (\S+) (\S+) (\d+) (\d+))$/.exec(line) ??
+    assert.fail(`malformed: ${JSON.stringify(line)}`);
   const common = { version: 1, bytes: end + 2, tlvs: new Map() } as const;
   if (family === undefined) return { ...common, family: 'UNKNOWN' };
   return {
@@ -79,7 +86,8 @@ function parseVersion2(received: Buffer): ProxyHeader | undefined {
         };
   const tlvs = parseTlvs(header.subarray(family === 'UNKNOWN' ? end : end + 4));
   const crc = tlvs.get(proxyTlv.crc32c);
-  if (crc !== undefined) assert.equal(crc.readUInt32BE(), crc32c(withoutChecksum(header, crc)), 'the CRC32C of the header');
+  if (crc !== undefined)
+    assert.equal(crc.readUInt32BE(), crc32c(withoutChecksum(header, crc)), 'the CRC32C of the header');
   const ssl = tlvs.get(proxyTlv.ssl);
   return {
     version: 2,
@@ -87,7 +95,9 @@ function parseVersion2(received: Buffer): ProxyHeader | undefined {
     family,
     ...addresses,
     tlvs,
-    ...(ssl === undefined ? {} : { ssl: { client: ssl.readUInt8(0), verify: ssl.readUInt32BE(1), tlvs: parseTlvs(ssl.subarray(5)) } }),
+    ...(ssl === undefined
+      ? {}
+      : { ssl: { client: ssl.readUInt8(0), verify: ssl.readUInt32BE(1), tlvs: parseTlvs(ssl.subarray(5)) } }),
   };
 }
 
@@ -100,7 +110,7 @@ const families: Readonly<Record<number, { readonly family: ProxyHeader['family']
 
 function parseTlvs(bytes: Buffer): Map<number, Buffer> {
   const tlvs = new Map<number, Buffer>();
-  for (let offset = 0; offset < bytes.length; ) {
+  for (let offset = 0; offset < bytes.length;) {
     const type = bytes.readUInt8(offset);
     const end = offset + 3 + bytes.readUInt16BE(offset + 1);
     assert.ok(end <= bytes.length, `TLV ${type} is longer than the header`);

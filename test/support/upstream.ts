@@ -49,13 +49,18 @@ export interface HttpUpstream extends Upstream {
 }
 
 /** Answers with `says`, or as `answer` does. */
-export async function httpUpstream(says: string, { answer, ...place }: Place & { readonly answer?: RequestListener } = {}): Promise<HttpUpstream> {
+export async function httpUpstream(
+  says: string,
+  { answer, ...place }: Place & { readonly answer?: RequestListener } = {},
+): Promise<HttpUpstream> {
   const paths: string[] = [];
   const server = createHttpServer((request, response) => {
     paths.push(request.url ?? '');
     if (answer !== undefined) answer(request, response);
     else response.setHeader('content-type', 'text/html').end(says);
   });
+  // Node's server drops the answer to a client that ends its half after the request, as gnutls-cli does.
+  Object.assign(server, { httpAllowHalfOpen: true });
   return Object.assign(await listen(server, place), { paths });
 }
 
@@ -105,10 +110,14 @@ export async function* noise(bytes: number): AsyncGenerator<Buffer> {
   }
 }
 
-const noiseBlock = createHash('shake256', { outputLength: 256 * 1024 }).update('noise').digest();
+const noiseBlock = createHash('shake256', { outputLength: 256 * 1024 })
+  .update('noise')
+  .digest();
 
 /** SHA-256 of everything that a stream gives, without keeping it. */
-export async function hashOf(source: AsyncIterable<Buffer>): Promise<{ readonly sha256: string; readonly bytes: number }> {
+export async function hashOf(
+  source: AsyncIterable<Buffer>,
+): Promise<{ readonly sha256: string; readonly bytes: number }> {
   const hash = createHash('sha256');
   let bytes = 0;
   for await (const chunk of source) {
@@ -144,7 +153,6 @@ export async function sinkUpstream(place?: Place): Promise<SinkUpstream> {
   });
 }
 
-
 async function listen(server: Server, place: Place = {}): Promise<Upstream> {
   const sockets = new Set<Socket>();
   let accepted = 0;
@@ -164,7 +172,12 @@ async function listen(server: Server, place: Place = {}): Promise<Upstream> {
   };
   const bound = server.address() as AddressInfo | string;
   return {
-    address: typeof bound === 'string' ? `unix:${bound}` : bound.family === 'IPv6' ? `[${bound.address}]:${bound.port}` : `${bound.address}:${bound.port}`,
+    address:
+      typeof bound === 'string'
+        ? `unix:${bound}`
+        : bound.family === 'IPv6'
+          ? `[${bound.address}]:${bound.port}`
+          : `${bound.address}:${bound.port}`,
     get accepted() {
       return accepted;
     },

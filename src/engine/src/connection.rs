@@ -55,16 +55,8 @@ async fn run(life: &mut Life, client: &Stream, source: SocketAddr) -> Close {
         lifetime_until: listener.plan.lifetime_deadline.map(|lifetime| accepted_at + lifetime),
     };
     let Established { tls, leftover, .. } = established;
-    relay(
-        client,
-        tls,
-        leftover,
-        &connected.stream,
-        deadlines,
-        &listener.scratch,
-        &listener.stats.relay_bytes,
-    )
-    .await
+    relay(client, tls, leftover, &connected.stream, deadlines, &listener.scratch, &listener.stats.relay_bytes)
+        .await
 }
 
 /// Connects to a server of the upstream and tells it who the client is.

@@ -1,0 +1,223 @@
+/**
+ * Owns: clients of a TLS port: Node's, foreign programs, and one that sends bytes of its own making and reads alerts.
+ * Must not know: keygate.
+ * Runs: in test processes.
+ */
+import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { connect } from 'node:net';
+import type { Socket } from 'node:net';
+import { Duplex } from 'node:stream';
+import { buffer, text } from 'node:stream/consumers';
+import { connect as connectTls } from 'node:tls';
+import type { ConnectionOptions, TLSSocket } from 'node:tls';
+
+/** Node's types lack what its OpenSSL 3.5 has. */
+export interface TlsOptions extends ConnectionOptions {
+  readonly port: number;
+}
+
+/**
+ * A finished handshake; the certificate is not verified unless `ca` is given. The connection may stay half-open.
+ * @throws what Node makes of the server's alert: `code` is `ERR_SSL_...`
+ */
+export async function tlsClient({ host = '127.0.0.1', ...options }: TlsOptions): Promise<TLSSocket> {
+  const socket = connectTls({
+    host,
+    rejectUnauthorized: options.ca !== undefined,
+    allowHalfOpen: true,
+    ...options,
+  } as ConnectionOptions);
+  await once(socket, 'secureConnect');
+  // Whoever reads or writes sees the failure; a connection that a test has done with may break in peace.
+  socket.on('error', () => {});
+  return socket;
+}
+
+export interface TappedClient {
+  readonly tls: TLSSocket;
+  /** The ciphertext that came so far. */
+  received(): Buffer;
+  /** Keeps what the client sends from now on. */
+  hold(): void;
+  /** Sends what was kept, in one piece. */
+  release(): void;
+}
+
+/** A TLS client, not yet connected, whose ciphertext the test sees and can hold back. */
+export async function tappedClient({ port, ...options }: TlsOptions): Promise<TappedClient> {
+  const raw = await rawClient(port);
+  const received: Buffer[] = [];
+  let held: Buffer[] | undefined;
+  const wire = new Duplex({
+    read() {},
+    write(chunk: Buffer, _encoding, done) {
+      if (held === undefined) raw.write(chunk);
+      else held.push(chunk);
+      done();
+    },
+  });
+  raw.on('data', (chunk: Buffer) => {
+    received.push(chunk);
+    wire.push(chunk);
+  });
+  raw.on('end', () => wire.push(null));
+  const tls = connectTls({ socket: wire, rejectUnauthorized: false, ...options });
+  tls.on('close', () => raw.destroy());
+  return {
+    tls,
+    received: () => Buffer.concat(received),
+    hold() {
+      held ??= [];
+    },
+    release() {
+      raw.write(Buffer.concat(held ?? []));
+      held = undefined;
+    },
+  };
+}
+
+/** The code of the error that the handshake ends with. */
+export async function refusalOf(options: TlsOptions): Promise<string> {
+  try {
+    const socket = await tlsClient(options);
+    socket.destroy();
+  } catch (error) {
+    return String((error as NodeJS.ErrnoException).code);
+  }
+  return assert.fail('the handshake succeeded');
+}
+
+/** Sends and awaits the same bytes back. */
+export async function assertEchoes(socket: Socket, what = 'are you there?'): Promise<void> {
+  socket.write(what);
+  assert.equal((await readBytes(socket, Buffer.byteLength(what))).toString(), what);
+}
+
+/** Exactly `bytes` bytes. @throws when the peer ends before */
+export async function readBytes(socket: Socket, bytes: number): Promise<Buffer> {
+  for (;;) {
+    const read = socket.read(bytes) as Buffer | null;
+    if (read !== null) {
+      assert.equal(read.length, bytes, 'the peer ended early');
+      return read;
+    }
+    assert.ok(!socket.readableEnded && !socket.destroyed, 'the peer ended early');
+    const next = Promise.withResolvers<void>();
+    const events = ['readable', 'end', 'close', 'error'];
+    for (const event of events) socket.once(event, next.resolve);
+    await next.promise;
+    for (const event of events) socket.off(event, next.resolve);
+  }
+}
+
+/** A bare TCP connection that may stay half-open; resolves when it is there. */
+export async function rawClient(port: number, host = '127.0.0.1'): Promise<Socket> {
+  const socket = connect({ host, port, allowHalfOpen: true, noDelay: true });
+  await once(socket, 'connect');
+  socket.on('error', () => {});
+  return socket;
+}
+
+/** Everything that a server answers to `bytes`, until it ends. */
+export async function answerTo(port: number, bytes: Uint8Array): Promise<Buffer> {
+  const socket = await rawClient(port);
+  socket.write(bytes);
+  const answer = await buffer(socket);
+  socket.destroy();
+  return answer;
+}
+
+/** The description of a fatal alert that stands alone, unencrypted (RFC 8446 6, RFC 5246 7.2). */
+export function alertIn(answer: Buffer): number | undefined {
+  const [contentType, major, , lengthHigh, length, level, description] = answer;
+  const isFatalAlert =
+    contentType === 21 && major === 3 && lengthHigh === 0 && length === 2 && level === 2 && answer.length === 7;
+  return isFatalAlert ? description : undefined;
+}
+
+/** RFC 8446 6. */
+export const alerts = {
+  unexpectedMessage: 10,
+  handshakeFailure: 40,
+  illegalParameter: 47,
+  decodeError: 50,
+  protocolVersion: 70,
+  unrecognizedName: 112,
+  noApplicationProtocol: 120,
+} as const;
+
+/** What Node's client says first, without anybody to say it to: one or more records. */
+export async function clientHello(options: ConnectionOptions = {}): Promise<Buffer> {
+  const hello = Promise.withResolvers<Buffer>();
+  const nobody = new Duplex({
+    read() {},
+    write(chunk: Buffer, _encoding, done) {
+      hello.resolve(chunk);
+      done();
+    },
+  });
+  const client = connectTls({ socket: nobody, ...options });
+  client.on('error', () => {});
+  const bytes = await hello.promise;
+  client.destroy();
+  return bytes;
+}
+
+/** The same ClientHello with a padding extension (RFC 7685) of so many bytes, in as many records as that takes. */
+export function paddedHello(hello: Buffer, paddingBytes: number): Buffer {
+  const body = hello.subarray(recordHeaderBytes + 4);
+  let offset = 2 + 32;
+  offset += 1 + body.readUInt8(offset); // session id
+  offset += 2 + body.readUInt16BE(offset); // cipher suites
+  offset += 1 + body.readUInt8(offset); // compression methods
+  const extensions = body.subarray(offset + 2);
+  const padding = Buffer.alloc(4 + paddingBytes);
+  padding.writeUInt16BE(21, 0);
+  padding.writeUInt16BE(paddingBytes, 2);
+  const padded = Buffer.concat([
+    body.subarray(0, offset),
+    uint16(extensions.length + padding.length),
+    extensions,
+    padding,
+  ]);
+  const message = Buffer.concat([Buffer.from([1]), uint24(padded.length), padded]);
+  return inRecords(message);
+}
+
+/** A handshake message in records of the largest size. */
+function inRecords(message: Buffer): Buffer {
+  const records: Buffer[] = [];
+  for (let start = 0; start < message.length; start += recordBytesMax) {
+    const fragment = message.subarray(start, start + recordBytesMax);
+    records.push(Buffer.from([22, 3, 1]), uint16(fragment.length), fragment);
+  }
+  return Buffer.concat(records);
+}
+
+const recordHeaderBytes = 5;
+const recordBytesMax = 16_384;
+
+const uint16 = (value: number): Buffer => Buffer.from([value >> 8, value & 0xff]);
+const uint24 = (value: number): Buffer => Buffer.from([value >> 16, (value >> 8) & 0xff, value & 0xff]);
+
+export interface ProgramResult {
+  readonly exitCode: number | null;
+  /** Standard output and standard error, as they came. */
+  readonly output: string;
+}
+
+/** Runs a foreign client to its end, which it must find within half a minute. */
+export async function program(command: string, args: readonly string[], input = ''): Promise<ProgramResult> {
+  const child = spawn(command, args, { stdio: ['pipe', 'pipe', 'pipe'], timeout: 30_000, killSignal: 'SIGKILL' });
+  // A client that gives up closes its input.
+  child.stdin.on('error', () => {});
+  child.stdin.end(input);
+  const [stdout, stderr, [exitCode]] = (await Promise.all([
+    text(child.stdout),
+    text(child.stderr),
+    once(child, 'close'),
+  ])) as [string, string, [number | null]];
+  return { exitCode, output: stdout + stderr };
+}
