@@ -3,6 +3,7 @@
  * Must not know: anything else.
  * Runs: main thread of the primary, once.
  */
+import { userInfo } from 'node:os';
 import type { Config } from '../config/config.ts';
 import { ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
@@ -20,10 +21,10 @@ export function dropPrivileges(config: Config, log: Log): void {
   if (!isRoot) {
     return; // started as somebody already; systemd's User= or a shell decided who
   }
-  const group = config.group ?? user;
+  const group = config.group ?? primaryGroupOf(user);
   try {
     // Node has it; its type declarations do not.
-    (process as NodeJS.Process & { initgroups(user: string, group: string): void }).initgroups(user, group);
+    (process as NodeJS.Process & { initgroups(user: string, group: string | number): void }).initgroups(user, group);
     process.setgid?.(group);
     process.setuid?.(user);
   } catch (cause) {
@@ -33,4 +34,16 @@ export function dropPrivileges(config: Config, log: Log): void {
     throw new ServiceError('privileges', `still root after becoming user ${user}, group ${group}`);
   }
   log.info({ event: 'privileges_dropped', user, group }, 'privileges dropped');
+}
+
+/** Not always named like the user: nobody's is nogroup. Node looks up the effective user only, so become it for a moment. */
+function primaryGroupOf(user: string): number {
+  try {
+    process.seteuid?.(user);
+    return userInfo().gid;
+  } catch (cause) {
+    throw new ServiceError('privileges', `cannot become user ${user}: ${String(cause)}`, { cause });
+  } finally {
+    process.seteuid?.(0);
+  }
 }
