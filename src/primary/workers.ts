@@ -29,8 +29,8 @@ const startDeadlineMs = 60_000;
 /** Delay before the first replacement; doubled by each failure in a row. */
 const backoffMinMs = 100;
 const backoffMaxMs = 30_000;
-/** A worker that was ready this long has not failed "in a row". */
-const stableAfterMs = 60_000;
+/** A worker that was ready this long has not failed "in a row", and its earlier failures are forgotten. */
+const stableAfterMs = 10_000;
 /** This many failures in a row are a crash loop. */
 const crashLoopFailures = 4;
 /** Answers to `observe` that come later are not waited for; the last known snapshot serves. */
@@ -124,7 +124,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   get unreadiness(): string | undefined {
     if (this.#draining) return 'draining';
     if (this.#halted !== undefined) return `no worker may be forked any more: ${this.#halted.message}`;
-    const looping = this.#slots.find(({ failuresInRow }) => failuresInRow >= crashLoopFailures);
+    const looping = this.#slots.find((slot) => slot.failuresInRow >= crashLoopFailures && !isStable(slot));
     if (looping !== undefined) return `worker ${looping.index} has failed ${looping.failuresInRow} times in a row`;
     if (!this.#slots.some(({ state }) => state === 'ready')) return 'no worker is ready';
     return undefined;
@@ -173,7 +173,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
     slot.worker = worker;
     slot.state = 'starting';
     slot.timer = setTimeout(() => {
-      this.#log.error({ event: 'worker_start_deadline', worker: slot.index }, 'the worker hangs while it starts; killing it');
+      this.#log.error(
+        { event: 'worker_start_deadline', worker: slot.index },
+        'the worker hangs while it starts; killing it',
+      );
       worker.process.kill('SIGKILL');
     }, startDeadlineMs);
     let failure: WorkerFailure | undefined;
@@ -228,6 +231,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   #gone(slot: Slot, worker: Worker, failure: WorkerFailure): void {
     clearTimeout(slot.timer);
     const wasReady = slot.state === 'ready';
+    const wasStable = isStable(slot);
     slot.worker = undefined;
     slot.state = 'waiting';
     this.#book.retire(slot.index);
@@ -237,9 +241,15 @@ export class Workers extends EventEmitter<WorkersEvents> {
       return;
     }
     slot.failure = failure;
-    slot.failuresInRow = wasReady && Date.now() - slot.readySince >= stableAfterMs ? 1 : slot.failuresInRow + 1;
+    slot.failuresInRow = wasStable ? 1 : slot.failuresInRow + 1;
     this.#log.error(
-      { event: 'worker_lost', worker: slot.index, workerPid: worker.process.pid, code: failure.code, failuresInRow: slot.failuresInRow },
+      {
+        event: 'worker_lost',
+        worker: slot.index,
+        workerPid: worker.process.pid,
+        code: failure.code,
+        failuresInRow: slot.failuresInRow,
+      },
       failure.message,
     );
     if (failure.haltsForking) this.#halted = failure;
@@ -267,7 +277,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
       if (adopter === undefined) return;
       orphaned.adoptedBy = adopter;
       this.#tell(adopter, { type: 'adopt', sockets: this.#socketsOf(orphaned) });
-      this.#log.info({ event: 'queue_adopted', worker: orphaned.index, by: adopter.index }, 'a sibling serves the accept queue');
+      this.#log.info(
+        { event: 'queue_adopted', worker: orphaned.index, by: adopter.index },
+        'a sibling serves the accept queue',
+      );
     }
   }
 
@@ -303,6 +316,10 @@ function newSlot(index: number): Slot {
     timer: undefined,
     adoptedBy: undefined,
   };
+}
+
+function isStable({ state, readySince }: Slot): boolean {
+  return state === 'ready' && Date.now() - readySince >= stableAfterMs;
 }
 
 function exitFailure(slot: number, code: number | null, signal: string | null): WorkerFailure {
