@@ -248,3 +248,6 @@ export declare function preloadModule(path: string, isolate: boolean): void
 
 /** Throws if somebody already listens at the address, or if it cannot be bound. */
 export declare function probeAddress(address: string): void
+
+/** Refuses clients on a listening socket from now on, in every process that holds it. The descriptor stays open. */
+export declare function shutListener(fd: number): void

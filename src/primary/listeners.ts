@@ -48,6 +48,11 @@ export function openListeners(config: Config, slots: number, native: EngineBindi
   return { fds, bySlot, addresses };
 }
 
+/** Clients are refused from now on, so that they turn to another host; what no worker has accepted is reset. */
+export function shutListeners({ fds }: Listeners, native: EngineBinding): void {
+  for (const fd of fds) native.shutListener(fd);
+}
+
 function attempt<T>(listener: ListenerConfig, address: string, open: () => T): T {
   try {
     return open();

@@ -12,7 +12,7 @@ import { openLog } from '../log.ts';
 import type { Log } from '../log.ts';
 import { startAdmin } from './admin.ts';
 import type { Admin } from './admin.ts';
-import { openListeners } from './listeners.ts';
+import { openListeners, shutListeners } from './listeners.ts';
 import type { Listeners } from './listeners.ts';
 import { renderMetrics } from './metrics.ts';
 import { dropPrivileges } from './privileges.ts';
@@ -49,8 +49,9 @@ export async function serve(config: Config): Promise<Service> {
   const drain = (): void => {
     if (draining) return;
     draining = true;
-    log.info({ event: 'drain_started', deadlineMs: config.drainDeadlineMs }, 'draining');
     workers.drain(config.drainDeadlineMs);
+    shutListeners(listeners, engine());
+    log.info({ event: 'drain_started', deadlineMs: config.drainDeadlineMs }, 'draining');
   };
 
   const admin = await openAdmin(config, listeners, workers, drain, log);
@@ -65,7 +66,12 @@ export async function serve(config: Config): Promise<Service> {
   void drained.promise.then(async () => {
     for (const timer of timers) clearInterval(timer);
     await admin?.close();
-    log.info({ event: 'drained' }, 'every connection has ended');
+    const { closes } = await workers.observe();
+    const cut = closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
+    log.info(
+      { event: 'drained', cut },
+      cut === 0 ? 'every connection has ended' : 'connections were cut at the deadline',
+    );
   });
   const stop = (signal: string): void => {
     log.info({ event: 'signal', signal }, `${signal} received`);
@@ -74,18 +80,25 @@ export async function serve(config: Config): Promise<Service> {
   process.on('SIGTERM', stop);
   process.on('SIGINT', stop);
   process.on('SIGHUP', () => {
-    log.warn({ event: 'reload_unsupported' }, 'SIGHUP ignored: this version cannot reload its configuration, restart it');
+    log.warn(
+      { event: 'reload_unsupported' },
+      'SIGHUP ignored: this version cannot reload its configuration, restart it',
+    );
   });
 
   try {
     await workers.start();
   } catch (error) {
-    for (const timer of timers) clearInterval(timer);
-    await admin?.close();
-    throw error;
+    // A worker that is told to stop while it starts leaves as it was told.
+    if (!draining) {
+      for (const timer of timers) clearInterval(timer);
+      await admin?.close();
+      throw error;
+    }
   }
   await Promise.race([allReady.promise, drained.promise]);
-  log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
+  if (!draining)
+    log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
   return { addresses: listeners.addresses, adminAddress: admin?.address, drained: drained.promise };
 }
 

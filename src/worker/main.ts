@@ -25,6 +25,7 @@ const drainIntervalMs = 50;
 let log: Log = openLog('info', Number(process.env['KEYGATE_SLOT']));
 let engine: Engine | undefined;
 let draining = false;
+let leaving = false;
 /** Of a drain that nobody gave a deadline: SIGTERM to this process alone, or to all of the service at once. */
 let drainDeadlineMs = 0;
 
@@ -87,6 +88,7 @@ async function start({ config, sockets, ticketSecrets }: Extract<PrimaryMessage,
 function watch(running: Engine): void {
   const health = new HealthWatch(log);
   setInterval(() => {
+    if (leaving) return;
     const snapshot = running.snapshot();
     if (!snapshot.running) throw new Error('the I/O thread ended by itself');
     health.look(snapshot);
@@ -107,7 +109,12 @@ function drain(deadlineMs: number): void {
 }
 
 function leave(): void {
-  process.exit(0);
+  if (engine === undefined) process.exit(0);
+  if (leaving) return;
+  leaving = true;
+  engine.stop(stopBudgetMs);
+  // With what the last connections ended with, also those that were cut here.
+  tell({ type: 'snapshot', id: unasked, snapshot: engine.snapshot() }, () => process.exit(0));
 }
 
 function fail(error: unknown): void {
@@ -129,8 +136,17 @@ function describeFailure(error: unknown): WorkerFailure {
   return { code: 'engine_failed', message, hint: undefined, exitCode: 1, haltsForking: false };
 }
 
+/** No observation has this id. */
+const unasked = 0;
+
 /** Each further try would cost one of the PIN's few. */
-const pinCodes: ReadonlySet<string> = new Set(['token_login', 'token_pin_locked', 'pin_unavailable', 'pin_invalid', 'pin_exposed']);
+const pinCodes: ReadonlySet<string> = new Set([
+  'token_login',
+  'token_pin_locked',
+  'pin_unavailable',
+  'pin_invalid',
+  'pin_exposed',
+]);
 
 function tell(message: WorkerMessage, sent?: () => void): void {
   process.send?.(message, undefined, undefined, sent);

@@ -421,6 +421,12 @@ pub fn open_listener(address: String, backlog: u32) -> Result<OpenedListener> {
     Ok(OpenedListener { fd, address: bound.to_string() })
 }
 
+/// Refuses clients on a listening socket from now on, in every process that holds it. The descriptor stays open.
+#[napi(catch_unwind)]
+pub fn shut_listener(fd: i32) -> Result<()> {
+    process::shut_listener(fd).map_err(|error| invalid(format!("shutdown: {error}")))
+}
+
 /// Throws if somebody already listens at the address, or if it cannot be bound.
 #[napi(catch_unwind)]
 pub fn probe_address(address: String) -> Result<()> {

@@ -92,6 +92,8 @@ async fn accept(listener: Rc<Listener>, socket: TcpListener) {
                     }
                 }
             }
+            // The primary has shut it: the order to drain is on its way.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
             Err(error) if is_of_the_connection(&error) => listener.closes.count(Close::ClientAcceptReset),
             Err(_) => {
                 listener.stats.accept_failures.add(1);

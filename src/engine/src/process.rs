@@ -34,6 +34,19 @@ pub fn open_listener(address: SocketAddr, backlog: u32) -> io::Result<(RawFd, So
     Ok((socket.into_raw_fd(), bound))
 }
 
+/// Refuses clients on a listening socket from now on, also for the other processes that hold it, and resets what waits in
+/// its queue: closing it would not, as long as one of them keeps it open.
+///
+/// # Errors
+/// As shutdown(2).
+pub fn shut_listener(fd: RawFd) -> io::Result<()> {
+    // SAFETY: shutdown takes a descriptor and touches no memory; on one that is no socket it fails.
+    match unsafe { libc::shutdown(fd, libc::SHUT_RD) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Whether somebody else already listens at the address: SO_REUSEPORT alone would let us share it silently with another
 /// process of the same user.
 ///
