@@ -106,6 +106,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (first === undefined) return;
     const outcome = await this.#fork(first);
     if (outcome !== 'ready') throw failureError(outcome);
+    if (this.#draining) return;
     for (const slot of others) void this.#fork(slot);
     this.#sayWhenAllReady();
   }
