@@ -68,7 +68,7 @@ export async function startKeygate(
   document: KeygateDocument,
   options: LaunchOptions = {},
 ): Promise<Keygate> {
-  const keygate = new Keygate(launch(token, document, options));
+  const keygate = launchKeygate(token, document, options);
   try {
     await keygate.started();
   } catch (error) {
@@ -78,13 +78,22 @@ export async function startKeygate(
   return keygate;
 }
 
+/** Does not wait until it is ready. */
+export function launchKeygate(
+  token: ProvisionedToken,
+  document: KeygateDocument,
+  options: LaunchOptions = {},
+): Keygate {
+  return new Keygate(launch(token, document, options));
+}
+
 /** Starts a keygate that is expected to give up by itself. */
 export async function refusedKeygate(
   token: ProvisionedToken,
   document: KeygateDocument,
   options: LaunchOptions = {},
 ): Promise<EndedKeygate> {
-  const keygate = new Keygate(launch(token, document, options));
+  const keygate = launchKeygate(token, document, options);
   try {
     return await keygate.ended({ deadlineMs: startDeadlineMs });
   } finally {
@@ -177,7 +186,9 @@ export class Keygate {
   async admin(path: string, method = 'GET'): Promise<{ readonly status: number; readonly body: string }> {
     const socketPath = this.adminAddress.startsWith('unix:') ? this.adminAddress.slice('unix:'.length) : undefined;
     const place = socketPath === undefined ? addressParts(this.adminAddress) : { socketPath, host: 'localhost' };
-    const asked = request({ ...place, path, method, agent: false });
+    // Without it the admin server takes a POST for one of a foreign web page.
+    const headers = method === 'POST' ? { 'x-keygate': '1' } : {};
+    const asked = request({ ...place, path, method, headers, agent: false });
     asked.end();
     const [response] = (await once(asked, 'response')) as [import('node:http').IncomingMessage];
     return { status: response.statusCode ?? 0, body: await text(response) };

@@ -1,0 +1,432 @@
+/**
+ * Owns: the life of keygate's processes: workers that are killed, that cannot start, that nobody can replace; drains; the
+ * account they run as; and that nothing is left of them.
+ * Must not know: how a token fails (faults.test.ts), how one process leaves (exit.test.ts).
+ * Runs: against a real `keygate serve` on SoftHSM behind the fault module, one token and one keygate per test.
+ */
+import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import { chmodSync, chownSync, lstatSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { createServer } from 'node:net';
+import type { AddressInfo } from 'node:net';
+import { join } from 'node:path';
+import { describe, it } from 'node:test';
+import type { TestContext } from 'node:test';
+import type { TLSSocket } from 'node:tls';
+import { FaultModule } from '../support/fault-module.ts';
+import { launchKeygate, refusedKeygate, startKeygate } from '../support/keygate.ts';
+import type { Keygate, KeygateDocument, LogLine } from '../support/keygate.ts';
+import { parseScrape } from '../support/prometheus-text.ts';
+import { provisionedToken } from '../support/provisioned-token.ts';
+import type { ProvisionedToken } from '../support/provisioned-token.ts';
+import { assertEchoes, rawClient, tlsClient } from '../support/tls-client.ts';
+import { until } from '../support/until.ts';
+import { echoUpstream } from '../support/upstream.ts';
+
+it('a killed worker costs its own connections, and no other client notices', async (test) => {
+  const { keygate } = await service(test, { workers: 2 });
+  const scrapes = [await counters(keygate)];
+  for (const slot of [0, 1]) {
+    const established = await Promise.all(Array.from({ length: 24 }, () => tlsClient({ port: keygate.port() })));
+    const stream = clientStream(keygate);
+    const echoing = established.map((client) => echoWhile(stream.isRunning, client));
+    const killed = await stoppedWorker(keygate, slot);
+    stream.workerStopped = true;
+    // What the kernel gives to the stopped worker waits in its queue: these were never accepted.
+    const waiting = Promise.all(Array.from({ length: 40 }, () => tlsClient({ port: keygate.port() })));
+    const since = keygate.log.length;
+    process.kill(killed, 'SIGKILL');
+    await keygate.logged({ event: 'queue_adopted', worker: slot }, { since });
+    scrapes.push(await counters(keygate));
+    for (const client of await waiting) {
+      await assertEchoes(client);
+      client.destroy();
+    }
+    await keygate.logged({ event: 'worker_ready', worker: slot }, { since });
+    scrapes.push(await counters(keygate));
+
+    await stream.end();
+    assert.deepEqual(stream.failedAfterStop, [], 'clients that came after the worker was stopped');
+    const survivors = (await Promise.all(echoing)).filter((survived) => survived).length;
+    assert.ok(
+      survivors > 0 && survivors < established.length,
+      `${survivors} of ${established.length} connections survived`,
+    );
+    await until('only the connections of the sibling', async () => (await connectionsOpen(keygate)) === survivors);
+    for (const client of established) client.destroy();
+
+    const { workers } = await keygate.status();
+    assert.deepEqual(
+      workers.map(({ state, restarts }) => [state, restarts]),
+      [['ready', 1], slot === 0 ? ['ready', 0] : ['ready', 1]],
+    );
+    assert.notEqual(workers[slot]?.pid, killed);
+    await until('all connections closed', async () => (await connectionsOpen(keygate)) === 0);
+  }
+  scrapes.push(await counters(keygate));
+  assertNeverBackwards(scrapes);
+  // A connection that keygate had cut itself would have another reason.
+  const others = Object.keys(await keygate.closes()).filter((reason) => !reason.startsWith('client/'));
+  assert.deepEqual(others, []);
+});
+
+it('a worker that crashes again and again is replaced ever later, and keygate is not ready until it holds', async (test) => {
+  const { keygate, faults } = await service(test, { workers: 2 });
+  assert.equal((await keygate.admin('/ready')).status, 200);
+  // The sibling has all the PKCS#11 sessions it needs.
+  await useEveryLane(keygate);
+  faults.fail('C_OpenSession', 0x30);
+  await killWorker(keygate, 0);
+  const lost: LogLine[] = [];
+  for (let failuresInRow = 1; failuresInRow <= 5; failuresInRow++) {
+    lost.push(await keygate.logged({ event: 'worker_lost', worker: 0, failuresInRow }));
+  }
+  const delaysMs = lost
+    .slice(1)
+    .map((line, index) => Date.parse(String(line['time'])) - Date.parse(String(lost[index]?.['time'])));
+  for (const [index, delayMs] of delaysMs.entries())
+    assert.ok(delayMs >= 100 * 2 ** index, `delays in milliseconds: ${delaysMs}`);
+  const { status, body } = await keygate.admin('/ready');
+  assert.equal(status, 503);
+  assert.match(body, /worker 0 has failed \d+ times in a row/);
+  await assertServes(keygate);
+
+  faults.clear();
+  await keygate.logged({ event: 'worker_ready', worker: 0 }, { since: keygate.log.length, deadlineMs: 30_000 });
+  await until('readiness', async () => (await keygate.admin('/ready')).status === 200, { deadlineMs: 30_000 });
+});
+
+it('a PIN that was changed after the start is tried once, and no worker is started any more', async (test) => {
+  const { keygate, faults, token } = await service(test, { workers: 2 });
+  const wrongPin = '11223344';
+  const logins = faults.read('C_Login', 'calls');
+  writeFileSync(token.pinFile, wrongPin);
+  await killWorker(keygate, 0);
+  await keygate.logged({ event: 'worker_lost', worker: 0, code: 'token_login' });
+  const { status, body } = await keygate.admin('/ready');
+  assert.equal(status, 503);
+  assert.match(body, /no worker may be forked any more.*CKR_PIN_INCORRECT/);
+  const { workers } = await keygate.status();
+  assert.deepEqual(
+    workers.map(({ state }) => state),
+    ['halted', 'ready'],
+  );
+  // The sibling serves both queues.
+  for (let client = 0; client < 20; client++) await assertServes(keygate);
+
+  await killWorker(keygate, 1);
+  await keygate.logged({ event: 'worker_lost', worker: 1 });
+  assert.equal((await keygate.status()).workers[1]?.state, 'halted');
+  assert.equal(faults.read('C_Login', 'calls'), logins + 1);
+  const { stdout, stderr } = await keygate.stop();
+  for (const pin of [wrongPin, token.pin]) assert.ok(!`${stdout}${stderr}`.includes(pin), 'a PIN was printed');
+});
+
+it('a wrong PIN is tried once, however many workers were to start', async (test) => {
+  const { token, faults, document } = await ingredients(test, { workers: 4 });
+  writeFileSync(token.pinFile, '11223344');
+  const { exitCode, stderr } = await refusedKeygate(token, document, { env: faults.env });
+  assert.equal(exitCode, 69);
+  assert.match(stderr, /CKR_PIN_INCORRECT/);
+  assert.equal(faults.read('C_Login', 'calls'), 1);
+});
+
+const drains: Readonly<Record<string, (keygate: Keygate) => unknown>> = {
+  SIGTERM: ({ pid }) => process.kill(pid, 'SIGTERM'),
+  // Ctrl-C in a terminal: the workers get it as well.
+  'SIGINT to everybody': ({ pid }) => process.kill(-pid, 'SIGINT'),
+  'POST /drain': async (keygate) => keygate.admin('/drain', 'POST'),
+};
+
+for (const [name, drain] of Object.entries(drains)) {
+  it(`${name} refuses new clients, lets the others end, and cuts at the deadline who stays`, async (test) => {
+    const { keygate } = await service(test, { workers: 2, drainDeadline: '2s' });
+    const leaver = await tlsClient({ port: keygate.port() });
+    const stayers = await Promise.all(Array.from({ length: 4 }, () => tlsClient({ port: keygate.port() })));
+
+    await drain(keygate);
+    await keygate.logged({ event: 'drain_started' });
+    for (let client = 0; client < 10; client++)
+      await assert.rejects(rawClient(keygate.port()), { code: 'ECONNREFUSED' });
+    const ready = await keygate.admin('/ready');
+    assert.deepEqual([ready.status, ready.body.trim()], [503, 'draining']);
+    for (const client of [leaver, ...stayers]) await assertEchoes(client);
+    leaver.destroy();
+
+    await Promise.all(stayers.map(ended));
+    const { exitCode } = await keygate.ended();
+    assert.equal(exitCode, 0);
+    assert.equal((await keygate.logged({ event: 'drained' }))['cut'], stayers.length);
+  });
+}
+
+it('a drain is over when the last connection has ended', async (test) => {
+  const { keygate } = await service(test, { workers: 2, drainDeadline: '1h' });
+  const client = await tlsClient({ port: keygate.port() });
+  process.kill(keygate.pid, 'SIGTERM');
+  await keygate.logged({ event: 'drain_started' });
+  await assertEchoes(client);
+  client.destroy();
+  assert.equal((await keygate.ended()).exitCode, 0);
+  assert.equal((await keygate.logged({ event: 'drained' }))['cut'], 0);
+});
+
+it('a drain ends in time also while C_Sign hangs', async (test) => {
+  const { keygate, faults } = await service(test, { drainDeadline: '1s' });
+  const established = await tlsClient({ port: keygate.port() });
+  faults.hang('C_Sign');
+  const pending = assert.rejects(tlsClient({ port: keygate.port() }));
+  await until('hang of a lane', () => faults.read('C_Sign', 'inFlight') === 1);
+  process.kill(keygate.pid, 'SIGTERM');
+  await keygate.logged({ event: 'drain_started' });
+  await assertEchoes(established);
+  assert.equal((await keygate.ended()).exitCode, 0);
+  await pending;
+});
+
+it('SIGTERM while the token hangs in the first login ends keygate with 0', async (test) => {
+  const { token, faults, document } = await ingredients(test, { drainDeadline: '0s' });
+  faults.hang('C_Login');
+  const keygate = launchKeygate(token, document, { env: faults.env });
+  test.after(() => keygate.kill());
+  await until('hang of the login', () => faults.read('C_Login', 'inFlight') === 1);
+  process.kill(keygate.pid, 'SIGTERM');
+  assert.equal((await keygate.ended()).exitCode, 0);
+});
+
+for (const hangs of [false, true]) {
+  it(`nothing is left when the primary is killed${hangs ? ' while C_Sign hangs' : ''}`, async (test) => {
+    const { keygate, faults } = await service(test, { workers: 2 });
+    const client = await tlsClient({ port: keygate.port() });
+    if (hangs) {
+      faults.hang('C_Sign');
+      tlsClient({ port: keygate.port() }).catch(() => {});
+      await until('hang of a lane', () => faults.read('C_Sign', 'inFlight') === 1);
+    }
+    const cut = ended(client);
+    process.kill(keygate.pid, 'SIGKILL');
+    // Also says that no worker holds its standard output any more.
+    assert.equal((await keygate.ended()).signal, 'SIGKILL');
+    await cut;
+    await assert.rejects(rawClient(keygate.port()), { code: 'ECONNREFUSED' });
+  });
+}
+
+const skip = process.getuid?.() === 0 ? false : 'only root can become somebody else';
+
+describe('started as root with a user', { skip }, () => {
+  const access = {
+    'who owns the token': (directory: string) => give(directory, nobody, { directories: 0o700, files: 0o600 }),
+    'who can only read the token': (directory: string) => give(directory, 0, { directories: 0o750, files: 0o640 }),
+  };
+  for (const [name, prepare] of Object.entries(access)) {
+    it(`keygate binds a privileged port and runs as that user, ${name}`, async (test) => {
+      const port = await privilegedPort();
+      const parts = await ingredients(test, { workers: 2, user: 'nobody' }, { bind: [`127.0.0.1:${port}`] });
+      const { token, document } = parts;
+      prepare(token.directory);
+      // Without the fault module, whose control file would have to be writable.
+      const keygate = await start(test, { ...parts, document: { ...document, tokens: { hsm: token.settings } } });
+      for (let client = 0; client < 10; client++) await assertServes(keygate);
+      assert.equal(keygate.port(), port);
+
+      const workers = [await pidOf(keygate, 0), await pidOf(keygate, 1)];
+      for (const pid of [keygate.pid, ...workers]) {
+        assert.deepEqual(statusOf(pid, 'Uid'), Array(4).fill(String(nobody)));
+        assert.deepEqual(statusOf(pid, 'Gid'), Array(4).fill(String(nobody)));
+        assert.deepEqual(statusOf(pid, 'CapEff'), ['0000000000000000']);
+      }
+      for (const pid of workers) assert.deepEqual(statusOf(pid, 'NoNewPrivs'), ['1']);
+
+      // A worker that is started later has no more rights than the first.
+      const since = keygate.log.length;
+      await killWorker(keygate, 0);
+      await keygate.logged({ event: 'worker_ready', worker: 0 }, { since });
+      for (let client = 0; client < 10; client++) await assertServes(keygate);
+    });
+  }
+});
+
+interface Parts {
+  readonly token: ProvisionedToken;
+  readonly faults: FaultModule;
+  readonly document: KeygateDocument;
+}
+
+/** A token behind the fault module and an echo upstream, which go with the test. */
+async function ingredients(test: TestContext, sections: object, listener: object = {}): Promise<Parts> {
+  const token = await provisionedToken({ www: { kind: 'p256' } });
+  const upstream = await echoUpstream();
+  const faults = new FaultModule(token);
+  test.after(async () => {
+    await upstream.close();
+    faults.close();
+    token.dispose();
+  });
+  const document = {
+    upstreams: { echo: { servers: [upstream.address] } },
+    listeners: { https: listener },
+    tokens: { hsm: { ...token.settings, module: faults.module, signDeadline: '1m' } },
+    drainDeadline: '0s',
+    ...sections,
+  };
+  return { token, faults, document };
+}
+
+async function start(test: TestContext, { token, faults, document }: Parts): Promise<Keygate> {
+  const keygate = await startKeygate(token, document, { env: faults.env });
+  test.after(() => keygate.kill());
+  return keygate;
+}
+
+async function service(test: TestContext, sections: object): Promise<Parts & { readonly keygate: Keygate }> {
+  const parts = await ingredients(test, sections);
+  return { ...parts, keygate: await start(test, parts) };
+}
+
+async function killWorker(keygate: Keygate, slot: number): Promise<void> {
+  process.kill(await pidOf(keygate, slot), 'SIGKILL');
+}
+
+/** @returns its process id when each of its threads has stopped */
+async function stoppedWorker(keygate: Keygate, slot: number): Promise<number> {
+  const pid = await pidOf(keygate, slot);
+  process.kill(pid, 'SIGSTOP');
+  await until('stopped worker', () =>
+    readdirSync(`/proc/${pid}/task`).every((thread) =>
+      /\) T /.test(readFileSync(`/proc/${pid}/task/${thread}/stat`, 'utf8')),
+    ),
+  );
+  return pid;
+}
+
+async function pidOf(keygate: Keygate, slot: number): Promise<number> {
+  const { pid } = (await keygate.status()).workers[slot] ?? {};
+  assert.ok(pid !== undefined, `no worker in slot ${slot}`);
+  return pid;
+}
+
+interface ClientStream {
+  /** Set when a worker accepts nothing any more: whoever comes from then on must be served. */
+  workerStopped: boolean;
+  readonly failedAfterStop: readonly unknown[];
+  readonly isRunning: () => boolean;
+  end(): Promise<void>;
+}
+
+/** Clients that come one after the other, a few at once, and want an echo each. */
+function clientStream(keygate: Keygate): ClientStream {
+  const failedAfterStop: unknown[] = [];
+  let running = true;
+  const stream: ClientStream = {
+    workerStopped: false,
+    failedAfterStop,
+    isRunning: () => running,
+    async end() {
+      running = false;
+      await Promise.all(clients);
+    },
+  };
+  const clients = [1, 2, 3].map(async () => {
+    while (stream.isRunning()) {
+      const mustBeServed = stream.workerStopped;
+      try {
+        await assertServes(keygate);
+      } catch (error) {
+        if (mustBeServed) failedAfterStop.push(error);
+      }
+    }
+  });
+  return stream;
+}
+
+/** @returns whether the connection echoed as long as it was asked to */
+async function echoWhile(goesOn: () => boolean, client: TLSSocket): Promise<boolean> {
+  try {
+    while (goesOn()) await assertEchoes(client);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Resolves when the peer has ended the connection, in whatever way. */
+async function ended(client: TLSSocket): Promise<void> {
+  client.on('end', () => client.destroy()).resume();
+  await once(client, 'close');
+}
+
+async function assertServes(keygate: Keygate): Promise<void> {
+  const client = await tlsClient({ port: keygate.port() });
+  try {
+    await assertEchoes(client);
+  } finally {
+    client.destroy();
+  }
+}
+
+/** Lanes open their PKCS#11 sessions when they are needed first. */
+async function useEveryLane(keygate: Keygate): Promise<void> {
+  await until('PKCS#11 session of each lane', async () => {
+    await Promise.all(Array.from({ length: 20 }, () => assertServes(keygate)));
+    const [token] = (await keygate.status()).engine.tokens;
+    return token !== undefined && token.lanesIdle === 2 * lanesPerWorker;
+  });
+}
+
+const lanesPerWorker = 2;
+
+async function connectionsOpen(keygate: Keygate): Promise<number> {
+  const { listeners } = (await keygate.status()).engine;
+  return listeners.reduce((sum, listener) => sum + listener.connectionsOpen, 0);
+}
+
+/** Every series that may only grow. */
+async function counters(keygate: Keygate): Promise<Map<string, number>> {
+  const families = parseScrape((await keygate.admin('/metrics')).body);
+  return new Map([...families.values()].filter(({ type }) => type !== 'gauge').flatMap(({ series }) => [...series]));
+}
+
+function assertNeverBackwards(scrapes: readonly ReadonlyMap<string, number>[]): void {
+  for (const [index, earlier] of scrapes.slice(0, -1).entries()) {
+    const later = scrapes[index + 1];
+    for (const [series, value] of earlier) {
+      const next = later?.get(series);
+      assert.ok(next !== undefined && next >= value, `${series} went from ${value} to ${next}`);
+    }
+  }
+}
+
+const nobody = 65_534;
+
+/** To `owner`, and nobody's group. */
+function give(directory: string, owner: number, modes: { readonly directories: number; readonly files: number }): void {
+  const inside = readdirSync(directory, { recursive: true, encoding: 'utf8' }).map((path) => join(directory, path));
+  for (const path of [directory, ...inside]) {
+    chownSync(path, owner, nobody);
+    chmodSync(path, lstatSync(path).isDirectory() ? modes.directories : modes.files);
+  }
+}
+
+/** One that is free now. */
+async function privilegedPort(): Promise<number> {
+  for (let port = 1023; port > 512; port--) {
+    const server = createServer();
+    try {
+      server.listen({ host: '127.0.0.1', port });
+      await once(server, 'listening');
+      return (server.address() as AddressInfo).port;
+    } catch {
+      // Somebody has it.
+    } finally {
+      server.close();
+    }
+  }
+  return assert.fail('no privileged port is free');
+}
+
+/** A field of proc(5)'s status, in words. */
+function statusOf(pid: number, field: string): string[] {
+  const line = new RegExp(`^${field}:\\s+(.*)$`, 'm').exec(readFileSync(`/proc/${pid}/status`, 'utf8'));
+  return line?.[1]?.split(/\s+/) ?? [];
+}
