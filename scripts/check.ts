@@ -23,6 +23,8 @@ interface Result {
 const root = join(import.meta.dirname, '..');
 const bin = join(root, 'node_modules/.bin');
 const manifest = ['--manifest-path', 'src/engine/Cargo.toml'];
+/** A crate of its own: the PKCS#11 module that tests load to make a token fail. */
+const faultModule = ['--manifest-path', 'test/fault-module/Cargo.toml'];
 /** A test that hangs must not take the whole run with it. */
 const checkDeadlineMs = 20 * 60_000;
 const testDeadlineMs = 2 * 60_000;
@@ -30,11 +32,16 @@ const testDeadlineMs = 2 * 60_000;
 const checks: readonly Check[] = [
   { name: 'format', command: [`${bin}/oxfmt`, '--check'] },
   { name: 'format-rust', command: ['cargo', 'fmt', '--check', ...manifest] },
+  { name: 'format-fault-module', command: ['cargo', 'fmt', '--check', ...faultModule] },
   { name: 'types', command: [`${bin}/tsc`, '-p', '.'] },
   { name: 'lint', command: [`${bin}/oxlint`, '--type-aware', '--deny-warnings'] },
   {
     name: 'lint-rust',
     command: ['cargo', 'clippy', '--release', '--all-targets', '--locked', ...manifest, '--', '-D', 'warnings'],
+  },
+  {
+    name: 'lint-fault-module',
+    command: ['cargo', 'clippy', '--all-targets', '--locked', ...faultModule, '--', '-D', 'warnings'],
   },
   { name: 'dead-code', command: [`${bin}/knip`] },
   { name: 'docs', command: [process.execPath, 'scripts/docs.ts', '--check'] },
