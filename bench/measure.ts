@@ -45,12 +45,18 @@ export interface Measured {
   readonly rounds: readonly Round[];
 }
 
+/** What all contenders share. */
+export interface Bed {
+  readonly loadProgram: string;
+  readonly keys: Keys;
+  readonly upstreamPort: number;
+}
+
 /** @throws when a contender does not start, dies, or negotiates something else than the scenario says. */
 export async function measure(
   scenario: Scenario,
   contenders: readonly Contender[],
-  keys: Keys,
-  upstreamPort: number,
+  bed: Bed,
   pace: Pace,
   progress: (line: string) => void,
 ): Promise<readonly Measured[]> {
@@ -59,7 +65,7 @@ export async function measure(
     // One at a time: two programs that log in to SoftHSM at once can miss the token.
     for (const contender of contenders) {
       progress(`${scenario.name}: starting ${contender.name}`);
-      started.push(await start(contender, scenario, keys, upstreamPort, pace));
+      started.push(await start(contender, scenario, bed, pace));
     }
     const rounds = started.map((): Round[] => []);
     for (let round = 0; round < pace.rounds; round += 1) {
@@ -69,7 +75,9 @@ export async function measure(
         const running = started[index] as Started;
         const result = await measureRound(running, pace);
         rounds[index]?.push(result);
-        progress(`${scenario.name}: round ${round + 1}/${pace.rounds} ${running.contender.name} ${Math.round(result.handshakes / result.seconds)}/s`);
+        progress(
+          `${scenario.name}: round ${round + 1}/${pace.rounds} ${running.contender.name} ${Math.round(result.handshakes / result.seconds)}/s`,
+        );
       }
     }
     return started.map(({ contender }, index) => ({ contender, rounds: rounds[index] ?? [] }));
@@ -81,17 +89,22 @@ export async function measure(
 interface Started {
   readonly contender: Contender;
   readonly scenario: Scenario;
+  readonly bed: Bed;
   readonly pinned: Pinned;
   readonly port: number;
-  readonly certificate: string;
 }
 
-async function start(contender: Contender, scenario: Scenario, keys: Keys, upstreamPort: number, pace: Pace): Promise<Started> {
+async function start(contender: Contender, scenario: Scenario, bed: Bed, pace: Pace): Promise<Started> {
+  const { keys, upstreamPort } = bed;
   const directory = join(keys.token.directory, scenario.name, contender.name);
   mkdirSync(directory, { recursive: true, mode: 0o700 });
   const port = await freePort();
-  const pinned = new Pinned(contender.name, cores.contender, contender.command({ scenario, keys, directory, port, upstreamPort }));
-  const started = { contender, scenario, pinned, port, certificate: keys.files[scenario.key].certificate };
+  const pinned = new Pinned(
+    contender.name,
+    cores.contender,
+    contender.command({ scenario, keys, directory, port, upstreamPort }),
+  );
+  const started = { contender, scenario, bed, pinned, port };
   try {
     await accepting(pinned, port);
     // Also waits for the login: until then connections wait in the accept queue.
@@ -99,7 +112,9 @@ async function start(contender: Contender, scenario: Scenario, keys: Keys, upstr
     check(started, warm);
   } catch (error) {
     await pinned.stop();
-    throw new Error(`${contender.name} is not fit to be measured: ${String(error)}; ${pinned.obituary}`, { cause: error });
+    throw new Error(`${contender.name} is not fit to be measured: ${String(error)}; ${pinned.obituary}`, {
+      cause: error,
+    });
   }
   return started;
 }
@@ -130,15 +145,23 @@ async function measureRound(running: Started, pace: Pace): Promise<Round> {
   };
 }
 
-function load(running: Started, pace: Pick<Pace, 'seconds' | 'connections'>, count?: number, started?: () => void): Promise<LoadResult> {
-  const { scenario, port, certificate } = running;
+function load(
+  running: Started,
+  pace: Pick<Pace, 'seconds' | 'connections'>,
+  count?: number,
+  started?: () => void,
+): Promise<LoadResult> {
+  const { scenario, port, bed } = running;
+  const { certificate } = bed.keys.files[scenario.key];
   const plan = { port, certificate, scenario, connections: pace.connections, seconds: pace.seconds };
-  return runLoad(cores.load, count === undefined ? plan : { ...plan, count }, started);
+  return runLoad(bed.loadProgram, cores.load, count === undefined ? plan : { ...plan, count }, started);
 }
 
 function cpuUsed(running: Started, before: CpuTime, after: CpuTime): number {
   if (before.pids.join() !== after.pids.join()) {
-    throw new Error(`${running.contender.name}: processes ${before.pids.join()} became ${after.pids.join()} during a round: ${running.pinned.obituary}`);
+    throw new Error(
+      `${running.contender.name}: processes ${before.pids.join()} became ${after.pids.join()} during a round: ${running.pinned.obituary}`,
+    );
   }
   return after.seconds - before.seconds;
 }
@@ -165,5 +188,7 @@ function check({ contender, scenario }: Started, result: LoadResult): void {
   const wrong = Object.entries(expected).filter(([name, value]) => found[name as keyof typeof found] !== value);
   if (wrong.length === 0) return;
   const list = wrong.map(([name, value]) => `${name}: expected ${value}, found ${found[name as keyof typeof found]}`);
-  throw new Error(`${contender.name} in ${scenario.name}: ${list.join('; ')}; failures ${JSON.stringify(result.failures)}`);
+  throw new Error(
+    `${contender.name} in ${scenario.name}: ${list.join('; ')}; failures ${JSON.stringify(result.failures)}`,
+  );
 }
