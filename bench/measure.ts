@@ -108,8 +108,7 @@ async function start(contender: Contender, scenario: Scenario, bed: Bed, pace: P
   try {
     await accepting(pinned, port);
     // Also waits for the login: until then connections wait in the accept queue.
-    const warm = await load(started, { ...pace, seconds: warmUpSeconds }, warmUpCount);
-    check(started, warm);
+    check(started, await load(started, { ...pace, seconds: Math.min(pace.seconds, warmUpSecondsMax) }));
   } catch (error) {
     await pinned.stop();
     throw new Error(`${contender.name} is not fit to be measured: ${String(error)}; ${pinned.obituary}`, {
@@ -120,13 +119,12 @@ async function start(contender: Contender, scenario: Scenario, bed: Bed, pace: P
 }
 
 /** Caches, branch predictors, memory pools and just-in-time compilers have seen it all by then. */
-const warmUpCount = 2000;
-const warmUpSeconds = 5;
+const warmUpSecondsMax = 1;
 
 async function measureRound(running: Started, pace: Pace): Promise<Round> {
   const { pid } = running.pinned;
   const before = { cpu: cpuTime(pid), core: coreBusySeconds(cores.contender) };
-  const result = await load(running, pace, undefined, () => {
+  const result = await load(running, pace, () => {
     // After the clients' warm-up, which is part of no number.
     before.cpu = cpuTime(pid);
     before.core = coreBusySeconds(cores.contender);
@@ -146,15 +144,12 @@ async function measureRound(running: Started, pace: Pace): Promise<Round> {
 }
 
 function load(
-  running: Started,
-  pace: Pick<Pace, 'seconds' | 'connections'>,
-  count?: number,
+  { scenario, port, bed }: Started,
+  { seconds, connections }: Pick<Pace, 'seconds' | 'connections'>,
   started?: () => void,
 ): Promise<LoadResult> {
-  const { scenario, port, bed } = running;
   const { certificate } = bed.keys.files[scenario.key];
-  const plan = { port, certificate, scenario, connections: pace.connections, seconds: pace.seconds };
-  return runLoad(bed.loadProgram, cores.load, count === undefined ? plan : { ...plan, count }, started);
+  return runLoad(bed.loadProgram, cores.load, { port, certificate, scenario, connections, seconds }, started);
 }
 
 function cpuUsed(running: Started, before: CpuTime, after: CpuTime): number {
