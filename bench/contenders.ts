@@ -65,7 +65,11 @@ export const contenders: readonly Contender[] = [
     title: 'nginx stream + libp11 engine, key in SoftHSM',
     needs: [softHsm, nginx, nginxStream, pkcs11Engine],
     versions: () => ({ ...nginxVersion(), libp11: pkcs11EngineVersion(), softhsm: softHsmVersion() }),
-    command: (place) => nginxCommand(place, `engine:pkcs11:pkcs11:token=${place.keys.token.label};object=${filesOf(place).label};type=private`),
+    command: (place) =>
+      nginxCommand(
+        place,
+        `engine:pkcs11:pkcs11:token=${place.keys.token.label};object=${filesOf(place).label};type=private`,
+      ),
   },
   {
     name: 'nginx-file',
@@ -85,7 +89,9 @@ export const contenders: readonly Contender[] = [
 
 /** What is missing, and where it comes from; empty when all is there. */
 export function missingNeeds(contender: Contender): readonly string[] {
-  return contender.needs.filter(({ files }) => !files.some(existsSync)).map(({ files, from }) => `${files.join(' or ')} (${from})`);
+  return contender.needs
+    .filter(({ files }) => !files.some(existsSync))
+    .map(({ files, from }) => `${files.join(' or ')} (${from})`);
 }
 
 function keygateCommand(place: Place): Command {
@@ -143,7 +149,9 @@ function nginxCommand(place: Place, key: string): Command {
     `    ssl_certificate_key "${key}";`,
     `    ssl_protocols TLSv${scenario.tls};`,
     `    ssl_ecdh_curve ${negotiation.group};`,
-    scenario.tls === '1.3' ? `    ssl_conf_command Ciphersuites ${suiteOf(scenario).openssl};` : `    ssl_ciphers ${suiteOf(scenario).openssl};`,
+    scenario.tls === '1.3'
+      ? `    ssl_conf_command Ciphersuites ${suiteOf(scenario).openssl};`
+      : `    ssl_ciphers ${suiteOf(scenario).openssl};`,
     `    ssl_conf_command NumTickets ${scenario.tickets};`,
     `    ssl_session_tickets ${scenario.tickets > 0 ? 'on' : 'off'};`,
     // "off" would refuse tickets as well.
@@ -158,7 +166,15 @@ function nginxCommand(place: Place, key: string): Command {
 function haproxyCommand(place: Place): Command {
   const { scenario } = place;
   // HAProxy has no word for the number of tickets; the library has.
-  const openssl = write(place, 'openssl.cnf', ['openssl_conf = init', '[init]', 'ssl_conf = ssl', '[ssl]', 'system_default = system', '[system]', `NumTickets = ${scenario.tickets}`]);
+  const openssl = write(place, 'openssl.cnf', [
+    'openssl_conf = init',
+    '[init]',
+    'ssl_conf = ssl',
+    '[ssl]',
+    'system_default = system',
+    '[system]',
+    `NumTickets = ${scenario.tickets}`,
+  ]);
   const version = `TLSv${scenario.tls}`;
   const suites = `${scenario.tls === '1.3' ? 'ciphersuites' : 'ciphers'} ${suiteOf(scenario).openssl}`;
   const bind = `crt ${filesOf(place).both} ssl-min-ver ${version} ssl-max-ver ${version} curves ${negotiation.group} ${suites}`;
@@ -176,7 +192,12 @@ function haproxyCommand(place: Place): Command {
     `  bind 127.0.0.1:${place.port} backlog 4096 ssl ${bind}${scenario.tickets > 0 ? '' : ' no-tls-tickets'}`,
     `  server lines 127.0.0.1:${place.upstreamPort}`,
   ]);
-  return { file: '/usr/sbin/haproxy', args: ['-db', '-f', config], env: { OPENSSL_CONF: openssl }, cwd: place.directory };
+  return {
+    file: '/usr/sbin/haproxy',
+    args: ['-db', '-f', config],
+    env: { OPENSSL_CONF: openssl },
+    cwd: place.directory,
+  };
 }
 
 function filesOf(place: Place): KeyFiles {

@@ -38,7 +38,7 @@ export interface Report {
 export async function benchmark(plan: Plan, progress: (line: string) => void): Promise<Report> {
   refuseWhatIsMissing(plan);
   progress('building the load generator');
-  await buildLoad();
+  const loadProgram = await buildLoad();
   const report = {
     startedAt: new Date().toISOString(),
     machine: machine(),
@@ -48,10 +48,11 @@ export async function benchmark(plan: Plan, progress: (line: string) => void): P
   progress('making keys and a token');
   const keys = makeKeys();
   try {
-    const upstream = await startUpstream(cores.load);
+    const upstream = await startUpstream(loadProgram, cores.load);
     const reports: ScenarioReport[] = [];
     for (const scenario of plan.scenarios) {
-      const measured = await measure(scenario, plan.contenders, keys, upstream.port, plan, progress);
+      const bed = { loadProgram, keys, upstreamPort: upstream.port };
+      const measured = await measure(scenario, plan.contenders, bed, plan, progress);
       reports.push(summarise(scenario, measured));
     }
     return { ...report, scenarios: reports };
@@ -62,9 +63,14 @@ export async function benchmark(plan: Plan, progress: (line: string) => void): P
 }
 
 function refuseWhatIsMissing(plan: Plan): void {
-  const missing = plan.contenders.flatMap((contender) => missingNeeds(contender).map((need) => `${contender.name} needs ${need}`));
+  const missing = plan.contenders.flatMap((contender) =>
+    missingNeeds(contender).map((need) => `${contender.name} needs ${need}`),
+  );
   if (availableParallelism() < 2) missing.push('two cores: one for the contender, one for the load');
-  if (missing.length > 0) throw new Error(`${missing.join('\n')}\nleave contenders out with --contenders ${contenders.map(({ name }) => name).join(',')}`);
+  if (missing.length > 0)
+    throw new Error(
+      `${missing.join('\n')}\nleave contenders out with --contenders ${contenders.map(({ name }) => name).join(',')}`,
+    );
 }
 
 async function main(): Promise<void> {
@@ -97,13 +103,20 @@ async function main(): Promise<void> {
     mkdirSync(dirname(values.out), { recursive: true });
     writeFileSync(values.out, `${JSON.stringify(report, undefined, 1)}\n`);
   }
-  const failed = report.scenarios.some((scenario) => scenario.contenders.some(({ failures }) => Object.keys(failures).length > 0));
+  const failed = report.scenarios.some((scenario) =>
+    scenario.contenders.some(({ failures }) => Object.keys(failures).length > 0),
+  );
   if (failed) process.exitCode = 1;
 }
 
 function caveats(report: Report): string {
   const { cpu, cores: count, kernel, loadAverage } = report.machine;
-  const versions = Object.entries(report.versions).map(([name, all]) => `  ${name}: ${Object.entries(all).map((pair) => pair.join(' ')).join(', ')}`);
+  const versions = Object.entries(report.versions).map(
+    ([name, all]) =>
+      `  ${name}: ${Object.entries(all)
+        .map((pair) => pair.join(' '))
+        .join(', ')}`,
+  );
   return [
     `Medians of ${report.pace.rounds} rounds of ${report.pace.seconds} s with ${report.pace.connections} clients; in brackets the lowest and highest round.`,
     `Absolute numbers are those of this machine (${cpu}, ${count} cores, Linux ${kernel}, load average at the start ${loadAverage.map((load) => load.toFixed(1)).join(' ')}):`,
@@ -117,14 +130,16 @@ function caveats(report: Report): string {
 function number(name: string, text: string, min: number, max: number): number {
   const value = Number(text);
   const whole = name === 'seconds' || Number.isInteger(value);
-  if (text.trim() === '' || !whole || !(value >= min && value <= max)) throw new Error(`--${name} ${text}: expected a number from ${min} to ${max}`);
+  if (text.trim() === '' || !whole || !(value >= min && value <= max))
+    throw new Error(`--${name} ${text}: expected a number from ${min} to ${max}`);
   return value;
 }
 
 function chosen<T extends { readonly name: string }>(flag: string, text: string, known: readonly T[]): T[] {
   return text.split(',').map((name) => {
     const found = known.find((each) => each.name === name);
-    if (found === undefined) throw new Error(`--${flag} ${name}: expected some of ${known.map((each) => each.name).join(',')}`);
+    if (found === undefined)
+      throw new Error(`--${flag} ${name}: expected some of ${known.map((each) => each.name).join(',')}`);
     return found;
   });
 }

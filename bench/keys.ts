@@ -33,12 +33,23 @@ export interface KeyFiles {
 export function makeKeys(): Keys {
   const token = disposableToken({ label: 'keygate-bench' });
   try {
-    const files = Object.fromEntries(keyKinds.map((kind, index) => [kind, makeKey(token, kind, index + 1)])) as Record<KeyKind, KeyFiles>;
-    return { token, files, dispose: () => token.dispose() };
+    const files = Object.fromEntries(keyKinds.map((kind) => [kind, makeKeyFiles(token.directory, kind)]));
+    keyKinds.forEach((kind, index) => importKey(token, kind, files[kind] as KeyFiles, index + 1));
+    return { token, files: files as Keys['files'], dispose: () => token.dispose() };
   } catch (error) {
     token.dispose();
     throw error;
   }
+}
+
+/** A new private key and a certificate that it signed itself, for `localhost` and two days. */
+export function makeKeyFiles(directory: string, kind: KeyKind): KeyFiles {
+  const path = (extension: string) => join(directory, `${kind}.${extension}`);
+  const [privateKey, certificate, both] = [path('key'), path('pem'), path('both.pem')];
+  run('openssl', ['genpkey', ...algorithms[kind], '-out', privateKey]);
+  run('openssl', ['req', '-new', '-x509', '-key', privateKey, '-out', certificate, '-days', '2', ...contents]);
+  writeFileSync(both, readFileSync(certificate, 'utf8') + readFileSync(privateKey, 'utf8'), { mode: 0o600 });
+  return { label: kind, certificate, privateKey, both };
 }
 
 const algorithms: Record<KeyKind, readonly string[]> = {
@@ -46,24 +57,22 @@ const algorithms: Record<KeyKind, readonly string[]> = {
   rsa2048: ['-algorithm', 'RSA', '-pkeyopt', 'rsa_keygen_bits:2048'],
 };
 
-function makeKey(token: DisposableToken, kind: KeyKind, id: number): KeyFiles {
-  const path = (extension: string) => join(token.directory, `${kind}.${extension}`);
-  const [privateKey, certificate, both] = [path('key'), path('pem'), path('both.pem')];
-  run(token, 'openssl', ['genpkey', ...algorithms[kind], '-out', privateKey]);
-  run(token, 'openssl', ['req', '-new', '-x509', '-key', privateKey, '-out', certificate, '-days', '2', '-subj', '/CN=localhost', ...extensions]);
-  writeFileSync(both, readFileSync(certificate, 'utf8') + readFileSync(privateKey, 'utf8'), { mode: 0o600 });
-  const idHex = id.toString(16).padStart(2, '0');
-  run(token, 'softhsm2-util', ['--import', privateKey, '--token', token.label, '--label', kind, '--id', idHex, '--pin', token.pin]);
-  return { label: kind, certificate, privateKey, both };
+const contents = [
+  '-subj',
+  '/CN=localhost',
+  ...[
+    'subjectAltName=DNS:localhost',
+    'basicConstraints=critical,CA:FALSE',
+    'keyUsage=critical,digitalSignature',
+    'extendedKeyUsage=serverAuth',
+  ].flatMap((extension) => ['-addext', extension]),
+];
+
+function importKey(token: DisposableToken, kind: KeyKind, files: KeyFiles, id: number): void {
+  const which = ['--label', kind, '--id', id.toString(16).padStart(2, '0')];
+  run('softhsm2-util', ['--import', files.privateKey, '--token', token.label, '--pin', token.pin, ...which], token.env);
 }
 
-const extensions = [
-  'subjectAltName=DNS:localhost',
-  'basicConstraints=critical,CA:FALSE',
-  'keyUsage=critical,digitalSignature',
-  'extendedKeyUsage=serverAuth',
-].flatMap((extension) => ['-addext', extension]);
-
-function run(token: DisposableToken, command: string, args: readonly string[]): void {
-  execFileSync(command, args, { env: { ...process.env, ...token.env }, stdio: ['ignore', 'pipe', 'pipe'] });
+function run(command: string, args: readonly string[], env: Readonly<Record<string, string>> = {}): void {
+  execFileSync(command, args, { env: { ...process.env, ...env }, stdio: ['ignore', 'pipe', 'pipe'] });
 }

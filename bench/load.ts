@@ -22,7 +22,12 @@ export interface LoadResult {
   readonly deviations: number;
   /** Session tickets that the server gave. */
   readonly tickets: number;
-  readonly negotiated: { readonly protocol: string; readonly cipherSuite: string; readonly group: string | null; readonly resumed: boolean } | null;
+  readonly negotiated: {
+    readonly protocol: string;
+    readonly cipherSuite: string;
+    readonly group: string | null;
+    readonly resumed: boolean;
+  } | null;
   /** From connect to the end of the handshake, microseconds. */
   readonly handshakeUs: Percentiles;
   /** From connect to the close, microseconds. */
@@ -42,19 +47,32 @@ export interface LoadPlan {
 }
 
 const crate = fileURLToPath(new URL('load/', import.meta.url));
-/** Where bench/load/.cargo/config.toml says. */
-export const loadProgram = fileURLToPath(new URL('../src/engine/target/release/keygate-load', import.meta.url));
-
-/** @throws what cargo said. */
-export async function buildLoad(): Promise<void> {
-  await promisify(execFile)('cargo', ['build', '--release', '--locked', '--quiet'], { cwd: crate, maxBuffer: buildOutputBytesMax });
-}
-
 const buildOutputBytesMax = 10_000_000;
 
+/**
+ * @returns the path of the program.
+ * @throws what cargo said.
+ */
+export async function buildLoad(): Promise<string> {
+  // In the directory of the crate, where .cargo/config.toml says that it shares what the engine has compiled.
+  const { stdout } = await promisify(execFile)(
+    'cargo',
+    ['build', '--release', '--locked', '--quiet', '--message-format', 'json'],
+    { cwd: crate, maxBuffer: buildOutputBytesMax },
+  );
+  const messages = stdout.split('\n').filter((line) => line.startsWith('{'));
+  const programs = messages.map((line) => (JSON.parse(line) as { executable?: string | null }).executable);
+  const program = programs.findLast((path) => typeof path === 'string');
+  if (program === undefined) throw new Error(`cargo built no program in ${crate}`);
+  return program;
+}
+
 /** The upstream, and where it listens. It ends with this process. */
-export async function startUpstream(core: number): Promise<{ readonly pinned: Pinned; readonly port: number }> {
-  const pinned = new Pinned('upstream', core, { file: loadProgram, args: ['upstream'] });
+export async function startUpstream(
+  program: string,
+  core: number,
+): Promise<{ readonly pinned: Pinned; readonly port: number }> {
+  const pinned = new Pinned('upstream', core, { file: program, args: ['upstream'] });
   for await (const event of eventsOf(pinned)) {
     if (event.event === 'listening') return { pinned, port: Number(String(event['address']).split(':').at(-1)) };
   }
@@ -65,12 +83,17 @@ export async function startUpstream(core: number): Promise<{ readonly pinned: Pi
  * @param started called when every client is warm and the clock starts.
  * @throws when the generator gave up.
  */
-export async function runLoad(core: number, plan: LoadPlan, started: () => void = () => {}): Promise<LoadResult> {
+export async function runLoad(
+  program: string,
+  core: number,
+  plan: LoadPlan,
+  started: () => void = () => {},
+): Promise<LoadResult> {
   const args = ['handshakes', '--to', `127.0.0.1:${plan.port}`, '--certificate', plan.certificate];
   args.push('--tls', plan.scenario.tls, '--connections', String(plan.connections), '--seconds', String(plan.seconds));
   if (plan.scenario.resume) args.push('--resume');
   if (plan.count !== undefined) args.push('--count', String(plan.count));
-  const pinned = new Pinned('load', core, { file: loadProgram, args });
+  const pinned = new Pinned('load', core, { file: program, args });
   const exit = once(pinned.child, 'close');
   let result: LoadResult | undefined;
   for await (const event of eventsOf(pinned)) {

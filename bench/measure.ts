@@ -45,12 +45,18 @@ export interface Measured {
   readonly rounds: readonly Round[];
 }
 
+/** What all contenders share. */
+export interface Bed {
+  readonly loadProgram: string;
+  readonly keys: Keys;
+  readonly upstreamPort: number;
+}
+
 /** @throws when a contender does not start, dies, or negotiates something else than the scenario says. */
 export async function measure(
   scenario: Scenario,
   contenders: readonly Contender[],
-  keys: Keys,
-  upstreamPort: number,
+  bed: Bed,
   pace: Pace,
   progress: (line: string) => void,
 ): Promise<readonly Measured[]> {
@@ -59,7 +65,7 @@ export async function measure(
     // One at a time: two programs that log in to SoftHSM at once can miss the token.
     for (const contender of contenders) {
       progress(`${scenario.name}: starting ${contender.name}`);
-      started.push(await start(contender, scenario, keys, upstreamPort, pace));
+      started.push(await start(contender, scenario, bed, pace));
     }
     const rounds = started.map((): Round[] => []);
     for (let round = 0; round < pace.rounds; round += 1) {
@@ -69,7 +75,9 @@ export async function measure(
         const running = started[index] as Started;
         const result = await measureRound(running, pace);
         rounds[index]?.push(result);
-        progress(`${scenario.name}: round ${round + 1}/${pace.rounds} ${running.contender.name} ${Math.round(result.handshakes / result.seconds)}/s`);
+        progress(
+          `${scenario.name}: round ${round + 1}/${pace.rounds} ${running.contender.name} ${Math.round(result.handshakes / result.seconds)}/s`,
+        );
       }
     }
     return started.map(({ contender }, index) => ({ contender, rounds: rounds[index] ?? [] }));
@@ -81,37 +89,42 @@ export async function measure(
 interface Started {
   readonly contender: Contender;
   readonly scenario: Scenario;
+  readonly bed: Bed;
   readonly pinned: Pinned;
   readonly port: number;
-  readonly certificate: string;
 }
 
-async function start(contender: Contender, scenario: Scenario, keys: Keys, upstreamPort: number, pace: Pace): Promise<Started> {
+async function start(contender: Contender, scenario: Scenario, bed: Bed, pace: Pace): Promise<Started> {
+  const { keys, upstreamPort } = bed;
   const directory = join(keys.token.directory, scenario.name, contender.name);
   mkdirSync(directory, { recursive: true, mode: 0o700 });
   const port = await freePort();
-  const pinned = new Pinned(contender.name, cores.contender, contender.command({ scenario, keys, directory, port, upstreamPort }));
-  const started = { contender, scenario, pinned, port, certificate: keys.files[scenario.key].certificate };
+  const pinned = new Pinned(
+    contender.name,
+    cores.contender,
+    contender.command({ scenario, keys, directory, port, upstreamPort }),
+  );
+  const started = { contender, scenario, bed, pinned, port };
   try {
     await accepting(pinned, port);
     // Also waits for the login: until then connections wait in the accept queue.
-    const warm = await load(started, { ...pace, seconds: warmUpSeconds }, warmUpCount);
-    check(started, warm);
+    check(started, await load(started, { ...pace, seconds: Math.min(pace.seconds, warmUpSecondsMax) }));
   } catch (error) {
     await pinned.stop();
-    throw new Error(`${contender.name} is not fit to be measured: ${String(error)}; ${pinned.obituary}`, { cause: error });
+    throw new Error(`${contender.name} is not fit to be measured: ${String(error)}; ${pinned.obituary}`, {
+      cause: error,
+    });
   }
   return started;
 }
 
 /** Caches, branch predictors, memory pools and just-in-time compilers have seen it all by then. */
-const warmUpCount = 2000;
-const warmUpSeconds = 5;
+const warmUpSecondsMax = 1;
 
 async function measureRound(running: Started, pace: Pace): Promise<Round> {
   const { pid } = running.pinned;
   const before = { cpu: cpuTime(pid), core: coreBusySeconds(cores.contender) };
-  const result = await load(running, pace, undefined, () => {
+  const result = await load(running, pace, () => {
     // After the clients' warm-up, which is part of no number.
     before.cpu = cpuTime(pid);
     before.core = coreBusySeconds(cores.contender);
@@ -130,15 +143,20 @@ async function measureRound(running: Started, pace: Pace): Promise<Round> {
   };
 }
 
-function load(running: Started, pace: Pick<Pace, 'seconds' | 'connections'>, count?: number, started?: () => void): Promise<LoadResult> {
-  const { scenario, port, certificate } = running;
-  const plan = { port, certificate, scenario, connections: pace.connections, seconds: pace.seconds };
-  return runLoad(cores.load, count === undefined ? plan : { ...plan, count }, started);
+function load(
+  { scenario, port, bed }: Started,
+  { seconds, connections }: Pick<Pace, 'seconds' | 'connections'>,
+  started?: () => void,
+): Promise<LoadResult> {
+  const { certificate } = bed.keys.files[scenario.key];
+  return runLoad(bed.loadProgram, cores.load, { port, certificate, scenario, connections, seconds }, started);
 }
 
 function cpuUsed(running: Started, before: CpuTime, after: CpuTime): number {
   if (before.pids.join() !== after.pids.join()) {
-    throw new Error(`${running.contender.name}: processes ${before.pids.join()} became ${after.pids.join()} during a round: ${running.pinned.obituary}`);
+    throw new Error(
+      `${running.contender.name}: processes ${before.pids.join()} became ${after.pids.join()} during a round: ${running.pinned.obituary}`,
+    );
   }
   return after.seconds - before.seconds;
 }
@@ -165,5 +183,7 @@ function check({ contender, scenario }: Started, result: LoadResult): void {
   const wrong = Object.entries(expected).filter(([name, value]) => found[name as keyof typeof found] !== value);
   if (wrong.length === 0) return;
   const list = wrong.map(([name, value]) => `${name}: expected ${value}, found ${found[name as keyof typeof found]}`);
-  throw new Error(`${contender.name} in ${scenario.name}: ${list.join('; ')}; failures ${JSON.stringify(result.failures)}`);
+  throw new Error(
+    `${contender.name} in ${scenario.name}: ${list.join('; ')}; failures ${JSON.stringify(result.failures)}`,
+  );
 }

@@ -139,8 +139,7 @@ function accepts(port: number): Promise<boolean> {
 function descendants(pid: number): number[] {
   return readdirSync(`/proc/${pid}/task`)
     .flatMap((thread) => readFileSync(`/proc/${pid}/task/${thread}/children`, 'utf8').split(' '))
-    .filter((text) => text.trim() !== '')
-    .flatMap((text) => [Number(text), ...descendants(Number(text))]);
+    .flatMap((text) => (text.trim() === '' ? [] : [Number(text), ...descendants(Number(text))]));
 }
 
 /** utime + stime, proc_pid_stat(5); the name before them may contain blanks and brackets. */

@@ -39,7 +39,8 @@ export interface ContenderReport {
 export function summarise(scenario: Scenario, measured: readonly Measured[]): ScenarioReport {
   const our = measured.find(({ contender }) => contender.name === ours);
   const contenders = measured.map(({ contender, rounds }): ContenderReport => {
-    const ratio = our !== undefined && contender.name !== ours ? pairedRatio(our.rounds.map(cpuUs), rounds.map(cpuUs)) : undefined;
+    const ratio =
+      our !== undefined && contender.name !== ours ? pairedRatio(our.rounds.map(cpuUs), rounds.map(cpuUs)) : undefined;
     return {
       name: contender.name,
       title: contender.title,
@@ -72,13 +73,28 @@ export function table(report: ScenarioReport): string {
     `${(contender.strangersShare.median * 100).toFixed(0)} %`,
     (contender.handshakeP50Us.median / 1000).toFixed(1),
     (contender.handshakeP99Us.median / 1000).toFixed(1),
-    Object.entries(contender.failures).map(([kind, count]) => `${count} ${kind}`).join(', ') || '0',
+    Object.entries(contender.failures)
+      .map(([kind, count]) => `${count} ${kind}`)
+      .join(', ') || '0',
   ]);
-  const goals = report.goals.map(({ against, cpuRatioMax, met }) => `Goal: at most ${cpuRatioMax} of the CPU of ${against}: ${met ? 'met' : 'missed'}.`);
+  const goals = report.goals.map(
+    ({ against, cpuRatioMax, met }) =>
+      `Goal: at most ${cpuRatioMax} of the CPU of ${against}: ${met ? 'met' : 'missed'}.`,
+  );
   return [`### ${report.title} (${report.name})`, '', ...aligned([columns, ...rows]), '', ...goals].join('\n');
 }
 
-const columns = ['contender', "keygate's CPU ÷ its CPU", 'CPU µs/handshake', 'handshakes/s', 'core used by it', 'by others', 'p50 ms', 'p99 ms', 'failures'];
+const columns = [
+  'contender',
+  "keygate's CPU ÷ its CPU",
+  'CPU µs/handshake',
+  'handshakes/s',
+  'core used by it',
+  'by others',
+  'p50 ms',
+  'p99 ms',
+  'failures',
+];
 
 function cpuUs(round: Round): number {
   return (round.cpuSeconds / round.handshakes) * 1e6;
@@ -96,7 +112,8 @@ function interval({ median, min, max }: Spread, digits: number): string {
 
 function aligned(rows: readonly (readonly string[])[]): string[] {
   const widths = columns.map((_, column) => Math.max(...rows.map((row) => row[column]?.length ?? 0)));
-  const line = (row: readonly string[]) => `| ${row.map((cell, column) => (column === 0 ? cell.padEnd(widths[column] ?? 0) : cell.padStart(widths[column] ?? 0))).join(' | ')} |`;
+  const line = (row: readonly string[]) =>
+    `| ${row.map((cell, column) => (column === 0 ? cell.padEnd(widths[column] ?? 0) : cell.padStart(widths[column] ?? 0))).join(' | ')} |`;
   const rule = `|${widths.map((width, column) => (column === 0 ? '-'.repeat(width + 2) : `${'-'.repeat(width + 1)}:`)).join('|')}|`;
   const [head, ...body] = rows;
   return [line(head ?? []), rule, ...body.map(line)];

@@ -23,12 +23,15 @@ export function spread(values: readonly number[]): Spread {
  */
 export function pairedRatio(numerators: readonly number[], denominators: readonly number[]): Spread {
   if (numerators.length !== denominators.length) {
-    throw new RangeError(`paired ratio: ${numerators.length} and ${denominators.length} rounds, expected as many of each`);
+    throw new RangeError(
+      `paired ratio: ${numerators.length} and ${denominators.length} rounds, expected as many of each`,
+    );
   }
   return spread(
     numerators.map((numerator, round) => {
       const denominator = denominators[round] as number;
-      if (!(denominator > 0)) throw new RangeError(`paired ratio: denominator ${denominator} in round ${round}, expected more than 0`);
+      if (!(denominator > 0))
+        throw new RangeError(`paired ratio: denominator ${denominator} in round ${round}, expected more than 0`);
       return numerator / denominator;
     }),
   );

@@ -47,9 +47,21 @@ export function pkcs11EngineVersion(): string {
 }
 
 /** What absolute numbers belong to. */
-export function machine(): { readonly cpu: string; readonly cores: number; readonly memoryBytes: number; readonly kernel: string; readonly loadAverage: readonly number[] } {
+export function machine(): {
+  readonly cpu: string;
+  readonly cores: number;
+  readonly memoryBytes: number;
+  readonly kernel: string;
+  readonly loadAverage: readonly number[];
+} {
   const cores = cpus();
-  return { cpu: cores[0]?.model ?? 'unknown', cores: cores.length, memoryBytes: totalmem(), kernel: release(), loadAverage: loadavg() };
+  return {
+    cpu: cores[0]?.model ?? 'unknown',
+    cores: cores.length,
+    memoryBytes: totalmem(),
+    kernel: release(),
+    loadAverage: loadavg(),
+  };
 }
 
 /** The first pattern that a program's output matches: its group, or all of it. nginx answers on standard error. */

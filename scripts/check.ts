@@ -23,6 +23,13 @@ interface Result {
 const root = join(import.meta.dirname, '..');
 const bin = join(root, 'node_modules/.bin');
 const manifest = ['--manifest-path', 'src/engine/Cargo.toml'];
+/** A crate of its own: the PKCS#11 module that tests load to make a token fail. */
+const faultModule = ['--manifest-path', 'test/fault-module/Cargo.toml'];
+/** The load of the benchmarks. What it has in common with the engine is compiled already, and takes minutes. */
+const load = ['--manifest-path', 'bench/load/Cargo.toml'];
+const sharedTarget = ['--target-dir', 'src/engine/target'];
+const clippy = ['clippy', '--all-targets', '--locked'];
+const denyWarnings = ['--', '-D', 'warnings'];
 /** A test that hangs must not take the whole run with it. */
 const checkDeadlineMs = 20 * 60_000;
 const testDeadlineMs = 2 * 60_000;
@@ -30,12 +37,13 @@ const testDeadlineMs = 2 * 60_000;
 const checks: readonly Check[] = [
   { name: 'format', command: [`${bin}/oxfmt`, '--check'] },
   { name: 'format-rust', command: ['cargo', 'fmt', '--check', ...manifest] },
+  { name: 'format-fault-module', command: ['cargo', 'fmt', '--check', ...faultModule] },
+  { name: 'format-load', command: ['cargo', 'fmt', '--check', ...load] },
   { name: 'types', command: [`${bin}/tsc`, '-p', '.'] },
   { name: 'lint', command: [`${bin}/oxlint`, '--type-aware', '--deny-warnings'] },
-  {
-    name: 'lint-rust',
-    command: ['cargo', 'clippy', '--release', '--all-targets', '--locked', ...manifest, '--', '-D', 'warnings'],
-  },
+  { name: 'lint-rust', command: ['cargo', ...clippy, '--release', ...manifest, ...denyWarnings] },
+  { name: 'lint-fault-module', command: ['cargo', ...clippy, ...faultModule, ...denyWarnings] },
+  { name: 'lint-load', command: ['cargo', ...clippy, '--release', ...load, ...sharedTarget, ...denyWarnings] },
   { name: 'dead-code', command: [`${bin}/knip`] },
   { name: 'docs', command: [process.execPath, 'scripts/docs.ts', '--check'] },
   { name: 'binding-types', command: [process.execPath, 'scripts/binding-types.ts', '--check'] },

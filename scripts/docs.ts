@@ -6,7 +6,9 @@
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { configReference } from '../src/config/reference.ts';
+import { engine } from '../src/engine/binding.ts';
 import { errorCodes, exitCodes } from '../src/errors.ts';
+import { metricsTable } from '../src/primary/metrics.ts';
 
 const readme = join(import.meta.dirname, '../README.md');
 
@@ -15,6 +17,8 @@ const sections: Readonly<Record<string, () => string>> = {
   'error-codes': errorCodeTable,
   'config-example': configExample,
   'config-reference': configReference,
+  'close-reasons': closeReasonTable,
+  metrics: metricsTable,
 };
 
 const current = readFileSync(readme, 'utf8');
@@ -50,6 +54,13 @@ function exitCodeTable(): string {
 function errorCodeTable(): string {
   const rows = Object.entries(errorCodes).map(([code, summary]) => `| \`${code}\` | ${summary} |`);
   return ['| error code | meaning |', '|---|---|', ...rows].join('\n');
+}
+
+function closeReasonTable(): string {
+  const rows = engine()
+    .closeReasons()
+    .map(({ side, phase, reason, meaning }) => `| \`${side}/${phase}/${reason}\` | ${meaning} |`);
+  return ['| side/phase/reason | meaning |', '|---|---|', ...rows].join('\n');
 }
 
 function configExample(): string {

@@ -18,6 +18,9 @@ import { formatDuration, parseDuration } from './units.ts';
 /** 7 days (RFC 8446 4.6.1). */
 const ticketLifetimeMsMax = 7 * 24 * 3_600_000;
 
+/** The engine counts milliseconds in 32 bits, which end after 49.7 days; worker/plan.ts asserts it. */
+const lifetimeMsMax = 49 * 86_400_000;
+
 const token = z.strictObject({
   module: path('Path of the PKCS#11 module.'),
   uri: kind('PKCS#11 URI', 'a PKCS#11 URI with a token label', tokenUri).describe(
@@ -202,7 +205,7 @@ const listener = z.strictObject({
     .strictObject({
       handshake: duration(100, 600_000, '10s').describe('From accept to the end of the handshake.'),
       idle: duration(1000, 7 * 86_400_000, '5m').describe('Without a byte in either direction.'),
-      lifetime: duration(1000, 365 * 86_400_000, 'none', 'none').describe('From accept to close, whatever happens.'),
+      lifetime: duration(1000, lifetimeMsMax, 'none', 'none').describe('From accept to close, whatever happens.'),
       halfClosed: duration(1000, 7 * 86_400_000, '1m').describe('Without a byte, once one side has ended its half.'),
     })
     .prefault({})

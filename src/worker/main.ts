@@ -130,7 +130,7 @@ function describeFailure(error: unknown): WorkerFailure {
     return { code, message, hint, exitCode, haltsForking: pinCodes.has(code) };
   }
   // The engine's own words for a refused PIN (signing/token_error.rs).
-  if (/^token_fault pin_/.test(message)) {
+  if (message.startsWith('token_fault pin_')) {
     return { code: 'token_login', message, hint: undefined, exitCode: 69, haltsForking: true };
   }
   return { code: 'engine_failed', message, hint: undefined, exitCode: 1, haltsForking: false };

@@ -5,7 +5,14 @@
  */
 import { lookup } from 'node:dns/promises';
 import { isIP, isIPv6 } from 'node:net';
-import type { Config, ListenerConfig, PolicyConfig, TokenConfig, UpstreamConfig, VerifyRate } from '../config/config.ts';
+import type {
+  Config,
+  ListenerConfig,
+  PolicyConfig,
+  TokenConfig,
+  UpstreamConfig,
+  VerifyRate,
+} from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
 import type {
   CertificateSettings,
@@ -20,7 +27,7 @@ import type { ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
 
 /**
  * Reads every PIN once more; the engine keeps them to log in again, and wipes the buffers.
- * @throws ServiceError `upstream_unresolved`; TokenError when a PIN's source has gone
+ * @throws ServiceError `upstream_unresolved`, or `engine_failed` for a number that the engine has no room for; TokenError when a PIN's source has gone
  */
 export async function engineSettings(
   config: Config,
@@ -29,7 +36,7 @@ export async function engineSettings(
   ticketSecrets: readonly Uint8Array[],
 ): Promise<EngineSettings> {
   const upstreams = await Promise.all(Object.values(config.upstreams).map(upstreamSettings));
-  return {
+  const settings: EngineSettings = {
     tokens: proved.tokens.flatMap(({ name, label, serial }) => {
       const token = config.tokens[name];
       return token === undefined ? [] : [tokenSettings(token, label, serial)];
@@ -40,6 +47,27 @@ export async function engineSettings(
     ticketLifetimeMs: config.tickets.lifetimeMs,
     ticketSecrets: ticketSecrets.map((secret) => Buffer.from(secret)),
   };
+  assertNumbersFit(settings);
+  return settings;
+}
+
+const u32Max = 0xffff_ffff;
+
+/**
+ * Every number that crosses the border is an u32 there, and Node-API wraps what does not fit instead of refusing it: a
+ * lifetime of 50 days would be one of 7 hours.
+ * @throws ServiceError `engine_failed`, naming the setting
+ */
+export function assertNumbersFit(value: unknown, place = 'settings'): void {
+  if (typeof value === 'number' && (!Number.isInteger(value) || value < 0 || value > u32Max)) {
+    throw new ServiceError('engine_failed', `${place}: found ${value}, expected a whole number from 0 to ${u32Max}`, {
+      hint: 'a defect: the configuration must refuse it first; make the value smaller until that is mended',
+    });
+  }
+  if (typeof value !== 'object' || value === null || Buffer.isBuffer(value)) return;
+  for (const [key, member] of Object.entries(value)) {
+    assertNumbersFit(member, Array.isArray(value) ? `${place}[${key}]` : `${place}.${key}`);
+  }
 }
 
 function tokenSettings(token: TokenConfig, label: string, serial: string): TokenSettings {
@@ -105,17 +133,26 @@ async function resolveName(upstream: string, host: string): Promise<string> {
   try {
     return (await lookup(host)).address;
   } catch (cause) {
-    throw new ServiceError('upstream_unresolved', `upstream ${upstream}: the name ${host} cannot be resolved: ${String(cause)}`, {
-      cause,
-      unavailable: true,
-      hint: 'use an address, or make the name resolvable on this host before keygate starts',
-    });
+    throw new ServiceError(
+      'upstream_unresolved',
+      `upstream ${upstream}: the name ${host} cannot be resolved: ${String(cause)}`,
+      {
+        cause,
+        unavailable: true,
+        hint: 'use an address, or make the name resolvable on this host before keygate starts',
+      },
+    );
   }
 }
 
-function listenerSettings(listener: ListenerConfig, config: Config, sockets: readonly InheritedSocket[]): ListenerSettings {
+function listenerSettings(
+  listener: ListenerConfig,
+  config: Config,
+  sockets: readonly InheritedSocket[],
+): ListenerSettings {
   const policy = config.policies[listener.policy];
-  if (policy === undefined) throw new Error(`policy ${listener.policy} passed the configuration's checks and is not there`);
+  if (policy === undefined)
+    throw new Error(`policy ${listener.policy} passed the configuration's checks and is not there`);
   const { deadlines, limits } = listener;
   return {
     name: listener.name,

@@ -233,6 +233,12 @@ const placed: Record<string, Placed> = {
     code: 'config_value',
     expected: /0ms to 1d/,
   },
+  'a lifetime that does not fit into 32 bits of milliseconds': {
+    sections: listener('certificates: [www], upstream: web, deadlines: { lifetime: ▸50d }'),
+    path: 'listeners.https.deadlines.lifetime',
+    code: 'config_value',
+    expected: /1s to 49d, or none/,
+  },
   'too few lanes': { sections: tokenLanes('▸0'), path: 'tokens.a.lanes', code: 'config_value', expected: /1 to 256/ },
   'too many lanes': { sections: tokenLanes('▸257'), path: 'tokens.a.lanes', code: 'config_value' },
   'half a lane': { sections: tokenLanes('▸1.5'), path: 'tokens.a.lanes', code: 'config_type' },

@@ -37,6 +37,8 @@ export async function tlsClient({ host = '127.0.0.1', ...options }: TlsOptions):
 
 export interface TappedClient {
   readonly tls: TLSSocket;
+  /** The connection below; what is written to it goes between the client's records. */
+  readonly raw: Socket;
   /** The ciphertext that came so far. */
   received(): Buffer;
   /** Keeps what the client sends from now on. */
@@ -67,6 +69,7 @@ export async function tappedClient({ port, ...options }: TlsOptions): Promise<Ta
   tls.on('close', () => raw.destroy());
   return {
     tls,
+    raw,
     received: () => Buffer.concat(received),
     hold() {
       held ??= [];

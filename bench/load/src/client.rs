@@ -151,7 +151,8 @@ impl Client {
         let mut piece = [0; 256];
         loop {
             match self.tls.reader().read(&mut piece) {
-                Ok(0) => return Ok(()),
+                // close_notify: it may have come in one piece with the answer.
+                Ok(0) => break,
                 Ok(read) => self.answer.extend_from_slice(&piece[..read]),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(_) => return Err(Failure::ClosedBeforeAnswer),

@@ -74,23 +74,24 @@ pub fn run(plan: &Plan) -> io::Result<()> {
     let mut fleet = Fleet::new(plan)?;
     if plan.expected.resume {
         // Each client's first TLS session, before the clock starts.
-        fleet.round(
-            plan,
-            Until { time: Instant::now() + CONNECTION_DEADLINE, count: plan.connections as u64 },
-            false,
-        )?;
+        let warm = Until { time: Instant::now() + CONNECTION_DEADLINE, count: u64::MAX, count_each: 1 };
+        fleet.round(plan, &warm, false)?;
         fleet.warm();
     }
     println!(r#"{{"event":"started"}}"#);
     let began = Instant::now();
-    fleet.round(plan, Until { time: began + plan.time_max, count: plan.count_max }, plan.expected.resume)?;
+    let until = Until { time: began + plan.time_max, count: plan.count_max, count_each: u64::MAX };
+    fleet.round(plan, &until, plan.expected.resume)?;
     println!("{}", fleet.results(began.elapsed()));
     Ok(())
 }
 
+/// When no more connections are made.
 struct Until {
     time: Instant,
     count: u64,
+    /// Of each client: one that never has to wait could otherwise make those of all others.
+    count_each: u64,
 }
 
 struct Fleet {
@@ -113,6 +114,7 @@ struct Fleet {
 struct Slot {
     config: Arc<ClientConfig>,
     tickets: Arc<Tickets>,
+    started: u64,
     client: Option<(Client, Instant)>,
 }
 
@@ -121,7 +123,7 @@ impl Fleet {
         let slot = |_| {
             let tickets = Arc::new(Tickets::new(plan.expected.resume));
             let config = client::config(&plan.expected, tickets.clone()).map_err(io::Error::other)?;
-            Ok(Slot { config, tickets, client: None })
+            Ok(Slot { config, tickets, started: 0, client: None })
         };
         Ok(Self {
             poll: Poll::new()?,
@@ -139,10 +141,10 @@ impl Fleet {
     }
 
     /// Lets every client make connections until the time or the count is over, and then those in flight end.
-    fn round(&mut self, plan: &Plan, until: Until, resumed: bool) -> io::Result<()> {
+    fn round(&mut self, plan: &Plan, until: &Until, resumed: bool) -> io::Result<()> {
         let mut events = Events::with_capacity(CONNECTIONS_MAX);
         for index in 0..self.slots.len() {
-            self.advance(index, plan, &until, resumed)?;
+            self.advance(index, plan, until, resumed)?;
         }
         while self.slots.iter().any(|slot| slot.client.is_some()) {
             match self.poll.poll(&mut events, Some(TICK)) {
@@ -150,9 +152,9 @@ impl Fleet {
                 result => result?,
             }
             for event in &events {
-                self.advance(event.token().0, plan, &until, resumed)?;
+                self.advance(event.token().0, plan, until, resumed)?;
             }
-            self.enforce_deadlines(plan, &until, resumed)?;
+            self.enforce_deadlines(plan, until, resumed)?;
         }
         Ok(())
     }
@@ -188,11 +190,12 @@ impl Fleet {
     /// False when no connection is to be made any more.
     fn begin(&mut self, index: usize, plan: &Plan, until: &Until) -> io::Result<bool> {
         let now = Instant::now();
-        if now >= until.time || self.started >= until.count {
+        let slot = &mut self.slots[index];
+        if now >= until.time || self.started >= until.count || slot.started >= until.count_each {
             return Ok(false);
         }
         self.started += 1;
-        let slot = &mut self.slots[index];
+        slot.started += 1;
         match Client::connect(plan.to, slot.config.clone(), plan.exchange) {
             Ok(mut client) => {
                 let interest = Interest::READABLE | Interest::WRITABLE;

@@ -1,0 +1,41 @@
+/**
+ * Owns: what a worker hands to the engine: numbers that fit, and servers whose names have addresses.
+ * Must not know: the engine, tokens.
+ * Runs: node:test, in memory; looks up names that never resolve (RFC 6761 6.4).
+ */
+import assert from 'node:assert/strict';
+import { it } from 'node:test';
+import { parseConfig } from '../../src/config/load.ts';
+import { ServiceError } from '../../src/errors.ts';
+import { assertNumbersFit, engineSettings } from '../../src/worker/plan.ts';
+
+it('a number that the engine has no room for is refused by name', () => {
+  for (const lifetimeDeadlineMs of [2 ** 32, -1, 0.5, Number.NaN, Number.POSITIVE_INFINITY]) {
+    assert.throws(
+      () => assertNumbersFit({ listeners: [{ lifetimeDeadlineMs }] }),
+      (error) =>
+        error instanceof ServiceError &&
+        error.code === 'engine_failed' &&
+        error.message.startsWith(`settings.listeners[0].lifetimeDeadlineMs: found ${lifetimeDeadlineMs}`),
+    );
+  }
+  assertNumbersFit({ listeners: [{ lifetimeDeadlineMs: 2 ** 32 - 1, idleDeadlineMs: 0 }] });
+});
+
+it('the longest durations that a configuration may have fit', async () => {
+  const { listeners } = await settingsFor(['127.0.0.1:1'], 'deadlines: { lifetime: 49d, idle: 7d, halfClosed: 7d }');
+  assert.equal(listeners[0]?.lifetimeDeadlineMs, 49 * 86_400_000);
+});
+
+async function settingsFor(servers: readonly string[], ofListener = 'backlog: 1') {
+  const config = parseConfig(
+    [
+      'tokens: { a: { module: /m.so, uri: "pkcs11:token=a", pin: { file: pin } } }',
+      'certificates: { www: { chain: www.pem, key: "pkcs11:object=www" } }',
+      `upstreams: { web: { servers: ${JSON.stringify(servers)} } }`,
+      `listeners: { https: { bind: ["127.0.0.1:0"], certificates: [www], upstream: web, ${ofListener} } }`,
+    ].join('\n'),
+    '/k.yaml',
+  );
+  return engineSettings(config, { tokens: [], certificates: [], warnings: [] }, [], []);
+}
