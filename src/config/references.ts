@@ -3,7 +3,9 @@
  * Must not know: positions; whether the document is otherwise right, so that its problems are all reported at once.
  * Runs: at start and reload, on the main thread.
  */
-import { formatAddress, parseBindAddress } from './address.ts';
+import { isIPv6 } from 'node:net';
+import { parseAdminAddress, parseBindAddress } from './address.ts';
+import type { TcpAddress } from './config.ts';
 import { builtInPolicies } from './policies.ts';
 import type { Path, PlacedFault } from './source.ts';
 import { suggest } from './suggestion.ts';
@@ -71,22 +73,41 @@ function* builtInNames(document: unknown): Generator<PlacedFault> {
   }
 }
 
+/** Ports of one address family that are taken. */
+interface Taken {
+  readonly first: Path;
+  /** Where every address of the family is taken. */
+  wildcard?: Path;
+  readonly byHost: Map<string, Path>;
+}
+
+/** The kernel refuses an address beside its wildcard too; `[::]` is IPv6 and nothing else (process.rs). */
 function* sharedBinds(document: unknown): Generator<PlacedFault> {
-  const owners = new Map<string, string>();
+  const taken = new Map<string, Taken>();
+  for (const [path, { host, port }] of boundAddresses(document)) {
+    const family = `${isIPv6(host) ? 'IPv6' : 'IPv4'} ${port}`;
+    const isWildcard = host === '0.0.0.0' || host === '::';
+    const others = taken.get(family);
+    const conflictsWith = others?.byHost.get(host) ?? others?.wildcard ?? (isWildcard ? others?.first : undefined);
+    if (conflictsWith !== undefined)
+      yield { path, code: 'config_conflict', expected: 'an address that nothing else binds', conflictsWith };
+    const now = others ?? { first: path, byHost: new Map<string, Path>() };
+    now.byHost.set(host, path);
+    if (isWildcard) now.wildcard = path;
+    taken.set(family, now);
+  }
+}
+
+/** Without those that take any free port: it is another one each time. */
+function* boundAddresses(document: unknown): Generator<[Path, TcpAddress]> {
   for (const [path, text] of texts(document, 'listeners', 'bind')) {
     const parsed = parseBindAddress(text);
-    // Port 0 is another port each time.
-    if ('fault' in parsed || parsed.value.port === 0) continue;
-    const address = formatAddress(parsed.value);
-    const owner = owners.get(address);
-    if (owner !== undefined)
-      yield {
-        path,
-        code: 'config_conflict',
-        expected: `an address of its own: the listener ${owner} binds ${address} already`,
-      };
-    owners.set(address, String(path[1]));
+    if ('value' in parsed && parsed.value.port !== 0) yield [path, parsed.value];
   }
+  const { listen } = mapping(mapping(document)['admin']);
+  const parsed = typeof listen === 'string' ? parseAdminAddress(listen) : undefined;
+  if (parsed !== undefined && 'value' in parsed && 'port' in parsed.value && parsed.value.port !== 0)
+    yield [['admin', 'listen'], parsed.value];
 }
 
 function namesIn(document: unknown, section: string): string[] {

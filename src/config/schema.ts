@@ -232,7 +232,7 @@ export const documentSchema = z.strictObject(
       .default('auto')
       .describe('Worker processes; `auto`: one per core that keygate may use.'),
     user: account().describe('What workers run as when keygate is started as root. Default: no change.'),
-    group: account().describe('Default: the group of `user`.'),
+    group: account().describe('Default: the primary group of `user`.'),
     drainDeadline: duration(0, 86_400_000, '30s').describe(
       'Connections still open this long after a drain began are closed.',
     ),

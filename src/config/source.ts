@@ -34,6 +34,8 @@ export interface PlacedFault extends Fault {
   readonly at?: 'key' | 'value';
   /** Offset in the text, when `path` alone does not say which of two equal keys is meant. */
   readonly offset?: number;
+  /** The other of two things that cannot both be; its position goes into the hint. */
+  readonly conflictsWith?: Path;
 }
 
 export interface Source {
@@ -162,8 +164,14 @@ function place(document: Document, fault: PlacedFault, { file, lines, isSecret }
     code: missing ? 'config_missing_key' : (fault.code ?? 'config_value'),
     found: missing ? 'nothing' : (fault.found ?? value),
     expected: fault.expected,
-    ...(fault.hint === undefined ? {} : { hint: fault.hint }),
+    ...hintOf(fault, document, lines),
   };
+}
+
+function hintOf({ hint, conflictsWith }: PlacedFault, document: Document, lines: LineCounter): { hint?: string } {
+  if (conflictsWith === undefined) return hint === undefined ? {} : { hint };
+  const { line, col } = lines.linePos(offsetOf(locate(document, conflictsWith).node));
+  return { hint: `it cannot be beside ${formatPath(conflictsWith)} at ${line}:${col}` };
 }
 
 /** Follows a path as far as it goes. */

@@ -1,49 +1,97 @@
 /**
- * Owns: giving up root once the sockets are bound. Workers are forked afterwards and inherit what is left.
- * Must not know: anything else.
- * Runs: main thread of the primary, once.
+ * Owns: who keygate is: finding the account that is configured, and giving up root for it.
+ * Must not know: what needs root, what is done without it.
+ * Runs: main thread of the primary, once its sockets are bound and before workers are forked, which inherit what is left;
+ * and of `keygate check`, which looks at everything as the workers will.
  */
-import { userInfo } from 'node:os';
+import { execFileSync } from 'node:child_process';
 import type { Config } from '../config/config.ts';
 import { ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
 
-/** @throws ServiceError `privileges` when `user` is set and cannot be become. */
-export function dropPrivileges(config: Config, log: Log): void {
-  const isRoot = process.geteuid?.() === 0;
-  const { user } = config;
-  if (user === undefined) {
-    if (isRoot) {
-      log.warn({ event: 'privileges_kept' }, 'running as root: set `user` in the configuration');
-    }
-    return;
-  }
-  if (!isRoot) {
-    return; // started as somebody already; systemd's User= or a shell decided who
-  }
-  const group = config.group ?? primaryGroupOf(user);
-  try {
-    // Node has it; its type declarations do not.
-    (process as NodeJS.Process & { initgroups(user: string, group: string | number): void }).initgroups(user, group);
-    process.setgid?.(group);
-    process.setuid?.(user);
-  } catch (cause) {
-    throw new ServiceError('privileges', `cannot become user ${user}, group ${group}: ${String(cause)}`, { cause });
-  }
-  if (process.geteuid?.() === 0 || process.getegid?.() === 0) {
-    throw new ServiceError('privileges', `still root after becoming user ${user}, group ${group}`);
-  }
-  log.info({ event: 'privileges_dropped', user, group }, 'privileges dropped');
+/** An account of this host. */
+interface Account {
+  readonly user: string;
+  readonly uid: number;
+  /** The configured group, or the primary group of the user. */
+  readonly gid: number;
 }
 
-/** Not always named like the user: nobody's is nogroup. Node looks up the effective user only, so become it for a moment. */
-function primaryGroupOf(user: string): number {
+/** Directories of accounts may be on the network. */
+const lookupDeadlineMs = 10_000;
+
+/** @throws ServiceError `privileges` when `user` is set and cannot be become. */
+export function dropPrivileges(config: Pick<Config, 'user' | 'group'>, log: Log): void {
+  const account = becomeConfigured(config);
+  if (account !== undefined) {
+    log.info({ event: 'privileges_dropped', ...account }, 'privileges dropped');
+  } else if (process.geteuid?.() === 0) {
+    log.warn({ event: 'privileges_kept' }, 'running as root: set `user` in the configuration');
+  }
+}
+
+/**
+ * Becomes the configured account for good.
+ * @returns undefined when there is nothing to do: no account is configured, or somebody else than root started keygate,
+ * and systemd's User= or a shell has decided who.
+ * @throws ServiceError `privileges`
+ */
+function becomeConfigured(config: Pick<Config, 'user' | 'group'>): Account | undefined {
+  if (config.user === undefined || process.geteuid?.() !== 0) return undefined;
+  const account = findAccount(config.user, config.group);
+  const { user, uid, gid } = account;
   try {
-    process.seteuid?.(user);
-    return userInfo().gid;
+    // Node has it; its type declarations do not.
+    (process as NodeJS.Process & { initgroups(user: string, group: number): void }).initgroups(user, gid);
+    process.setgid?.(gid);
+    process.setuid?.(uid);
   } catch (cause) {
-    throw new ServiceError('privileges', `cannot become user ${user}: ${String(cause)}`, { cause });
-  } finally {
-    process.seteuid?.(0);
+    throw new ServiceError('privileges', `cannot become user ${user} (uid ${uid}, gid ${gid}): ${String(cause)}`, {
+      cause,
+      hint: 'keygate needs CAP_SETUID and CAP_SETGID for this; under systemd, User= does it instead of `user`',
+    });
+  }
+  if (process.geteuid?.() === 0 || process.getegid?.() === 0) {
+    throw new ServiceError('privileges', `still root after becoming user ${user} (uid ${uid}, gid ${gid})`, {
+      hint: 'name a user and a group that are not root',
+    });
+  }
+  return account;
+}
+
+/** @throws ServiceError `privileges`, telling an unknown user and an unknown group apart. */
+export function findAccount(user: string, group?: string): Account {
+  // passwd(5): name, password, uid, gid, ...
+  const [, , uid, primaryGid] = lookUp('passwd', user) ?? [];
+  if (uid === undefined) {
+    throw new ServiceError('privileges', `user: found ${user}, expected an account of this host`, {
+      hint: `create it (useradd --system --user-group ${user}), or correct \`user\``,
+    });
+  }
+  if (group === undefined) return { user, uid: Number(uid), gid: Number(primaryGid) };
+  // group(5): name, password, gid, ...
+  const [, , gid] = lookUp('group', group) ?? [];
+  if (gid === undefined) {
+    throw new ServiceError('privileges', `group: found ${group}, expected a group of this host`, {
+      hint: `create it (groupadd --system ${group}), or leave \`group\` out for the primary group of ${user}`,
+    });
+  }
+  return { user, uid: Number(uid), gid: Number(gid) };
+}
+
+/** Asks the name service switch, which knows more than /etc/passwd. @returns undefined when there is no such name. */
+function lookUp(database: 'passwd' | 'group', name: string): string[] | undefined {
+  try {
+    const stdio = ['ignore', 'pipe', 'pipe'] as const;
+    return execFileSync('getent', [database, name], { encoding: 'utf8', timeout: lookupDeadlineMs, stdio: [...stdio] })
+      .trim()
+      .split(':');
+  } catch (cause) {
+    // getent(1): one of the names is not in the database.
+    if ((cause as { status?: number | null }).status === 2) return undefined;
+    throw new ServiceError('privileges', `cannot look up ${name} in ${database}: ${String(cause)}`, {
+      cause,
+      hint: `see what \`getent ${database} ${name}\` says`,
+    });
   }
 }

@@ -397,17 +397,46 @@ for (const [what, { sections, path, code, expected, also = [] }] of Object.entri
   });
 }
 
-it('the same address in two listeners is a conflict, port 0 is not', () => {
-  const two = (bind: string, other: string) =>
-    document({
-      listeners: `{ a: { bind: ["${bind}"], certificates: [www], upstream: web }, b: { bind: ["${other}"], certificates: [www], upstream: web } }`,
-    });
-  assert.deepEqual(
-    problemsOf(two('[::1]:443', '[0::1]:443')).map(({ path }) => path),
-    ['listeners.b.bind[0]'],
-  );
-  assert.ok(parseConfig(two('127.0.0.1:0', '127.0.0.1:0'), '/k.yaml'));
-  assert.ok(parseConfig(two('127.0.0.1:443', '127.0.0.2:443'), '/k.yaml'));
+const twoBinds = (bind: string, other: string, more = '') =>
+  document({
+    listeners: `{ a: { bind: ["${bind}"], certificates: [www], upstream: web }, b: { bind: ["${other}"], certificates: [www], upstream: web } }`,
+    more,
+  });
+
+it('two listeners that cannot both bind are a conflict at both places', () => {
+  for (const [bind, other] of [
+    ['[::1]:443', '[0::1]:443'],
+    ['0.0.0.0:443', '127.0.0.1:443'],
+    ['127.0.0.1:443', '0.0.0.0:443'],
+    ['[::]:443', '[::1]:443'],
+    ['[::1]:443', '[::]:443'],
+  ] as const) {
+    const text = twoBinds(bind, other);
+    const [problem, ...others] = problemsOf(text);
+    assert.deepEqual(others, []);
+    assert.deepEqual([problem?.path, problem?.code], ['listeners.b.bind[0]', 'config_conflict']);
+    const line = text.split('\n').findIndex((each) => each.includes(bind)) + 1;
+    const column = (text.split('\n')[line - 1]?.indexOf(`"${bind}"`) ?? 0) + 1;
+    assert.equal(problem?.hint, `it cannot be beside listeners.a.bind[0] at ${line}:${column}`);
+  }
+});
+
+it('the admin server cannot have the address of a listener, nor one that a wildcard takes', () => {
+  for (const bind of ['127.0.0.1:9180', '0.0.0.0:9180']) {
+    const [problem] = problemsOf(twoBinds('127.0.0.1:443', bind, 'admin: { listen: "127.0.0.1:9180" }'));
+    assert.deepEqual([problem?.path, problem?.code], ['admin.listen', 'config_conflict']);
+    assert.match(problem?.hint ?? '', /listeners\.b\.bind\[0\] at \d+:\d+$/);
+  }
+});
+
+it('addresses that can be bound beside each other are no conflict', () => {
+  for (const [bind, other, admin] of [
+    ['127.0.0.1:0', '127.0.0.1:0', '127.0.0.1:0'],
+    ['127.0.0.1:443', '127.0.0.2:443', '127.0.0.3:443'],
+    ['0.0.0.0:443', '[::]:443', '127.0.0.1:9180'],
+    ['0.0.0.0:443', '127.0.0.1:8443', 'unix:/run/keygate.sock'],
+  ] as const)
+    assert.ok(parseConfig(twoBinds(bind, other, `admin: { listen: "${admin}" }`), '/k.yaml'));
 });
 
 it('ticket lifetime may equal the rotation', () => {

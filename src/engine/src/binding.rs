@@ -259,13 +259,14 @@ impl Engine {
     pub fn new(settings: EngineSettings) -> Result<Self> {
         let EngineSettings { tokens, certificates, upstreams, listeners, .. } = settings;
         let ticketer = Ticketer::new(ms(settings.ticket_lifetime_ms));
-        rotate(&ticketer, settings.ticket_secrets)?;
         let sign_deadlines: Vec<_> =
             tokens.iter().map(|token| (token.name.clone(), ms(token.sign_deadline_ms))).collect();
         // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
         let plans: Vec<_> = tokens.into_iter().map(token_plan).collect();
-        let started = start_tokens(plans)?;
+        rotate(&ticketer, settings.ticket_secrets)?;
+        // Before the first lane: exit must not run a module's destructors under it.
         process::guard_exit(true);
+        let started = start_tokens(plans).inspect_err(|_| process::guard_exit(false))?;
         let built = certificates
             .into_iter()
             .map(|settings| certificate(settings, &started, &sign_deadlines))
@@ -633,7 +634,9 @@ fn upstream_plan(settings: UpstreamSettings) -> Result<UpstreamPlan> {
 }
 
 fn rotate(ticketer: &Ticketer, secrets: Vec<Buffer>) -> Result<()> {
-    let secrets = secrets.into_iter().map(epoch_secret).collect::<Result<Vec<_>>>()?;
+    // All are taken, and wiped in JavaScript's memory, before the first bad one is reported.
+    let secrets: Vec<_> = secrets.into_iter().map(epoch_secret).collect();
+    let secrets = secrets.into_iter().collect::<Result<Vec<_>>>()?;
     let Some((current, others)) = secrets.split_first() else {
         return Err(invalid("ticket secrets: expected at least one"));
     };

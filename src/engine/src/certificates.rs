@@ -72,20 +72,18 @@ impl Certificates {
                 by_name.entry(name.clone()).or_default().push(certified.clone());
             }
             // The default is the first certificate and those of other key types for the very same names: an EC and RSA pair.
-            if certificates.first().is_some_and(|first| first.names == certificate.names) {
+            if certificates.first().is_some_and(|first| same_names(first, certificate)) {
                 default.push(certified);
             }
         }
         Self { by_name, default, unknown_name }
     }
 
-    fn for_name(&self, name: &str) -> Option<&[Arc<CertifiedKey>]> {
+    /// The certificates for exactly this name, then those for its wildcard.
+    fn for_name(&self, name: &str) -> Vec<&Arc<CertifiedKey>> {
         let exact = self.by_name.get(name);
-        let wildcard = || {
-            let (_, parent) = name.split_once('.')?;
-            self.by_name.get(&format!("*.{parent}"))
-        };
-        exact.or_else(wildcard).map(Vec::as_slice)
+        let wildcard = name.split_once('.').and_then(|(_, parent)| self.by_name.get(&format!("*.{parent}")));
+        exact.into_iter().chain(wildcard).flatten().collect()
     }
 }
 
@@ -98,21 +96,32 @@ impl std::fmt::Debug for Certificates {
 impl ResolvesServerCert for Certificates {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let server_name = hello.server_name().map(str::to_ascii_lowercase);
-        let found = server_name.as_deref().map(|name| self.for_name(name));
-        let candidates = match found {
-            Some(Some(candidates)) => Some(candidates),
-            Some(None) if self.unknown_name == UnknownName::Refuse => None,
-            _ => Some(self.default.as_slice()),
-        };
-        HELLO_SEEN.set(Some(HelloSeen { server_name, refused_name: candidates.is_none() }));
-        let candidates = candidates?;
+        let mut candidates = server_name.as_deref().map_or_else(Vec::new, |name| self.for_name(name));
+        let is_unknown = server_name.is_some() && candidates.is_empty();
+        let refused_name = is_unknown && self.unknown_name == UnknownName::Refuse;
+        HELLO_SEEN.set(Some(HelloSeen { server_name, refused_name }));
+        if refused_name {
+            return None;
+        }
+        if candidates.is_empty() {
+            candidates = self.default.iter().collect();
+        }
         // In the order of the configuration. When nothing fits, the first goes on and rustls says precisely what is missing.
         candidates
             .iter()
             .find(|certified| is_verifiable(certified, &hello))
             .or_else(|| candidates.first())
-            .cloned()
+            .map(|certified| Arc::clone(certified))
     }
+}
+
+fn same_names(one: &Certificate, other: &Certificate) -> bool {
+    let sorted = |certificate: &Certificate| {
+        let mut names = certificate.names.clone();
+        names.sort_unstable();
+        names
+    };
+    sorted(one) == sorted(other)
 }
 
 /// Whether the client accepts a signature by this key. rustls has already removed the schemes that go with none of the

@@ -65,6 +65,7 @@ close_reasons! {
     ClientRelayTruncated = "client" / "relay" / "truncated": "The client closed without close_notify: bytes may be missing (many HTTP clients do so).";
     ClientRelayReset = "client" / "relay" / "reset": "The client reset the connection.";
     ClientRelayProtocolError = "client" / "relay" / "protocol_error": "A record from the client did not decrypt or broke a rule of TLS.";
+    ClientRelayAlert = "client" / "relay" / "alert": "The client ended the connection with a fatal alert.";
     UpstreamRelayClosed = "upstream" / "relay" / "closed": "The upstream closed first. Normal.";
     UpstreamRelayReset = "upstream" / "relay" / "reset": "The upstream reset the connection.";
     ProxyRelayIdleDeadline = "proxy" / "relay" / "idle_deadline": "No byte in either direction for `deadlines.idle`.";
@@ -72,6 +73,7 @@ close_reasons! {
     ProxyRelayLifetimeDeadline = "proxy" / "relay" / "lifetime_deadline": "The connection is older than `deadlines.lifetime`.";
 
     ProxyDrainDeadline = "proxy" / "drain" / "deadline": "The worker stopped and the connection had not ended by `drainDeadline`.";
+    ProxyHandshakeNoMemory = "proxy" / "handshake" / "no_memory": "No memory for another handshake's stack.";
     ProxyInternalPanic = "proxy" / "internal" / "panic": "A defect in keygate ended this connection alone. Report it.";
 }
 

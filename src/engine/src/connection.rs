@@ -26,8 +26,7 @@ use crate::upstream::{ConnectError, Connected};
 const UNIQUE_ID_BYTES: usize = 16;
 
 /// Runs one accepted connection to its end.
-pub async fn serve(listener: Rc<Listener>, client: Stream, source: SocketAddr) {
-    let mut life = Life::begin(listener);
+pub async fn serve(mut life: Life, client: Stream, source: SocketAddr) {
     let close = run(&mut life, &client, source).await;
     life.end(close);
 }
@@ -119,14 +118,14 @@ fn close_for(error: &ConnectError) -> Close {
 }
 
 /// What is counted while a connection lives, and the one way out.
-struct Life {
+pub struct Life {
     listener: Rc<Listener>,
     handshaking: bool,
     close: Option<Close>,
 }
 
 impl Life {
-    fn begin(listener: Rc<Listener>) -> Self {
+    pub fn begin(listener: Rc<Listener>) -> Self {
         listener.stats.connections_open.add(1);
         listener.stats.handshakes_in_flight.add(1);
         Self { listener, handshaking: true, close: None }

@@ -11,9 +11,10 @@
 use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::ServerConfig;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::certificates::take_hello_seen;
 use crate::close::Close;
@@ -24,8 +25,14 @@ use crate::stream::Stream;
 use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX};
 
 /// Fatal alerts as records of their own (RFC 8446 6.2): for handshakes that fail before any key is in use.
+const ALERT_DECODE_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 50];
+const ALERT_PROTOCOL_VERSION: [u8; 7] = [21, 3, 1, 0, 2, 2, 70];
 const ALERT_INTERNAL_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 80];
 const ALERT_UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
+
+/// A refused client is read from for so long, or so much, that it can notice the alert before the connection closes.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES_MAX: usize = 256 * 1024;
 
 /// A finished handshake.
 pub struct Established {
@@ -55,17 +62,26 @@ pub async fn handshake(
         if received == 0 {
             return Err(Close::ClientHandshakeClosed);
         }
-        let plain_http = std::mem::take(&mut is_first) && looks_like_http(tls.unprocessed());
+        let is_first = std::mem::take(&mut is_first);
+        let plain_http = is_first && looks_like_http(tls.unprocessed());
+        let is_outdated = is_first && is_before_tls12(tls.unprocessed());
 
         let mut step = run_step(tls, client, deadline).await?;
         server_name = step.server_name.or(server_name);
         let to_client = step.tls.take_to_client();
         let phase = match step.result {
             Ok(phase) if step.tls.unprocessed().len() <= UNPROCESSED_MAX => phase,
-            Ok(_) => return Err(refuse(client, &to_client, Close::ClientHandshakeMalformed, scratch)),
+            Ok(_) => return Err(refuse(client, &to_client, Close::ClientHandshakeMalformed, scratch).await),
             Err((alert, close)) => {
-                let close = if plain_http { Close::ClientHandshakePlainHttp } else { close };
-                return Err(refuse(client, alert.unwrap_or(&to_client), close, scratch));
+                let (alert, close) = match close {
+                    _ if plain_http => (alert, Close::ClientHandshakePlainHttp),
+                    // rustls misses signature_algorithms, which those versions lack, before it looks at the version.
+                    Close::ClientHandshakeNoSharedSignatureScheme if is_outdated => {
+                        (Some(&ALERT_PROTOCOL_VERSION[..]), Close::ClientHandshakeNoSharedProtocol)
+                    }
+                    _ => (alert, close),
+                };
+                return Err(refuse(client, alert.unwrap_or(&to_client), close, scratch).await);
             }
         };
         timeout_at(deadline, write_all(client, &to_client))
@@ -100,7 +116,9 @@ async fn run_step(mut tls: Tls, client: &Stream, deadline: Instant) -> Result<St
         let result = tls.advance(&mut plaintext);
         (tls, plaintext, result)
     })
-    .map_err(|_| Close::ProxyAcceptHandshakeLimit)?;
+    .map_err(|_| Close::ProxyHandshakeNoMemory)?;
+    // A step that panicked has not been asked what it saw; its client is not this one.
+    take_hello_seen();
     let mut server_name = None;
     let mut refused_name = false;
     let mut sign_failure = None;
@@ -198,19 +216,37 @@ pub async fn write_all(stream: &Stream, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Sends the alert as far as that goes without waiting, so that refusing costs nothing.
-fn refuse(client: &Stream, alert: &[u8], close: Close, scratch: &Scratch) -> Close {
-    let _ = client.try_write(alert);
+/// Sends the alert, and gives the client a moment to read it: closing while bytes of the client are unread or under way
+/// would make the kernel reset the connection and take the alert back.
+async fn refuse(client: &Stream, alert: &[u8], close: Close, scratch: &Scratch) -> Close {
+    // rustls says nothing about a message that is too large to be looked at.
+    let is_unsaid = alert.is_empty() && close == Close::ClientHandshakeMalformed;
+    let _ = client.try_write(if is_unsaid { &ALERT_DECODE_ERROR } else { alert });
     let _ = client.shutdown_write();
-    // Closing with unread bytes would make the kernel reset the connection and take the alert back from the client.
-    scratch.with_ciphertext(
-        |unread| while matches!(client.try_read(unread), Ok(read) if read == unread.len()) {},
-    );
+    let _ = timeout(LINGER, discard(client, scratch)).await;
     close
+}
+
+/// Reads until the client has closed or said too much.
+async fn discard(client: &Stream, scratch: &Scratch) {
+    let mut left = LINGER_BYTES_MAX;
+    while left > 0 && client.readable().await.is_ok() {
+        match scratch.with_ciphertext(|unwanted| client.try_read(unwanted)) {
+            Ok(0) => return,
+            Ok(read) => left = left.saturating_sub(read),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(_) => return,
+        }
+    }
 }
 
 fn looks_like_http(bytes: &[u8]) -> bool {
     const METHODS: [&[u8]; 8] =
         [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH "];
     METHODS.iter().any(|method| bytes.starts_with(method))
+}
+
+/// Whether a ClientHello says TLS 1.1 or older in `legacy_version` (RFC 8446 4.1.2), which newer clients never do.
+fn is_before_tls12(bytes: &[u8]) -> bool {
+    matches!(bytes, [22, _, _, _, _, 1, _, _, _, major, minor, ..] if (*major, *minor) < (3, 3))
 }

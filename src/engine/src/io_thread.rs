@@ -225,3 +225,109 @@ impl Drop for MarkEnded {
         self.0.store(false, SeqCst);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::close::CLOSE_REASONS;
+    use crate::process::open_listener;
+    use crate::tls::tests::configured;
+    use crate::upstream::{Balance, PassivePlan};
+    use std::io::Read;
+    use std::net::{SocketAddr, TcpStream};
+
+    const SHORT: Duration = Duration::from_secs(10);
+
+    fn started(connections_max: usize) -> (IoThread, RawFd, SocketAddr) {
+        let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
+        let listener = ListenerPlan {
+            name: "https".into(),
+            tls_config: configured("1.3", "X25519").0,
+            upstream: "web".into(),
+            handshake_deadline: SHORT,
+            idle_deadline: SHORT,
+            half_closed_deadline: SHORT,
+            lifetime_deadline: None,
+            connections_max,
+            handshakes_max: 1000,
+            sockets: Vec::new(),
+        };
+        let upstream = UpstreamPlan {
+            name: "web".into(),
+            servers: Vec::new(),
+            balance: Balance::RoundRobin,
+            connect_deadline: SHORT,
+            connect_attempts_max: 1,
+            proxy_protocol: None,
+            health: None,
+            passive: PassivePlan { failures_max: 0, ejection: SHORT },
+        };
+        let io = IoThread::start(vec![listener], vec![upstream]).expect("a thread");
+        (io, fd, address)
+    }
+
+    fn until(condition: impl Fn() -> bool) {
+        let give_up = Instant::now() + SHORT;
+        while !condition() {
+            assert!(Instant::now() < give_up, "it did not come to pass");
+            std::thread::sleep(JOIN_POLL);
+        }
+    }
+
+    fn closed(io: &IoThread, reason: &str) -> u64 {
+        let of_reason = CLOSE_REASONS.iter().position(|words| words.reason == reason).expect("a reason");
+        io.stats.closes.counts().nth(of_reason).map_or(0, |(_, count)| count)
+    }
+
+    #[test]
+    fn a_burst_meets_the_connection_limit() {
+        let (mut io, fd, address) = started(10);
+        // All are in the accept queue before the first is accepted.
+        let clients: Vec<_> = (0..100).map(|_| TcpStream::connect(address).expect("queued")).collect();
+        io.accept("https".into(), fd);
+        let stats = io.stats.listeners[0].1.clone();
+        until(|| stats.accepted.get() == 100);
+        assert_eq!(stats.connections_open.get(), 10);
+        assert_eq!(closed(&io, "connection_limit"), 90);
+        drop(clients);
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn stopping_counts_the_end_of_every_connection_that_was_accepted() {
+        let (mut io, fd, address) = started(100);
+        io.accept("https".into(), fd);
+        let mut client = TcpStream::connect(address).expect("queued");
+        let stats = io.stats.listeners[0].1.clone();
+        until(|| stats.connections_open.get() == 1);
+        assert!(io.stop(SHORT));
+        assert!(!io.stats.running.load(SeqCst));
+        assert_eq!(stats.connections_open.get(), 0);
+        assert_eq!(io.stats.closes.counts().map(|(_, count)| count).sum::<u64>(), 1);
+        assert!(matches!(client.read(&mut [0; 1]), Ok(0) | Err(_)));
+    }
+
+    #[test]
+    fn a_socket_that_was_left_to_the_sibling_is_not_accepted_from() {
+        let (mut io, fd, address) = started(100);
+        io.accept("https".into(), fd);
+        let first = TcpStream::connect(address).expect("queued");
+        let stats = io.stats.listeners[0].1.clone();
+        until(|| stats.accepted.get() == 1);
+        io.stop_accepting(fd);
+        let second = TcpStream::connect(address).expect("the socket is still open");
+        io.accept("https".into(), fd);
+        until(|| stats.accepted.get() == 2);
+        drop((first, second));
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_socket_is_ignored() {
+        let (mut io, _, _) = started(1);
+        io.accept("https".into(), -1);
+        io.accept("nothing of this name".into(), 0);
+        io.drain();
+        assert!(io.stop(SHORT));
+    }
+}

@@ -14,7 +14,7 @@ use tokio::task::spawn_local;
 use tokio::time::sleep;
 
 use crate::close::{Close, CloseCounters};
-use crate::connection::serve;
+use crate::connection::{Life, serve};
 use crate::relay::{RelayBytes, Scratch};
 use crate::stats::{Counter, Gauge, Histogram};
 use crate::stream::Stream;
@@ -71,8 +71,11 @@ impl ListenerStats {
 /// # Errors
 /// `fd` is not a listening TCP socket.
 pub fn accept_from(listener: Rc<Listener>, fd: RawFd) -> io::Result<tokio::task::AbortHandle> {
-    // SAFETY: the descriptor was inherited for the life of the process and nobody closes it; a number that is not open
-    // makes the duplication fail.
+    if fd < 0 {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: not negative; inherited for the life of the process, and nobody closes it. A number that is not open makes
+    // the duplication fail.
     let socket = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?;
     let socket = TcpListener::from_std(socket.into())?;
     Ok(spawn_local(accept(listener, socket)).abort_handle())
@@ -84,7 +87,10 @@ async fn accept(listener: Rc<Listener>, socket: TcpListener) {
             Ok((client, source)) => {
                 listener.stats.accepted.add(1);
                 match listener.over_limit() {
-                    None => drop(spawn_local(serve(listener.clone(), Stream::Tcp(client), source))),
+                    // Counted now and not when the task first runs, so that a burst meets the limits.
+                    None => {
+                        drop(spawn_local(serve(Life::begin(listener.clone()), Stream::Tcp(client), source)))
+                    }
                     Some(close) => {
                         // A reset costs neither side a wait, and no TIME_WAIT here.
                         Stream::Tcp(client).abort();

@@ -67,7 +67,8 @@ impl Policy {
         // Resumption is by tickets alone: a session cache in one worker is of no use to the others.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.max_early_data_size = 0;
-        config.ignore_client_order = false;
+        // Preferred first, as the policy says. (Groups: rustls takes the client's first that we have.)
+        config.ignore_client_order = true;
         if self.tickets {
             config.ticketer = Arc::new(ticketer.clone());
             config.send_tls13_tickets = TICKETS_PER_HANDSHAKE;

@@ -3,7 +3,7 @@
 //! I/O thread only.
 //!
 //! Each direction is `Open -> Ended -> Finished`: its source has ended, then everything was handed on and the
-//! destination told. A direction reads only when it has nothing left to write, so a slow reader stops its sender.
+//! destination told; or, when the upstream has reset the connection, `Open -> Refused -> Finished`. A direction reads only when it has nothing left to write, so a slow reader stops its sender.
 //! Buffers belong to the worker (`Scratch`), not to the connection: only what a peer does not take at once is kept.
 
 use std::cell::RefCell;
@@ -31,14 +31,22 @@ pub struct Scratch {
 }
 
 struct Buffers {
+    /// As long as the largest use of it; never resized.
     ciphertext: Vec<u8>,
-    plaintext: Vec<u8>,
+    from_upstream: Vec<u8>,
+    decrypted: Vec<u8>,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
         let ciphertext = vec![0; ciphertext_max(READ_BYTES).max(UNPROCESSED_MAX + READ_BYTES)];
-        Self { buffers: RefCell::new(Buffers { ciphertext, plaintext: vec![0; READ_BYTES] }) }
+        Self {
+            buffers: RefCell::new(Buffers {
+                ciphertext,
+                from_upstream: vec![0; READ_BYTES],
+                decrypted: Vec::new(),
+            }),
+        }
     }
 }
 
@@ -93,6 +101,7 @@ pub async fn relay(
         to_upstream: Direction { pending: leftover.plaintext, ..Direction::default() },
         to_client: Direction::default(),
         client_truncated: false,
+        upstream_reset: false,
         first_ended: None,
         last_byte_at: Instant::now(),
     };
@@ -131,6 +140,8 @@ struct Relay<'a> {
     to_client: Direction,
     /// The client ended without close_notify (RFC 8446 6.1).
     client_truncated: bool,
+    /// The upstream ended by a reset, noticed while reading from it or writing to it.
+    upstream_reset: bool,
     first_ended: Option<Close>,
     last_byte_at: Instant,
 }
@@ -149,6 +160,9 @@ enum DirectionState {
     Open,
     /// The source has ended; `pending` and the end itself are still to be handed on.
     Ended,
+    /// The upstream takes nothing any more. What the client still sends is read and thrown away until it ends: a socket
+    /// that is closed with unread bytes resets the connection, and the client would lose the answer that it has not read yet.
+    Refused,
     Finished,
 }
 
@@ -170,8 +184,9 @@ impl Relay<'_> {
 
     fn poll_to_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
         for _ in 0..READS_PER_TURN_MAX {
-            ready!(self.to_upstream.poll_flush(context, self.upstream))
-                .map_err(|_| Close::UpstreamRelayReset)?;
+            if ready!(self.to_upstream.poll_flush(context, self.upstream, &mut self.last_byte_at)).is_err() {
+                self.refuse_to_upstream();
+            }
             match self.to_upstream.state {
                 DirectionState::Finished => return Poll::Ready(Ok(())),
                 DirectionState::Ended => {
@@ -179,7 +194,7 @@ impl Relay<'_> {
                     let _ = self.upstream.shutdown_write();
                     self.to_upstream.state = DirectionState::Finished;
                 }
-                DirectionState::Open => ready!(self.poll_read_client(context))?,
+                DirectionState::Open | DirectionState::Refused => ready!(self.poll_read_client(context))?,
             }
         }
         context.waker().wake_by_ref();
@@ -189,13 +204,16 @@ impl Relay<'_> {
     fn poll_to_client(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
         for _ in 0..READS_PER_TURN_MAX {
             self.queue_own_records();
-            ready!(self.to_client.poll_flush(context, self.client)).map_err(|_| self.client_reset())?;
+            ready!(self.to_client.poll_flush(context, self.client, &mut self.last_byte_at))
+                .map_err(|_| self.client_reset())?;
             match self.to_client.state {
                 DirectionState::Finished => return Poll::Ready(Ok(())),
-                DirectionState::Ended => {
-                    if self.tls.close_notify().is_ok() {
+                // Not Refused: a client that takes nothing any more ends the connection.
+                DirectionState::Ended | DirectionState::Refused => {
+                    // After a reset nobody knows whether the answer was whole, so the client is not told that it was.
+                    if !self.upstream_reset && self.tls.close_notify().is_ok() {
                         self.queue_own_records();
-                        ready!(self.to_client.poll_flush(context, self.client))
+                        ready!(self.to_client.poll_flush(context, self.client, &mut self.last_byte_at))
                             .map_err(|_| self.client_reset())?;
                     }
                     let _ = self.client.shutdown_write();
@@ -211,7 +229,7 @@ impl Relay<'_> {
     /// One read from the client, decrypted and offered to the upstream.
     fn poll_read_client(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
         let mut buffers = self.scratch.buffers.borrow_mut();
-        let Buffers { ciphertext, plaintext } = &mut *buffers;
+        let Buffers { ciphertext, decrypted, .. } = &mut *buffers;
         let kept = self.tls.unprocessed().len();
         let received = ready!(poll_read(context, self.client, &mut ciphertext[kept..kept + READ_BYTES]))
             .map_err(|_| self.client_reset())?;
@@ -220,18 +238,22 @@ impl Relay<'_> {
             self.end_to_upstream(Close::ClientRelayTruncated);
             return Poll::Ready(Ok(()));
         }
-        self.last_byte_at = Instant::now();
         ciphertext[..kept].copy_from_slice(self.tls.unprocessed());
-        plaintext.clear();
-        let phase = self.tls.process(&mut ciphertext[..kept + received], plaintext);
-        if phase.is_err() || self.tls.unprocessed().len() > UNPROCESSED_MAX {
-            let _ = self.client.try_write(&self.tls.take_to_client());
-            return Poll::Ready(Err(Close::ClientRelayProtocolError));
-        }
+        decrypted.clear();
+        let phase = match self.tls.process(&mut ciphertext[..kept + received], decrypted) {
+            Ok(phase) if self.tls.unprocessed().len() <= UNPROCESSED_MAX => phase,
+            Ok(_) => return Poll::Ready(Err(Close::ClientRelayProtocolError)),
+            Err(error) => return Poll::Ready(Err(self.broken_by_client(&error))),
+        };
         self.tls.release_buffers();
-        self.bytes.to_upstream.add(plaintext.len() as u64);
-        self.to_upstream.write(self.upstream, plaintext, &[]).map_err(|_| Close::UpstreamRelayReset)?;
-        if phase == Ok(TlsPhase::ClientClosed) {
+        if self.to_upstream.state == DirectionState::Open {
+            self.last_byte_at = Instant::now();
+            self.bytes.to_upstream.add(decrypted.len() as u64);
+            if self.to_upstream.write(self.upstream, decrypted, &[]).is_err() {
+                self.refuse_to_upstream();
+            }
+        }
+        if phase == TlsPhase::ClientClosed {
             self.end_to_upstream(Close::ClientRelayClosed);
         }
         Poll::Ready(Ok(()))
@@ -240,10 +262,14 @@ impl Relay<'_> {
     /// One read from the upstream, encrypted and offered to the client.
     fn poll_read_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
         let mut buffers = self.scratch.buffers.borrow_mut();
-        let Buffers { ciphertext, plaintext } = &mut *buffers;
-        plaintext.resize(READ_BYTES, 0);
-        let received =
-            ready!(poll_read(context, self.upstream, plaintext)).map_err(|_| Close::UpstreamRelayReset)?;
+        let Buffers { ciphertext, from_upstream, .. } = &mut *buffers;
+        let received = match ready!(poll_read(context, self.upstream, from_upstream)) {
+            Ok(received) => received,
+            Err(_) => {
+                self.refuse_to_upstream();
+                0
+            }
+        };
         if received == 0 {
             self.first_ended.get_or_insert(Close::UpstreamRelayClosed);
             self.to_client.state = DirectionState::Ended;
@@ -252,7 +278,7 @@ impl Relay<'_> {
         self.last_byte_at = Instant::now();
         let encrypted = self
             .tls
-            .encrypt(&plaintext[..received], ciphertext)
+            .encrypt(&from_upstream[..received], ciphertext)
             .map_err(|_| Close::ClientRelayProtocolError)?;
         self.bytes.to_client.add(received as u64);
         let own = self.tls.take_to_client();
@@ -260,15 +286,43 @@ impl Relay<'_> {
         Poll::Ready(Ok(()))
     }
 
+    /// The client has ended its direction.
     fn end_to_upstream(&mut self, close: Close) {
         self.first_ended.get_or_insert(close);
-        self.to_upstream.state = DirectionState::Ended;
+        self.to_upstream.state = match self.to_upstream.state {
+            DirectionState::Refused => DirectionState::Finished,
+            _ => DirectionState::Ended,
+        };
+    }
+
+    /// The upstream has reset the connection.
+    fn refuse_to_upstream(&mut self) {
+        self.upstream_reset = true;
+        self.first_ended.get_or_insert(Close::UpstreamRelayReset);
+        self.to_upstream.forget_pending();
+        self.to_upstream.state = match self.to_upstream.state {
+            DirectionState::Open | DirectionState::Refused => DirectionState::Refused,
+            DirectionState::Ended | DirectionState::Finished => DirectionState::Finished,
+        };
+    }
+
+    /// Sends the alert that rustls has made of the client's fault, unless it would cut a record in two.
+    fn broken_by_client(&mut self, error: &rustls::Error) -> Close {
+        let alert = self.tls.take_to_client();
+        if self.to_client.pending.is_empty() {
+            let _ = self.client.try_write(&alert);
+        }
+        match error {
+            rustls::Error::AlertReceived(_) => Close::ClientRelayAlert,
+            _ => Close::ClientRelayProtocolError,
+        }
     }
 
     /// Tickets, key updates and alerts go behind what is pending already.
     fn queue_own_records(&mut self) {
         let own = self.tls.take_to_client();
-        if !own.is_empty() {
+        // After close_notify there is nothing more to say (RFC 8446 6.1).
+        if !own.is_empty() && self.to_client.state != DirectionState::Finished {
             self.to_client.pending.extend_from_slice(&own);
         }
     }
@@ -280,7 +334,12 @@ impl Relay<'_> {
     /// The nearest deadline and what it means when it passes.
     fn deadline(&self, deadlines: RelayDeadlines) -> (Instant, Close) {
         let quiet = if self.first_ended.is_some() {
-            (self.last_byte_at + deadlines.half_closed, Close::ProxyRelayHalfClosedDeadline)
+            let close = if self.upstream_reset {
+                Close::UpstreamRelayReset
+            } else {
+                Close::ProxyRelayHalfClosedDeadline
+            };
+            (self.last_byte_at + deadlines.half_closed, close)
         } else {
             (self.last_byte_at + deadlines.idle, Close::ProxyRelayIdleDeadline)
         };
@@ -293,10 +352,18 @@ impl Relay<'_> {
 
 impl Direction {
     /// Writes what is pending; Ready when nothing is.
-    fn poll_flush(&mut self, context: &mut Context<'_>, destination: &Stream) -> Poll<io::Result<()>> {
+    fn poll_flush(
+        &mut self,
+        context: &mut Context<'_>,
+        destination: &Stream,
+        last_byte_at: &mut Instant,
+    ) -> Poll<io::Result<()>> {
         while self.written < self.pending.len() {
             match destination.try_write(&self.pending[self.written..]) {
-                Ok(written) => self.written += written,
+                Ok(written) => {
+                    self.written += written;
+                    *last_byte_at = Instant::now(); // a slow reader is not an idle one
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     ready!(destination.poll_write_ready(context))?;
                 }
@@ -304,9 +371,13 @@ impl Direction {
                 Err(error) => return Poll::Ready(Err(error)),
             }
         }
+        self.forget_pending();
+        Poll::Ready(Ok(()))
+    }
+
+    fn forget_pending(&mut self) {
         self.pending = Vec::new();
         self.written = 0;
-        Poll::Ready(Ok(()))
     }
 
     /// Offers `first` then `second` to the destination and keeps what it does not take. Nothing is pending before.
@@ -342,5 +413,171 @@ fn poll_read(context: &mut Context<'_>, stream: &Stream, buffer: &mut [u8]) -> P
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             read => return Poll::Ready(read),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handshake::handshake;
+    use crate::tls::tests::configured;
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    use std::thread::JoinHandle;
+    use tokio::net::{TcpListener, TcpStream};
+
+    const SHORT: Duration = Duration::from_secs(5);
+
+    /// A blocking end for the test's threads, and the relay's end.
+    async fn connected() -> (std::net::TcpStream, Stream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let there = TcpStream::connect(address).await.expect("listening").into_std().expect("a socket");
+        there.set_nonblocking(false).expect("a socket");
+        let (here, _) = listener.accept().await.expect("connected");
+        (there, here.into())
+    }
+
+    type TlsClient = rustls::StreamOwned<rustls::ClientConnection, std::net::TcpStream>;
+
+    /// Relays between `client` and `upstream`, each on a thread of its own.
+    fn relayed<C: Send + 'static, U: Send + 'static>(
+        client: impl FnOnce(TlsClient) -> C + Send + 'static,
+        upstream: impl FnOnce(std::net::TcpStream) -> U + Send + 'static,
+        deadlines: RelayDeadlines,
+    ) -> (Close, C, U) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let (close, client, upstream) = runtime.block_on(async {
+            let (client_there, client_here) = connected().await;
+            let (upstream_there, upstream_here) = connected().await;
+            let (config, tls_client) = configured("1.3", "X25519");
+            let client: JoinHandle<C> =
+                std::thread::spawn(move || client(rustls::StreamOwned::new(tls_client, client_there)));
+            let upstream: JoinHandle<U> = std::thread::spawn(move || upstream(upstream_there));
+            let scratch = Scratch::default();
+            let established = handshake(&client_here, config, Instant::now() + SHORT, &scratch)
+                .await
+                .unwrap_or_else(|close| panic!("the handshake ended: {close:?}"));
+            let bytes = RelayBytes::default();
+            let close = relay(
+                &client_here,
+                established.tls,
+                established.leftover,
+                &upstream_here,
+                deadlines,
+                &scratch,
+                &bytes,
+            )
+            .await;
+            (close, client, upstream)
+        });
+        (close, client.join().expect("a client"), upstream.join().expect("an upstream"))
+    }
+
+    const PATIENT: RelayDeadlines = RelayDeadlines { idle: SHORT, half_closed: SHORT, lifetime_until: None };
+
+    #[test]
+    fn an_answer_arrives_whole_although_the_upstream_stopped_taking_the_request() {
+        const ANSWER_BYTES: usize = 1_000_000;
+        let (close, received, ()) = relayed(
+            |mut client| {
+                let piece = [1; 16_384];
+                let mut sent = 0;
+                // Far more than the upstream and all buffers between take.
+                while sent < 32 << 20 && client.write_all(&piece).is_ok() {
+                    sent += piece.len();
+                }
+                let mut received = Vec::new();
+                let _ = client.read_to_end(&mut received); // a reset upstream is not told to be complete
+                received.len()
+            },
+            |mut upstream| {
+                let mut first = [0; 1];
+                upstream.read_exact(&mut first).expect("a request");
+                upstream.write_all(&vec![2; ANSWER_BYTES]).expect("room");
+                // Closing with unread bytes resets the connection, as a server does that refuses a body; its kernel would
+                // throw away what the relay's kernel has not taken yet.
+                while unacknowledged_bytes(&upstream) > 0 {
+                    std::thread::yield_now();
+                }
+            },
+            PATIENT,
+        );
+        assert_eq!(received, ANSWER_BYTES);
+        assert!(matches!(close, Close::UpstreamRelayReset | Close::ClientRelayTruncated), "{close:?}");
+    }
+
+    fn unacknowledged_bytes(socket: &std::net::TcpStream) -> i32 {
+        use std::os::fd::AsRawFd;
+        let mut bytes = 0;
+        // SAFETY: TIOCOUTQ writes one int, and the descriptor is open.
+        assert_eq!(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) }, 0);
+        bytes
+    }
+
+    #[test]
+    fn each_half_can_be_closed_while_the_other_goes_on() {
+        let (close, (answer, ended), request) = relayed(
+            |mut client| {
+                client.write_all(b"request").expect("established");
+                client.conn.send_close_notify();
+                client.flush().expect("established");
+                let mut answer = Vec::new();
+                let ended = client.read_to_end(&mut answer).is_ok(); // an error without close_notify
+                (answer, ended)
+            },
+            |mut upstream| {
+                let mut request = Vec::new();
+                upstream.read_to_end(&mut request).expect("the client's end");
+                upstream.write_all(b"answer").expect("the other half is open");
+                upstream.shutdown(Shutdown::Write).expect("open");
+                request
+            },
+            PATIENT,
+        );
+        assert_eq!((request.as_slice(), answer.as_slice(), ended), (&b"request"[..], &b"answer"[..], true));
+        assert_eq!(close, Close::ClientRelayClosed);
+    }
+
+    #[test]
+    fn a_connection_without_a_byte_ends_at_the_idle_deadline() {
+        let idle = RelayDeadlines { idle: Duration::from_millis(50), ..PATIENT };
+        let (close, (), ()) = relayed(
+            |mut client| drop(client.read(&mut [0; 1])),
+            |mut upstream| drop(upstream.read(&mut [0; 1])),
+            idle,
+        );
+        assert_eq!(close, Close::ProxyRelayIdleDeadline);
+    }
+
+    #[test]
+    fn a_half_closed_connection_ends_at_its_own_deadline() {
+        let half_closed = RelayDeadlines { half_closed: Duration::from_millis(50), ..PATIENT };
+        let (close, (), _still_open) = relayed(
+            |mut client| {
+                client.conn.complete_io(&mut client.sock).expect("a handshake");
+                client.conn.send_close_notify();
+                client.flush().expect("established");
+                let _ = client.read(&mut [0; 1]);
+            },
+            |mut upstream| {
+                assert_eq!(upstream.read(&mut [0; 1]).expect("the client's end"), 0);
+                upstream
+            },
+            half_closed,
+        );
+        assert_eq!(close, Close::ProxyRelayHalfClosedDeadline);
+    }
+
+    #[test]
+    fn a_busy_connection_ends_at_its_lifetime() {
+        let lifetime =
+            RelayDeadlines { lifetime_until: Some(Instant::now() + Duration::from_millis(300)), ..PATIENT };
+        let (close, (), ()) = relayed(
+            |mut client| while client.write_all(b"x").is_ok() {},
+            |mut upstream| while matches!(upstream.read(&mut [0; 4096]), Ok(1..)) {},
+            lifetime,
+        );
+        assert_eq!(close, Close::ProxyRelayLifetimeDeadline);
     }
 }

@@ -101,24 +101,26 @@ impl Tls {
                 break ended;
             }
         };
+        if result.is_err() {
+            self.collect_alert(&mut received[start..]);
+        }
         self.unprocessed.clear();
         self.unprocessed.extend_from_slice(&received[start..]);
-        if result.is_err() {
-            self.collect_alert();
-        }
         result
     }
 
-    /// rustls queues the alert for an error and hands it out on the next call.
-    fn collect_alert(&mut self) {
+    /// rustls queues the alert for an error and hands it out on the next call, which must show it what it has not taken yet:
+    /// its deframer remembers offsets into that also after an error, and panics when they are not there.
+    fn collect_alert(&mut self, mut rest: &mut [u8]) {
         loop {
-            match self.state.process_tls_records(&mut []).state {
-                Ok(ConnectionState::EncodeTlsData(mut data)) => {
-                    append(&mut self.to_client, &mut data);
-                }
+            let status = self.state.process_tls_records(rest);
+            let discard = status.discard;
+            match status.state {
+                Ok(ConnectionState::EncodeTlsData(mut data)) => append(&mut self.to_client, &mut data),
                 Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
                 _ => return,
             }
+            rest = &mut rest[discard..];
         }
     }
 
@@ -241,6 +243,12 @@ pub(crate) mod tests {
 
     /// Both ends of a connection that has not begun.
     pub(crate) fn pair(version: &str, group: &str) -> (Tls, ClientConnection) {
+        let (config, client) = configured(version, group);
+        (Tls::new(config).expect("a server"), client)
+    }
+
+    /// A server's configuration, and a client that trusts it.
+    pub(crate) fn configured(version: &str, group: &str) -> (Arc<ServerConfig>, ClientConnection) {
         let (certificate, key) = certified();
         let provider = rustls::crypto::aws_lc_rs::default_provider();
         let signing_key = provider.key_provider.load_private_key(key.clone_key()).expect("a usable key");
@@ -261,7 +269,7 @@ pub(crate) mod tests {
             .with_no_client_auth();
         let name = ServerName::try_from("localhost").expect("a name");
         let client = ClientConnection::new(Arc::new(client), name).expect("a client");
-        (Tls::new(config).expect("a server"), client)
+        (config, client)
     }
 
     /// Runs the handshake, handing the client's bytes over in pieces of `piece_bytes`.
@@ -373,6 +381,19 @@ pub(crate) mod tests {
         records[last] ^= 1;
         assert!(server.process(&mut records, &mut Vec::new()).is_err());
         assert!(!server.take_to_client().is_empty());
+    }
+
+    #[test]
+    fn a_bad_message_with_more_behind_or_before_it_is_answered_with_an_alert() {
+        let two_messages_in_one_record = [22, 3, 1, 0, 12, 1, 0, 0, 2, 9, 9, 1, 0, 0, 2, 9, 9];
+        let part_of_a_message_then_a_bad_record = [22, 3, 1, 0, 6, 1, 0, 0, 200, 3, 3, 99, 3, 1, 0, 1, 0];
+        for bytes in [two_messages_in_one_record, part_of_a_message_then_a_bad_record] {
+            let (mut server, _) = pair("1.3", "X25519");
+            server.receive(&bytes);
+            assert!(server.advance(&mut Vec::new()).is_err());
+            let alert = server.take_to_client();
+            assert_eq!((alert.first(), alert.len()), (Some(&21), 7), "{alert:?}");
+        }
     }
 
     #[test]

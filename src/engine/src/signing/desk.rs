@@ -283,6 +283,9 @@ impl Desk {
         self.turn_away(&mut state);
         self.work.notify_all();
         while !state.all_ended {
+            if state.live == 0 && state.handles.is_empty() {
+                return 0; // no lane was ever started
+            }
             let left = give_up.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 state.abandoned = true;

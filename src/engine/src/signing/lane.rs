@@ -29,14 +29,39 @@ pub(super) fn run(token: &Arc<Token>) {
     while let Some(work) = token.desk().next() {
         match work {
             Work::Sign(class, job) => {
+                let _done = Done { token, class };
                 lane.answer(class, job);
-                token.desk().done(class);
             }
             Work::Probe(suspect) => {
-                let result = lane.probe(suspect.as_ref());
-                token.desk().probed(result);
+                let panicked = Err(Some(DownReason::Call("the probe panicked".into())));
+                let mut probed = Probed { token, result: panicked };
+                probed.result = lane.probe(suspect.as_ref());
             }
         }
+    }
+}
+
+/// Gives back what a request occupied, also when the lane panics.
+struct Done<'a> {
+    token: &'a Token,
+    class: Class,
+}
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.token.desk().done(self.class);
+    }
+}
+
+/// Reports the probe also when the lane panics: no other lane probes until it is reported.
+struct Probed<'a> {
+    token: &'a Token,
+    result: Result<(), Option<DownReason>>,
+}
+
+impl Drop for Probed<'_> {
+    fn drop(&mut self) {
+        self.token.desk().probed(std::mem::replace(&mut self.result, Ok(())));
     }
 }
 

@@ -1,6 +1,7 @@
 //! Owns one private key in one token: how it is found, its present handle, and one checked signature with it.
 //! Must not know lanes, queues or repairs. Runs on lanes, and on the thread that looks for the key first.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -33,7 +34,11 @@ pub struct TokenKey {
     pub(super) number: u64,
     id: Option<Vec<u8>>,
     label: Option<String>,
+    /// Held across calls into the module while the key is looked for: never lock it on the I/O thread.
     place: Mutex<Place>,
+    /// Milliseconds since `born`; 0: not lost. Apart from `place`, because the I/O thread reads it.
+    lost_until_ms: AtomicU64,
+    born: Instant,
 }
 
 /// Where the key is in the token now.
@@ -41,7 +46,6 @@ pub struct TokenKey {
 struct Place {
     found: Option<Found>,
     generation: u64,
-    lost_until: Option<Instant>,
 }
 
 /// A handle and how long it may be believed. After a new login or a re-initialised module the same number may mean
@@ -97,6 +101,8 @@ impl TokenKey {
             id: plan.id,
             label: plan.label,
             place: Mutex::default(),
+            lost_until_ms: AtomicU64::new(0),
+            born: Instant::now(),
         }
     }
 
@@ -109,10 +115,16 @@ impl TokenKey {
         &self.public
     }
 
-    /// The token did not have it a moment ago; another token may.
+    /// The token did not have it a moment ago; another token may. Never waits.
     pub fn is_lost(&self) -> bool {
-        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        place.lost_until.is_some_and(|until| Instant::now() < until)
+        match self.lost_until_ms.load(Relaxed) {
+            0 => false, // the common case costs no look at the clock
+            until_ms => self.age_ms(Duration::ZERO) < until_ms,
+        }
+    }
+
+    fn age_ms(&self, later: Duration) -> u64 {
+        u64::try_from((self.born.elapsed() + later).as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Counts how often the key was found.
@@ -146,14 +158,14 @@ impl TokenKey {
                 place.generation += 1;
                 let found = Found { handle, generation: place.generation, epoch };
                 place.found = Some(found);
-                place.lost_until = None;
+                self.lost_until_ms.store(0, Relaxed);
                 self.token.stats().refound.add(u64::from(found.generation > 1));
                 return Ok(found);
             }
             Matches::None => Fault::KeyMissing,
             Matches::Several => Fault::KeyAmbiguous,
         };
-        place.lost_until = Some(Instant::now() + LOST_PAUSE);
+        self.lost_until_ms.store(self.age_ms(LOST_PAUSE), Relaxed);
         Err(fault)
     }
 

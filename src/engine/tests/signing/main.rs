@@ -338,6 +338,26 @@ token_tests! {
         assert_eq!(token.stats().cancelled.get(), 1);
     }
 
+    fn asking_for_a_signature_never_waits_for_a_search_that_hangs(world: World) {
+        let (_token, keys) = world.start(&[Kind::P256], |plan| plan.lanes = 2);
+        keys[0].sign().unwrap();
+        let search = world.control.of(Function::FindObjectsInit);
+        search.hang.store(1, SeqCst);
+        world.control.of(Function::SignInit).fail(0x82, 1);
+        let first = keys[0].submit().unwrap();
+        until("a lane hangs in the search", || search.in_flight.load(SeqCst) == 1);
+        let (asked, answer_of) = std::sync::mpsc::channel();
+        let private = keys[0].private.clone();
+        let asking = std::thread::spawn(move || {
+            let pending = private.sign(private.schemes()[0], b"a message".to_vec());
+            asked.send(pending.is_ok()).unwrap();
+        });
+        assert_eq!(answer_of.recv_timeout(Duration::from_secs(10)), Ok(true));
+        asking.join().unwrap();
+        search.hang.store(0, SeqCst);
+        answer(first).unwrap();
+    }
+
     fn a_request_too_old_is_answered_although_every_lane_hangs(world: World) {
         let age_max = Duration::from_millis(30);
         let (token, keys) = world.start(&[Kind::P256], |plan| plan.queue_age_max = age_max);
