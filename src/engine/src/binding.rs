@@ -265,8 +265,8 @@ impl Engine {
         let plans: Vec<_> = tokens.into_iter().map(token_plan).collect();
         rotate(&ticketer, settings.ticket_secrets)?;
         // Before the first lane: exit must not run a module's destructors under it.
-        process::guard_exit(true);
-        let started = start_tokens(plans).inspect_err(|_| process::guard_exit(false))?;
+        process::engine_runs(true);
+        let started = start_tokens(plans).inspect_err(|_| process::engine_runs(false))?;
         let built = certificates
             .into_iter()
             .map(|settings| certificate(settings, &started, &sign_deadlines))
@@ -282,7 +282,7 @@ impl Engine {
         match built {
             Ok(io) => Ok(Self { io, tokens: started, ticketer }),
             Err(error) => {
-                process::guard_exit(false);
+                process::engine_runs(false);
                 stop_tokens(&started, STOP_BUDGET);
                 Err(error)
             }
@@ -319,7 +319,7 @@ impl Engine {
     pub fn stop(&mut self, budget_ms: u32) {
         let io_ended = self.io.stop(ms(budget_ms));
         stop_tokens(&self.tokens, ms(budget_ms));
-        process::guard_exit(!io_ended);
+        process::engine_runs(!io_ended);
     }
 
     #[napi(catch_unwind)]

@@ -6,7 +6,6 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{IntoRawFd, RawFd};
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -78,17 +77,18 @@ pub fn harden() -> io::Result<()> {
 /// While true, exit must not run destructors: the I/O thread is using what they would tear down.
 static ENGINE_RUNNING: AtomicBool = AtomicBool::new(false);
 
-/// Says whether the I/O thread runs, and once per process arranges that `exit` with a thread still inside a PKCS#11 module,
-/// or with a running engine, leaves at once. Without it the module's static destructors run under its own threads: a crash.
-/// To be called after the module is loaded, so that this handler runs before the module's.
-pub fn guard_exit(running: bool) {
-    static REGISTERED: Once = Once::new();
+/// Says whether the I/O thread runs or is about to.
+pub fn engine_runs(running: bool) {
     ENGINE_RUNNING.store(running, SeqCst);
-    REGISTERED.call_once(|| {
-        // SAFETY: the handler is a plain function for the life of the process (the addon is never unloaded by Node), and it
-        // ignores its argument.
-        unsafe { on_exit(leave_if_busy, std::ptr::null_mut()) };
-    });
+}
+
+/// Arranges that `exit` with a thread still inside a PKCS#11 module, or with a running engine, leaves at once. Without it
+/// the static destructors of the module and its libraries run under their own threads: a crash. Exit handlers run in
+/// reverse order: to be called once for each module, when all of them have registered theirs and before a lane starts.
+pub fn guard_exit() {
+    // SAFETY: the handler is a plain function for the life of the process (the addon is never unloaded by Node), and it
+    // ignores its argument.
+    unsafe { on_exit(leave_if_busy, std::ptr::null_mut()) };
 }
 
 unsafe extern "C" {

@@ -15,6 +15,7 @@ use cryptoki_sys as sys;
 use cryptoki_sys::{CK_ATTRIBUTE, CK_MECHANISM, CK_OBJECT_HANDLE, CK_SESSION_HANDLE, CK_SLOT_ID, CK_ULONG};
 
 use super::ckr::Ckr;
+use crate::process::guard_exit;
 
 /// A loaded module. One per file and process, for the life of the process: vendors' libraries leave threads and
 /// exit handlers behind, so it is never unloaded.
@@ -33,6 +34,8 @@ struct Life {
     users: usize,
     /// C_Initialize was ours, so C_Finalize is. Otherwise it belongs to whoever was first (graphene, say).
     ours: bool,
+    /// For the rest of the process' life.
+    exit_guarded: bool,
 }
 
 const CLOSED: u64 = 1 << 63;
@@ -132,6 +135,11 @@ impl Module {
                 Err(ckr) => return Err(ckr),
             }
             self.gate.fetch_and(!CLOSED, Ordering::AcqRel);
+            if !life.exit_guarded {
+                // Not at load: libraries beneath the module, such as libcrypto, register theirs in C_Initialize.
+                guard_exit();
+                life.exit_guarded = true;
+            }
         }
         life.users += 1;
         Ok(())
