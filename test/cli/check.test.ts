@@ -127,6 +127,24 @@ it('an upstream that refuses is a warning only', async (test) => {
   assert.match(stdout, /^warning +upstream web +127\.0\.0\.1:\d+ cannot be reached: ECONNREFUSED$/m);
 });
 
+it('a server without an address is a warning, an upstream without one is an error as it is for serve', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('www');
+  const certificates = { www: await bench.chain('www') };
+  bench.configure({ certificates, otherServer: 'gone.invalid:80' });
+  const some = await bench.check();
+  assert.equal(some.exitCode, 0, some.stdout);
+  assert.match(some.stdout, /^warning +upstream web +upstream web: gone\.invalid:80 \(E[A-Z_]+\) has no address/m);
+  assert.match(some.stdout, /^ok +upstream web +127\.0\.0\.1:\d+ accepts connections$/m);
+
+  bench.configure({ certificates, server: 'lost.invalid:80', otherServer: 'gone.invalid:80' });
+  const none = await bench.check('--json');
+  assert.equal(none.exitCode, 69, none.stdout);
+  const { findings } = JSON.parse(none.stdout);
+  const error = findings.find(({ severity }: { severity: string }) => severity === 'error');
+  assert.equal(error.code, 'upstream_unresolved');
+});
+
 it('JSON has the same findings, with codes', async (test) => {
   const bench = await openBench(test);
   bench.configure({ certificates: { www: await bench.chain('www') } });
@@ -188,11 +206,16 @@ async function openBench(test: TestContext) {
     /** @returns the path of the configuration. */
     configure({
       certificates,
+      server = `127.0.0.1:${port}`,
+      otherServer,
       extra = '',
     }: {
       readonly certificates: Readonly<Record<string, CertificateEntry>>;
+      readonly server?: string;
+      readonly otherServer?: string;
       readonly extra?: string;
     }): string {
+      const servers = otherServer === undefined ? [server] : [server, otherServer];
       const entries = Object.entries(certificates);
       writeFileSync(
         file,
@@ -202,7 +225,7 @@ async function openBench(test: TestContext) {
           'certificates:',
           ...entries.map(([name, { chain, key }]) => `  ${name}: { chain: ${chain}, key: "${key}", tokens: [hsm] }`),
           'upstreams:',
-          `  web: { servers: ["127.0.0.1:${port}"] }`,
+          `  web: { servers: ${JSON.stringify(servers)} }`,
           'listeners:',
           `  https: { bind: ["127.0.0.1:0"], mode: offload, certificates: [${entries.map(([name]) => name).join(', ')}], upstream: web }`,
           extra,
