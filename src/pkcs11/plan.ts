@@ -29,7 +29,7 @@ export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates'>;
 export interface PlanTools {
   readonly guard: NativeModuleGuard;
   /** The buffer is zeroed after use; asked at most once per token. */
-  readonly readPin: (source: PinSource) => Buffer;
+  readonly readPin: (source: PinSource, place: string) => Buffer;
 }
 
 /** What the engine may rely on. */
@@ -209,7 +209,7 @@ function enterToken(
   const session = openSession(token);
   state.open = { session, token };
   try {
-    state.warnings.push(...login(session, token, () => readPin(state.config.pin)));
+    state.warnings.push(...login(session, token, () => readPin(state.config.pin, `tokens.${state.config.name}.pin`)));
   } catch (error) {
     const failure = asKeygateError(error, state);
     refused.set(slot, failure);

@@ -30,7 +30,8 @@ import { resolveUpstream } from './upstream-names.ts';
 /**
  * Servers without an address are left out with a warning. Reads every PIN once more; the engine keeps them to log in
  * again, and wipes the buffers.
- * @throws ServiceError `upstream_unresolved`, or `engine_failed` for a number that the engine has no room for; TokenError when a PIN's source has gone
+ * @throws ServiceError `upstream_unresolved`, or `engine_failed` for a number that the engine has no room for; TokenError
+ * when a PIN's source has gone
  */
 export async function engineSettings(
   config: Config,
@@ -82,7 +83,7 @@ function tokenSettings(token: TokenConfig, label: string, serial: string): Token
     module: token.module,
     label,
     serial,
-    pin: readPin(token.pin),
+    pin: readPin(token.pin, `tokens.${token.name}.pin`),
     lanes: token.lanes,
     queueMax: token.queue.max,
     queueAgeMs: token.queue.ageMs,
