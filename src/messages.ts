@@ -5,7 +5,7 @@
  */
 import type { Config } from './config/config.ts';
 import type { EngineSnapshot } from './engine/native.d.ts';
-import type { ErrorCode } from './errors.ts';
+import type { ErrorCode, Problem } from './errors.ts';
 
 /** A listening socket as a worker inherits it. */
 export interface InheritedSocket {
@@ -33,6 +33,8 @@ export type PrimaryMessage =
   | { readonly type: 'observe'; readonly id: number };
 
 export type WorkerMessage =
+  /** Said before each step of the start that can hang: "proving the tokens hsm-a, hsm-b". */
+  | { readonly type: 'doing'; readonly what: string }
   /** The tokens are logged in, the keys proved, connections accepted. */
   | { readonly type: 'ready'; readonly warnings: readonly string[] }
   /** The worker cannot serve and exits. */
@@ -44,6 +46,8 @@ export interface WorkerFailure {
   readonly message: string;
   readonly hint: string | undefined;
   readonly exitCode: number;
+  /** Of a ConfigError. */
+  readonly problems: readonly Problem[] | undefined;
   /** No other worker may try: each try costs one of the PIN's few. */
   readonly haltsForking: boolean;
 }

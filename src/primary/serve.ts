@@ -28,13 +28,13 @@ export interface Service {
   /** By listener, with the port that was chosen for port 0. */
   readonly addresses: Listeners['addresses'];
   readonly adminAddress: string | undefined;
-  /** Resolves when keygate was told to stop and every worker has left. */
-  readonly drained: Promise<void>;
+  /** Resolves when keygate was told to stop and every worker has left; rejects when it can serve no more. */
+  readonly ended: Promise<void>;
 }
 
 /**
  * Starts keygate; resolves when every worker is ready.
- * @throws ServiceError `bind_failed`, `privileges`, `admin_failed`; TokenError or ServiceError of the first worker
+ * @throws ServiceError `bind_failed`, `privileges`, `admin_failed`; what the first worker failed with
  */
 export async function serve(config: Config): Promise<Service> {
   const log = openLog(config.log.level);
@@ -42,51 +42,54 @@ export async function serve(config: Config): Promise<Service> {
   const listeners = openListeners(config, slots, engine());
   dropPrivileges(config, log);
 
-  const workers = new Workers(config, listeners, new TicketEpochs(), log);
-  const drained = Promise.withResolvers<void>();
-  workers.once('drained', drained.resolve);
-  let draining = false;
-  const drain = (): void => {
-    if (draining) return;
-    draining = true;
-    log.info({ event: 'drain_started', deadlineMs: config.drainDeadlineMs }, 'draining');
-    workers.drain(config.drainDeadlineMs);
-  };
+  engine().harden();
 
-  const admin = await openAdmin(config, listeners, workers, drain, log);
+  const workers = new Workers(config, listeners, new TicketEpochs(), log);
+  const ended = Promise.withResolvers<void>();
   const allReady = Promise.withResolvers<void>();
   workers.once('allReady', allReady.resolve);
+  workers.once('drained', ended.resolve);
+  workers.once('failed', ended.reject);
+
+  // Before anything is forked: a signal during the start must end what was started.
+  const drain = (deadlineMs: number): void => {
+    log.info({ event: 'drain_started', deadlineMs }, 'draining');
+    workers.drain(deadlineMs);
+  };
+  let signals = 0;
+  const stop = (signal: string): void => {
+    signals += 1;
+    log.info({ event: 'signal', signal }, `${signal} received`);
+    // Who asks twice does not want to wait.
+    drain(signals === 1 ? config.drainDeadlineMs : 0);
+  };
+  process.on('SIGTERM', stop);
+  process.on('SIGINT', stop);
+  process.on('SIGHUP', () => {
+    log.warn(
+      { event: 'reload_unsupported' },
+      'SIGHUP ignored: this version cannot reload its configuration, restart it',
+    );
+  });
+
+  const admin = await openAdmin(config, listeners, workers, () => drain(config.drainDeadlineMs), log);
   const timers = [
     setInterval(() => void workers.observe(), observeIntervalMs),
     setInterval(() => {
       workers.rotateTickets();
     }, config.tickets.rotationMs),
   ];
-  void drained.promise.then(async () => {
+  workers.start();
+  const end = ended.promise.finally(async () => {
     for (const timer of timers) clearInterval(timer);
     await admin?.close();
-    log.info({ event: 'drained' }, 'every connection has ended');
+    log.info({ event: 'ended' }, 'no worker is left');
   });
-  const stop = (signal: string): void => {
-    log.info({ event: 'signal', signal }, `${signal} received`);
-    drain();
-  };
-  process.on('SIGTERM', stop);
-  process.on('SIGINT', stop);
-  process.on('SIGHUP', () => {
-    log.warn({ event: 'reload_unsupported' }, 'SIGHUP ignored: this version cannot reload its configuration, restart it');
-  });
-
-  try {
-    await workers.start();
-  } catch (error) {
-    for (const timer of timers) clearInterval(timer);
-    await admin?.close();
-    throw error;
+  await Promise.race([allReady.promise, end]);
+  if (workers.unreadiness === undefined) {
+    log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
   }
-  await Promise.race([allReady.promise, drained.promise]);
-  log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
-  return { addresses: listeners.addresses, adminAddress: admin?.address, drained: drained.promise };
+  return { addresses: listeners.addresses, adminAddress: admin?.address, ended: end };
 }
 
 async function openAdmin(
