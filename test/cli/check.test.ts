@@ -7,7 +7,7 @@ import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { createPublicKey } from 'node:crypto';
 import { once } from 'node:events';
-import { writeFileSync } from 'node:fs';
+import { chmodSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import type { AddressInfo } from 'node:net';
 import { join } from 'node:path';
@@ -144,6 +144,47 @@ it('a server without an address is a warning, an upstream without one is an erro
   const error = findings.find(({ severity }: { severity: string }) => severity === 'error');
   assert.equal(error.code, 'upstream_unresolved');
 });
+
+it('a user or a group that does not exist is an error, and the rest is still examined', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('www');
+  const certificates = { www: await bench.chain('www') };
+  bench.configure({ certificates, extra: 'user: keygate-nobody' });
+  const user = await bench.check();
+  assert.equal(user.exitCode, 1, user.stdout);
+  assert.match(user.stdout, /^error +user keygate-nobody +user: found keygate-nobody/m);
+  assert.match(user.stdout, /^ok +token hsm/m);
+  bench.configure({ certificates, extra: 'user: nobody\ngroup: keygate-none' });
+  assert.match((await bench.check()).stdout, /^error +user nobody +group: found keygate-none/m);
+});
+
+it(
+  'root sees files as the configured user will: what that user cannot read is an error that names file and user',
+  { skip: process.geteuid?.() !== 0 && 'needs root' },
+  async (test) => {
+    const bench = await openBench(test);
+    await bench.generate('www');
+    bench.configure({ certificates: { www: await bench.chain('www') }, extra: 'user: nobody' });
+    const chown = (owner: string, ...paths: readonly string[]) => execFileSync('chown', ['-R', owner, ...paths]);
+    const { directory, pinFile } = bench.disposable;
+    const chain = join(directory, 'www.pem');
+
+    chown('nobody', directory);
+    const readable = await bench.check();
+    assert.equal(readable.exitCode, 0, readable.stdout + readable.stderr);
+    assert.match(readable.stdout, /^ok +user nobody +uid \d+, gid \d+; all that follows is seen as this user$/m);
+
+    chown('root', pinFile, chain);
+    chmodSync(chain, 0o600);
+    const { exitCode, stdout } = await bench.check();
+    assert.equal(exitCode, 78, stdout);
+    assert.match(
+      stdout,
+      /^error +token hsm +tokens\.hsm\.pin: file .*\/pin cannot be read: EACCES\n +user nobody must/m,
+    );
+    assert.match(stdout, /^error +certificate www +.*\/www\.pem .*found EACCES, .*; user nobody must/m);
+  },
+);
 
 it('JSON has the same findings, with codes', async (test) => {
   const bench = await openBench(test);
