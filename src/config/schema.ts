@@ -53,7 +53,7 @@ const token = z.strictObject({
     .prefault({})
     .describe('What waits for a lane.'),
   signDeadline: duration(10, 600_000, '5s').describe(
-    'A signature that takes longer fails its handshake, and its lane is written off.',
+    'A signature that takes longer fails its handshake; its lane stays busy until the module returns.',
   ),
   verify: z
     .strictObject({
