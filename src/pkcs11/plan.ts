@@ -2,7 +2,7 @@
  * Owns: proving that a configuration can be served: every chain, token, PIN and key of it, all looked at before
  * anything fails.
  * Must not know: listeners, upstreams, the engine.
- * Runs: on the main thread of a worker when it starts or reloads, and of `keygate check`.
+ * Runs: on the main thread of a worker when it starts, and of `keygate check`.
  *
  * Its PKCS#11 sessions are closed when it returns, and modules that nothing else in the process uses are finalised: the
  * engine begins afresh, which SoftHSM with a read-only token directory needs (C_GetTokenInfo fails there after a
