@@ -35,8 +35,10 @@ export class Pinned {
     running.add(this);
     this.child.once('exit', () => running.delete(this));
     this.child.once('error', (error) => this.#hear(String(error)));
-    this.child.stderr?.setEncoding('utf8').on('data', (text: string) => this.#hear(text));
-    this.child.stdout?.setEncoding('utf8');
+    for (const stream of [this.child.stdout, this.child.stderr]) {
+      // Read even when nobody asks: a full pipe would stop who writes into it.
+      stream?.setEncoding('utf8').on('data', (text: string) => this.#hear(text));
+    }
   }
 
   get pid(): number {
@@ -48,7 +50,7 @@ export class Pinned {
     return this.child.exitCode !== null || this.child.signalCode !== null;
   }
 
-  /** For a message: how it ended, and the last it said on standard error. */
+  /** For a message: how it ended, and the last it said. */
   get obituary(): string {
     return `${this.name} (exit ${this.child.exitCode ?? this.child.signalCode ?? 'none'}): ${this.#said.trim() || 'said nothing'}`;
   }

@@ -6,10 +6,11 @@
 import { loadConfig } from '../config/load.ts';
 import type { Config } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
-import { ConfigError, exitCodes, formatProblem, TokenError } from '../errors.ts';
+import { ConfigError, exitCodes, formatProblem, ServiceError, TokenError } from '../errors.ts';
 import { nativeGuard } from '../pkcs11/native-guard.ts';
 import { examinePlan } from '../pkcs11/plan.ts';
 import type { Finding } from '../pkcs11/plan.ts';
+import { becomeConfigured, findAccount } from '../primary/privileges.ts';
 import { coloured, printJson, printLine } from './output.ts';
 import type { Colour } from './output.ts';
 import { examineUpstreams } from './reachability.ts';
@@ -21,7 +22,7 @@ export interface CheckOptions {
 
 /**
  * Prints every finding and sets the exit code: 78 when the configuration or a certificate file is wrong, else 69 when
- * a token, PIN or key is, else 0, also with warnings.
+ * a token, PIN or key is, else what serve would end with, else 0, also with warnings. Root becomes the configured user.
  */
 export async function run({ config: file, json }: CheckOptions): Promise<void> {
   const findings = await examine(file);
@@ -48,9 +49,29 @@ async function examine(file: string): Promise<Finding[]> {
   const tools = { guard: nativeGuard, readPin };
   return [
     { severity: 'ok', subject: 'config', message: config.file },
+    ...becomeUser(config),
     ...examinePlan(config, tools).findings,
     ...(await examineUpstreams(config)),
   ];
+}
+
+/**
+ * As serve does between its sockets and its workers: what root can read says nothing about what they can read. From
+ * here on PIN files, chains, modules and token directories are seen as workers will see them.
+ */
+function becomeUser(config: Config): Finding[] {
+  const { user, group } = config;
+  if (user === undefined) return [];
+  const subject = `user ${user}`;
+  try {
+    const { uid, gid } = findAccount(user, group);
+    const became = becomeConfigured(config) !== undefined;
+    const seen = became ? 'all that follows is seen as this user' : 'not checked as this user, which needs root';
+    return [{ severity: 'ok', subject, message: `uid ${uid}, gid ${gid}; ${seen}` }];
+  } catch (error) {
+    if (!(error instanceof ServiceError)) throw error;
+    return [{ severity: 'error', subject, message: error.message, error }];
+  }
 }
 
 function exitCodeOf(findings: readonly Finding[]): number {

@@ -87,7 +87,7 @@ export async function run(options: DemoOptions): Promise<void> {
 
   const service = await serve(loadConfig(files.config));
   announce(service.addresses['https']?.[0] ?? '', service.adminAddress, join(directory, 'p256.pem'), directory);
-  await service.drained;
+  await service.ended;
   upstream.close();
 }
 

@@ -1,5 +1,5 @@
 /**
- * Owns: whether upstream servers accept connections right now.
+ * Owns: whether upstream servers have addresses and accept connections right now.
  * Must not know: health checks of the engine; tokens.
  * Runs: on the main thread of a command.
  */
@@ -7,15 +7,23 @@ import { connect } from 'node:net';
 import { formatAddress } from '../config/address.ts';
 import type { Config, TcpAddress, UnixAddress } from '../config/config.ts';
 import type { Finding } from '../pkcs11/plan.ts';
+import { resolveUpstream } from '../worker/upstream-names.ts';
 
-/** A server that does not answer is a warning: it may be started after keygate. Waits 2 s at most for each. */
+/**
+ * A server that does not answer is a warning: it may be started after keygate. An upstream without any address is an
+ * error, because keygate would not start. Waits 2 s at most for each server.
+ */
 export async function examineUpstreams(config: Pick<Config, 'upstreams'>): Promise<Finding[]> {
-  const servers = Object.values(config.upstreams).flatMap(({ name, servers: addresses }) =>
-    addresses.map((address) => ({ name, address })),
-  );
   const findings: Finding[] = [];
-  for (let start = 0; start < servers.length; start += connectsAtOnceMax) {
-    findings.push(...(await Promise.all(servers.slice(start, start + connectsAtOnceMax).map(examineServer))));
+  for (const upstream of Object.values(config.upstreams)) {
+    const subject = `upstream ${upstream.name}`;
+    const { servers, warnings, error } = await resolveUpstream(upstream);
+    if (error !== undefined) findings.push({ severity: 'error', subject, message: error.message, error });
+    findings.push(...warnings.map((message) => ({ severity: 'warning' as const, subject, message })));
+    for (let start = 0; start < servers.length; start += connectsAtOnceMax) {
+      const some = servers.slice(start, start + connectsAtOnceMax);
+      findings.push(...(await Promise.all(some.map(async (address) => examineServer(subject, address)))));
+    }
   }
   return findings;
 }
@@ -23,15 +31,8 @@ export async function examineUpstreams(config: Pick<Config, 'upstreams'>): Promi
 const connectDeadlineMs = 2000;
 const connectsAtOnceMax = 64;
 
-async function examineServer({
-  name,
-  address,
-}: {
-  readonly name: string;
-  readonly address: TcpAddress | UnixAddress;
-}): Promise<Finding> {
+async function examineServer(subject: string, address: TcpAddress | UnixAddress): Promise<Finding> {
   const reason = await whyUnreachable(address);
-  const subject = `upstream ${name}`;
   const place = formatAddress(address);
   return reason === undefined
     ? { severity: 'ok', subject, message: `${place} accepts connections` }

@@ -8,5 +8,6 @@ import { serve } from '../primary/serve.ts';
 
 /** @throws ConfigError, TokenError, ServiceError */
 export async function run({ config }: { readonly config: string }): Promise<void> {
-  await serve(loadConfig(config));
+  const service = await serve(loadConfig(config));
+  await service.ended;
 }

@@ -1,7 +1,7 @@
 /**
  * Owns: from a file to a `Config`, or to every problem in it with its position.
  * Must not know: what a key means (schema.ts), which names must exist (references.ts).
- * Runs: at start and reload, on the main thread; reads one file of bounded size, synchronously.
+ * Runs: at start, on the main thread; reads one file of bounded size, synchronously.
  */
 import assert from 'node:assert/strict';
 import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';

@@ -1,7 +1,7 @@
 /**
  * Owns: from a checked document to a `Config`: names with units, absolute paths, defaults that depend on other sections.
  * Must not know: YAML, positions; nothing here can fail.
- * Runs: at start and reload, on the main thread.
+ * Runs: at start, on the main thread.
  */
 import type {
   CertificateConfig,

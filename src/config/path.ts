@@ -1,7 +1,7 @@
 /**
  * Owns: paths in the configuration: environment variables in them, and what they are relative to.
  * Must not know: whether anything is there.
- * Runs: at start and reload, on the main thread.
+ * Runs: at start, on the main thread.
  */
 import { resolve } from 'node:path';
 import type { Parsed } from './fault.ts';

@@ -1,7 +1,7 @@
 /**
  * Owns: what sections say about each other: every name must be defined, no address bound twice.
  * Must not know: positions; whether the document is otherwise right, so that its problems are all reported at once.
- * Runs: at start and reload, on the main thread.
+ * Runs: at start, on the main thread.
  */
 import { isIPv6 } from 'node:net';
 import { parseAdminAddress, parseBindAddress } from './address.ts';

@@ -1,7 +1,7 @@
 /**
  * Owns: from what zod says to faults in our words.
  * Must not know: what the keys mean, positions.
- * Runs: at start and reload, on the main thread.
+ * Runs: at start, on the main thread.
  */
 import type * as z from 'zod';
 import type { Fault } from './fault.ts';

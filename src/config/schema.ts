@@ -1,7 +1,7 @@
 /**
  * Owns: the configuration document as people write it: keys, kinds, ranges, defaults and what each means.
  * Must not know: positions in a file, references between sections (references.ts), the normalised shape (normalise.ts).
- * Runs: at start and reload, on the main thread.
+ * Runs: at start, on the main thread.
  *
  * The reference in README and the JSON Schema for editors are printed from here, so a description is documentation.
  * The `error` of a kind is the "expected" of the problem it reports.
@@ -53,7 +53,7 @@ const token = z.strictObject({
     .prefault({})
     .describe('What waits for a lane.'),
   signDeadline: duration(10, 600_000, '5s').describe(
-    'A signature that takes longer fails its handshake, and its lane is written off.',
+    'A signature that takes longer fails its handshake; its lane stays busy until the module returns.',
   ),
   verify: z
     .strictObject({

@@ -1,7 +1,7 @@
 /**
  * Owns: YAML text, and where in it each value stands.
  * Must not know: which keys keygate has.
- * Runs: at start and reload, on the main thread. Bounded by the size of the text, a number of aliases and a depth.
+ * Runs: at start, on the main thread. Bounded by the size of the text, a number of aliases and a depth.
  */
 import {
   isAlias,

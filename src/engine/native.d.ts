@@ -231,6 +231,9 @@ export interface UpstreamSnapshot {
 /** The closed list of reasons why a connection can end. */
 export declare function closeReasons(): Array<CloseReason>
 
+/** Ends this process, by SIGKILL, when the process that forked it has ended. */
+export declare function endWithParent(): void
+
 /** No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN. */
 export declare function harden(): void
 

@@ -6,6 +6,7 @@
 import { X509Certificate } from 'node:crypto';
 import type { KeyObject } from 'node:crypto';
 import { closeSync, fstatSync, openSync, readFileSync } from 'node:fs';
+import { accessHint } from '../config/access.ts';
 import type { CertificateConfig } from '../config/config.ts';
 import type { Problem } from '../errors.ts';
 import { algorithmOf, describePublicKey } from './algorithm.ts';
@@ -132,7 +133,8 @@ function readBounded(path: string, report: Report): string | undefined {
     }
     return readFileSync(descriptor, 'utf8');
   } catch (error) {
-    report.problem(undefined, (error as NodeJS.ErrnoException).code ?? 'a read error', 'a readable file');
+    const { code } = error as NodeJS.ErrnoException;
+    report.problem(undefined, code ?? 'a read error', 'a readable file', accessHint(code).hint);
     return undefined;
   } finally {
     if (descriptor !== undefined) closeSync(descriptor);

@@ -302,9 +302,16 @@ function refuseDangerousLogin(token: TokenInSlot): void {
 function moduleFailure(error: unknown, path: string): KeygateError {
   if (error instanceof KeygateError) return error;
   const ckr = ckrName(error);
-  return new TokenError('token_module', `module ${path}: ${failureReason(error)}`, {
+  return new TokenError('token_module', `module ${path}: ${withoutPath(failureReason(error), path)}`, {
     ...(ckr === undefined ? {} : { ckr }),
     hint: 'check the path, and what the module itself needs (SOFTHSM2_CONF, a client configuration, a daemon)',
     cause: error,
   });
+}
+
+/** Everyone who hands a loading error on puts the path before it: the dynamic linker, the engine, and we. */
+function withoutPath(reason: string, path: string): string {
+  const prefix = `${path}: `;
+  const at = reason.lastIndexOf(prefix);
+  return at < 0 ? reason : reason.slice(at + prefix.length);
 }

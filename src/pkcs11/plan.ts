@@ -2,7 +2,7 @@
  * Owns: proving that a configuration can be served: every chain, token, PIN and key of it, all looked at before
  * anything fails.
  * Must not know: listeners, upstreams, the engine.
- * Runs: on the main thread of a worker when it starts or reloads, and of `keygate check`.
+ * Runs: on the main thread of a worker when it starts, and of `keygate check`.
  *
  * Its PKCS#11 sessions are closed when it returns, and modules that nothing else in the process uses are finalised: the
  * engine begins afresh, which SoftHSM with a read-only token directory needs (C_GetTokenInfo fails there after a
@@ -29,7 +29,7 @@ export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates'>;
 export interface PlanTools {
   readonly guard: NativeModuleGuard;
   /** The buffer is zeroed after use; asked at most once per token. */
-  readonly readPin: (source: PinSource) => Buffer;
+  readonly readPin: (source: PinSource, place: string) => Buffer;
 }
 
 /** What the engine may rely on. */
@@ -209,7 +209,7 @@ function enterToken(
   const session = openSession(token);
   state.open = { session, token };
   try {
-    state.warnings.push(...login(session, token, () => readPin(state.config.pin)));
+    state.warnings.push(...login(session, token, () => readPin(state.config.pin, `tokens.${state.config.name}.pin`)));
   } catch (error) {
     const failure = asKeygateError(error, state);
     refused.set(slot, failure);

@@ -103,7 +103,10 @@ function routesOf(view: AdminView, log: Log): ReadonlyMap<string, Route> {
     // That this is answered at all says that the primary's loop turns.
     ['/live', { GET: () => text(200, 'live') }],
     ['/ready', { GET: () => (view.unreadiness === undefined ? text(200, 'ready') : text(503, view.unreadiness)) }],
-    ['/status.json', { GET: async () => ({ status: 200, type: 'application/json', body: `${JSON.stringify(await status())}\n` }) }],
+    [
+      '/status.json',
+      { GET: async () => ({ status: 200, type: 'application/json', body: `${JSON.stringify(await status())}\n` }) },
+    ],
     ['/status', { GET: () => ({ status: 200, type: 'text/html; charset=utf-8', body: statusPage }) }],
     ['/status.css', { GET: () => ({ status: 200, type: 'text/css; charset=utf-8', body: statusStyle }) }],
     ['/status.js', { GET: () => ({ status: 200, type: 'text/javascript; charset=utf-8', body: statusScript }) }],
@@ -164,7 +167,8 @@ function crossSiteRefusal({ headers }: IncomingMessage): string | undefined {
   if (headers['x-keygate'] === undefined) {
     return "the header x-keygate is missing: curl -X POST -H 'x-keygate: 1'; it keeps web pages of other sites out";
   }
-  if (headers.origin !== undefined && headers.origin !== `http://${headers.host}`) return 'requests from other sites are refused';
+  if (headers.origin !== undefined && headers.origin !== `http://${headers.host}`)
+    return 'requests from other sites are refused';
   return undefined;
 }
 
@@ -245,15 +249,23 @@ async function removeStaleSocket({ path }: UnixAddress): Promise<void> {
   const existing = lstatSync(path, { throwIfNoEntry: false });
   if (existing === undefined) return;
   if (!existing.isSocket()) {
-    throw new ServiceError('admin_failed', `the admin server cannot listen on unix:${path}: found a file that is not a socket`, {
-      hint: 'move it away, or set another path in `admin.listen`',
-    });
+    throw new ServiceError(
+      'admin_failed',
+      `the admin server cannot listen on unix:${path}: found a file that is not a socket`,
+      {
+        hint: 'move it away, or set another path in `admin.listen`',
+      },
+    );
   }
   const found = await probe(path);
   if (found !== 'ECONNREFUSED') {
-    throw new ServiceError('admin_failed', `the admin server cannot listen on unix:${path}: another process has it (connect: ${found})`, {
-      hint: 'stop that process (ss -lxp shows which), or set another path in `admin.listen`',
-    });
+    throw new ServiceError(
+      'admin_failed',
+      `the admin server cannot listen on unix:${path}: another process has it (connect: ${found})`,
+      {
+        hint: 'stop that process (ss -lxp shows which), or set another path in `admin.listen`',
+      },
+    );
   }
   unlinkSync(path);
 }

@@ -70,7 +70,7 @@ function hintFor(found: string): { hint?: string } {
     return { hint: 'another process listens there already; stop it (ss -ltnp shows which) or choose another port' };
   }
   if (found.startsWith('EACCES')) {
-    return { hint: 'ports below 1024 need root at start, CAP_NET_BIND_SERVICE, or systemd socket activation' };
+    return { hint: 'ports below 1024 need root at start, with `user` to give it up, or CAP_NET_BIND_SERVICE' };
   }
   if (found.startsWith('EADDRNOTAVAIL')) {
     return { hint: 'no interface of this host has that address' };

@@ -35,7 +35,9 @@ export async function renderMetrics(measurements: Measurements): Promise<string>
   }));
   const ofProcess = (await processRegistry().getMetricsAsJSON()).filter(({ name }) => processFamilies.has(name));
   // Each name comes once, so there is nothing to aggregate; and prom-client's own choice would omit some.
-  return AggregatorRegistry.aggregate([[...own, ...ofProcess].map((family) => ({ ...family, aggregator: 'first' }))]).metrics();
+  return AggregatorRegistry.aggregate([
+    [...own, ...ofProcess].map((family) => ({ ...family, aggregator: 'first' })),
+  ]).metrics();
 }
 
 /** The metrics as a Markdown table for README.md, without the markers around it. */
@@ -73,17 +75,24 @@ const families: readonly Family[] = [
   counter('connections_accepted_total', 'Connections accepted.', ['listener'], ({ snapshot }) =>
     snapshot.listeners.map(({ name, accepted }) => [[name], accepted]),
   ),
-  counter('accept_failures_total', 'Failures of accept(2) itself, such as no free descriptor.', ['listener'], ({ snapshot }) =>
-    snapshot.listeners.map(({ name, acceptFailures }) => [[name], acceptFailures]),
+  counter(
+    'accept_failures_total',
+    'Failures of accept(2) itself, such as no free descriptor.',
+    ['listener'],
+    ({ snapshot }) => snapshot.listeners.map(({ name, acceptFailures }) => [[name], acceptFailures]),
   ),
   counter('connections_closed_total', 'Connections ended, by close reason.', ['side', 'phase', 'reason'], closes),
   gauge('handshakes_in_flight', 'Handshakes begun and not finished.', ['listener'], ({ snapshot }) =>
     snapshot.listeners.map(({ name, handshakesInFlight }) => [[name], handshakesInFlight]),
   ),
-  histogram('handshake_seconds', 'Finished handshakes, from accept to Finished.', ['listener', 'protocol', 'resumed'], ({ snapshot }) =>
-    snapshot.listeners.flatMap(({ name, handshakes }) =>
-      handshakes.map(({ protocol, resumed, latency }) => [[name, protocol, String(resumed)], latency] as const),
-    ),
+  histogram(
+    'handshake_seconds',
+    'Finished handshakes, from accept to Finished.',
+    ['listener', 'protocol', 'resumed'],
+    ({ snapshot }) =>
+      snapshot.listeners.flatMap(({ name, handshakes }) =>
+        handshakes.map(({ protocol, resumed, latency }) => [[name, protocol, String(resumed)], latency] as const),
+      ),
   ),
   counter('relay_bytes_total', 'Plaintext relayed.', ['listener', 'direction'], ({ snapshot }) =>
     snapshot.listeners.flatMap(({ name, toUpstreamBytes, toClientBytes }) => [
@@ -92,8 +101,11 @@ const families: readonly Family[] = [
     ]),
   ),
 
-  gauge('token_up', '1 while every running worker can sign with the token; 0 when one cannot, or none runs.', ['token'], (measurements) =>
-    measurements.snapshot.tokens.map(({ name, up }) => [[name], upForAll(up, measurements)]),
+  gauge(
+    'token_up',
+    '1 while every running worker can sign with the token; 0 when one cannot, or none runs.',
+    ['token'],
+    (measurements) => measurements.snapshot.tokens.map(({ name, up }) => [[name], upForAll(up, measurements)]),
   ),
   counter('token_went_down_total', 'How often the token went down for a worker.', ['token'], ({ snapshot }) =>
     snapshot.tokens.map(({ name, wentDown }) => [[name], wentDown]),
@@ -101,23 +113,37 @@ const families: readonly Family[] = [
   histogram('sign_wait_seconds', 'How long requests waited for a lane.', ['token'], ({ snapshot }) =>
     snapshot.tokens.map(({ name, signWait }) => [[name], signWait]),
   ),
-  histogram('sign_seconds', 'How long a lane was busy with one request, repairs and verification included.', ['token', 'mechanism'], ({ snapshot }) =>
-    snapshot.tokens.flatMap(({ name, mechanisms }) => mechanisms.map(({ mechanism, latency }) => [[name, mechanism], latency] as const)),
+  histogram(
+    'sign_seconds',
+    'How long a lane was busy with one request, repairs and verification included.',
+    ['token', 'mechanism'],
+    ({ snapshot }) =>
+      snapshot.tokens.flatMap(({ name, mechanisms }) =>
+        mechanisms.map(({ mechanism, latency }) => [[name, mechanism], latency] as const),
+      ),
   ),
-  counter('signatures_total', 'Signatures, by outcome: ok, failed, or wrong (did not verify and was not sent).', ['token', 'mechanism', 'outcome'], ({ snapshot }) =>
-    snapshot.tokens.flatMap(({ name, mechanisms }) =>
-      mechanisms.flatMap(({ mechanism, ok, failed, wrong }) => [
-        [[name, mechanism, 'ok'], ok] as const,
-        [[name, mechanism, 'failed'], failed] as const,
-        [[name, mechanism, 'wrong'], wrong] as const,
+  counter(
+    'signatures_total',
+    'Signatures, by outcome: ok, failed, or wrong (did not verify and was not sent).',
+    ['token', 'mechanism', 'outcome'],
+    ({ snapshot }) =>
+      snapshot.tokens.flatMap(({ name, mechanisms }) =>
+        mechanisms.flatMap(({ mechanism, ok, failed, wrong }) => [
+          [[name, mechanism, 'ok'], ok] as const,
+          [[name, mechanism, 'failed'], failed] as const,
+          [[name, mechanism, 'wrong'], wrong] as const,
+        ]),
+      ),
+  ),
+  gauge(
+    'sign_queue_depth',
+    'Requests that wait for a lane; the two classes of keys have queues of their own.',
+    ['token', 'class'],
+    ({ snapshot }) =>
+      snapshot.tokens.flatMap(({ name, queueDepthEc, queueDepthRsa }) => [
+        [[name, 'ec'], queueDepthEc] as const,
+        [[name, 'rsa'], queueDepthRsa] as const,
       ]),
-    ),
-  ),
-  gauge('sign_queue_depth', 'Requests that wait for a lane; the two classes of keys have queues of their own.', ['token', 'class'], ({ snapshot }) =>
-    snapshot.tokens.flatMap(({ name, queueDepthEc, queueDepthRsa }) => [
-      [[name, 'ec'], queueDepthEc] as const,
-      [[name, 'rsa'], queueDepthRsa] as const,
-    ]),
   ),
   counter('sign_shed_total', 'Requests refused without a signature, by reason.', ['token', 'reason'], ({ snapshot }) =>
     snapshot.tokens.flatMap(({ name, shedQueueFull, shedQueueAged, shedTokenDown }) => [
@@ -126,8 +152,11 @@ const families: readonly Family[] = [
       [[name, 'token_down'], shedTokenDown] as const,
     ]),
   ),
-  counter('sign_cancelled_total', 'Requests whose connection had ended when a lane came to them.', ['token'], ({ snapshot }) =>
-    snapshot.tokens.map(({ name, cancelled }) => [[name], cancelled]),
+  counter(
+    'sign_cancelled_total',
+    'Requests whose connection had ended when a lane came to them.',
+    ['token'],
+    ({ snapshot }) => snapshot.tokens.map(({ name, cancelled }) => [[name], cancelled]),
   ),
   gauge('lanes', 'Lanes by state; a lost one is stuck in the module.', ['token', 'state'], ({ snapshot }) =>
     snapshot.tokens.flatMap(({ name, lanesIdle, lanesBusy, lanesLost }) => [
@@ -136,25 +165,44 @@ const families: readonly Family[] = [
       [[name, 'lost'], lanesLost] as const,
     ]),
   ),
-  counter('pkcs11_recoveries_total', 'Repairs: a PKCS#11 session reopened, a login repeated, a key found again.', ['token', 'repair'], ({ snapshot }) =>
-    snapshot.tokens.flatMap(({ name, reopened, loggedIn, refound }) => [
-      [[name, 'session_reopened'], reopened] as const,
-      [[name, 'logged_in'], loggedIn] as const,
-      [[name, 'key_refound'], refound] as const,
-    ]),
+  counter(
+    'pkcs11_recoveries_total',
+    'Repairs: a PKCS#11 session reopened, a login repeated, a key found again.',
+    ['token', 'repair'],
+    ({ snapshot }) =>
+      snapshot.tokens.flatMap(({ name, reopened, loggedIn, refound }) => [
+        [[name, 'session_reopened'], reopened] as const,
+        [[name, 'logged_in'], loggedIn] as const,
+        [[name, 'key_refound'], refound] as const,
+      ]),
   ),
-  counter('login_lock_timeouts_total', 'Logins that went ahead because another process held the login lock too long.', ['token'], ({ snapshot }) =>
-    snapshot.tokens.map(({ name, loginLockTimeouts }) => [[name], loginLockTimeouts]),
+  counter(
+    'login_lock_timeouts_total',
+    'Logins that went ahead because another process held the login lock too long.',
+    ['token'],
+    ({ snapshot }) => snapshot.tokens.map(({ name, loginLockTimeouts }) => [[name], loginLockTimeouts]),
   ),
 
-  gauge('upstream_server_up', '1 while every running worker holds the server for healthy; 0 when one does not, or none runs.', ['upstream', 'server'], (measurements) =>
-    servers(measurements).map(([labels, { up }]) => [labels, upForAll(up, measurements)]),
+  gauge(
+    'upstream_server_up',
+    '1 while every running worker holds the server for healthy; 0 when one does not, or none runs.',
+    ['upstream', 'server'],
+    (measurements) => servers(measurements).map(([labels, { up }]) => [labels, upForAll(up, measurements)]),
   ),
-  gauge('upstream_connections_open', 'Connections to the server that are open.', ['upstream', 'server'], (measurements) =>
-    servers(measurements).map(([labels, { connectionsOpen }]) => [labels, connectionsOpen]),
+  gauge(
+    'upstream_connections_open',
+    'Connections to the server that are open.',
+    ['upstream', 'server'],
+    (measurements) => servers(measurements).map(([labels, { connectionsOpen }]) => [labels, connectionsOpen]),
   ),
-  counter('upstream_connects_total', 'Attempts to connect, by outcome; health checks are not counted.', ['upstream', 'server', 'outcome'], (measurements) =>
-    servers(measurements).flatMap(([labels, { connects }]) => connects.map(({ outcome, count }) => [[...labels, outcome], count] as const)),
+  counter(
+    'upstream_connects_total',
+    'Attempts to connect, by outcome; health checks are not counted.',
+    ['upstream', 'server', 'outcome'],
+    (measurements) =>
+      servers(measurements).flatMap(([labels, { connects }]) =>
+        connects.map(({ outcome, count }) => [[...labels, outcome], count] as const),
+      ),
   ),
   histogram('upstream_connect_seconds', 'Attempts to connect that succeeded.', ['upstream', 'server'], (measurements) =>
     servers(measurements).map(([labels, { connectLatency }]) => [labels, connectLatency]),
@@ -166,23 +214,41 @@ const families: readonly Family[] = [
   counter('worker_restarts_total', 'How often the worker was replaced.', ['worker'], ({ workers }) =>
     workers.map(({ slot, restarts }) => [[String(slot)], restarts]),
   ),
-  gauge('certificate_expiry_timestamp_seconds', 'When the certificate expires, in Unix time.', ['certificate'], ({ certificates }) =>
-    certificates.map(({ name, notAfterMs }) => [[name], notAfterMs / 1000]),
+  gauge(
+    'certificate_expiry_timestamp_seconds',
+    'When the certificate expires, in Unix time.',
+    ['certificate'],
+    ({ certificates }) => certificates.map(({ name, notAfterMs }) => [[name], notAfterMs / 1000]),
   ),
   gauge('build_info', 'Always 1; the labels say which keygate and which Node.js run.', ['version', 'node'], () => [
     [[version, process.versions.node], 1],
   ]),
 ];
 
-function counter<const Labels extends readonly string[]>(name: `${string}_total`, help: string, labels: Labels, read: Read<Labels, number>): Family {
+function counter<const Labels extends readonly string[]>(
+  name: `${string}_total`,
+  help: string,
+  labels: Labels,
+  read: Read<Labels, number>,
+): Family {
   return { name: `keygate_${name}`, type: 'counter', help, labels, read };
 }
 
-function gauge<const Labels extends readonly string[]>(name: string, help: string, labels: Labels, read: Read<Labels, number>): Family {
+function gauge<const Labels extends readonly string[]>(
+  name: string,
+  help: string,
+  labels: Labels,
+  read: Read<Labels, number>,
+): Family {
   return { name: `keygate_${name}`, type: 'gauge', help, labels, read };
 }
 
-function histogram<const Labels extends readonly string[]>(name: `${string}_seconds`, help: string, labels: Labels, read: Read<Labels, LatencySnapshot>): Family {
+function histogram<const Labels extends readonly string[]>(
+  name: `${string}_seconds`,
+  help: string,
+  labels: Labels,
+  read: Read<Labels, LatencySnapshot>,
+): Family {
   return { name: `keygate_${name}`, type: 'histogram', help, labels, read };
 }
 
@@ -193,14 +259,20 @@ type Read<Labels extends readonly string[], Measured> = (
 
 /** Every reason is there from the first scrape on: a rate over a series that begins at 1 misses that 1. */
 function closes({ snapshot }: Measurements): readonly Sample<readonly [string, string, string], number>[] {
-  const counts = new Map(snapshot.closes.map(({ side, phase, reason, count }) => [`${side}/${phase}/${reason}`, count]));
+  const counts = new Map(
+    snapshot.closes.map(({ side, phase, reason, count }) => [`${side}/${phase}/${reason}`, count]),
+  );
   return engine()
     .closeReasons()
     .map(({ side, phase, reason }) => [[side, phase, reason], counts.get(`${side}/${phase}/${reason}`) ?? 0]);
 }
 
-function servers({ snapshot }: Measurements): readonly Sample<readonly [string, string], EngineSnapshot['upstreams'][number]['servers'][number]>[] {
-  return snapshot.upstreams.flatMap(({ name, servers: all }) => all.map((server) => [[name, server.address], server] as const));
+function servers({
+  snapshot,
+}: Measurements): readonly Sample<readonly [string, string], EngineSnapshot['upstreams'][number]['servers'][number]>[] {
+  return snapshot.upstreams.flatMap(({ name, servers: all }) =>
+    all.map((server) => [[name, server.address], server] as const),
+  );
 }
 
 /** Dead workers say nothing of what is up, and where no worker says anything nothing is. */
@@ -209,8 +281,17 @@ function upForAll(up: boolean, { workers }: Measurements): number {
 }
 
 /** Prometheus' buckets count everything up to their bound, the engine's only what is above the bound before. */
-function histogramSamples(name: string, labels: Readonly<Record<string, string | undefined>>, { buckets, sumUs }: LatencySnapshot): object[] {
-  const bounds = [...engine().latencyBoundsUs().map((us) => us / 1e6), '+Inf'];
+function histogramSamples(
+  name: string,
+  labels: Readonly<Record<string, string | undefined>>,
+  { buckets, sumUs }: LatencySnapshot,
+): object[] {
+  const bounds = [
+    ...engine()
+      .latencyBoundsUs()
+      .map((us) => us / 1e6),
+    '+Inf',
+  ];
   let count = 0;
   const samples: object[] = bounds.map((le, index) => {
     count += buckets[index] ?? 0;

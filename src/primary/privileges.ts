@@ -36,7 +36,7 @@ export function dropPrivileges(config: Pick<Config, 'user' | 'group'>, log: Log)
  * and systemd's User= or a shell has decided who.
  * @throws ServiceError `privileges`
  */
-function becomeConfigured(config: Pick<Config, 'user' | 'group'>): Account | undefined {
+export function becomeConfigured(config: Pick<Config, 'user' | 'group'>): Account | undefined {
   if (config.user === undefined || process.geteuid?.() !== 0) return undefined;
   const account = findAccount(config.user, config.group);
   const { user, uid, gid } = account;

@@ -28,13 +28,13 @@ export interface Service {
   /** By listener, with the port that was chosen for port 0. */
   readonly addresses: Listeners['addresses'];
   readonly adminAddress: string | undefined;
-  /** Resolves when keygate was told to stop and every worker has left. */
-  readonly drained: Promise<void>;
+  /** Resolves when keygate was told to stop and every worker has left; rejects when it can serve no more. */
+  readonly ended: Promise<void>;
 }
 
 /**
  * Starts keygate; resolves when every worker is ready.
- * @throws ServiceError `bind_failed`, `privileges`, `admin_failed`; TokenError or ServiceError of the first worker
+ * @throws ServiceError `bind_failed`, `privileges`, `admin_failed`; what the first worker failed with
  */
 export async function serve(config: Config): Promise<Service> {
   const log = openLog(config.log.level);
@@ -42,40 +42,29 @@ export async function serve(config: Config): Promise<Service> {
   const listeners = openListeners(config, slots, engine());
   dropPrivileges(config, log);
 
-  const workers = new Workers(config, listeners, new TicketEpochs(), log);
-  const drained = Promise.withResolvers<void>();
-  workers.once('drained', drained.resolve);
-  let draining = false;
-  const drain = (): void => {
-    if (draining) return;
-    draining = true;
-    workers.drain(config.drainDeadlineMs);
-    shutListeners(listeners, engine());
-    log.info({ event: 'drain_started', deadlineMs: config.drainDeadlineMs }, 'draining');
-  };
+  engine().harden();
 
-  const admin = await openAdmin(config, listeners, workers, drain, log);
+  const workers = new Workers(config, listeners, new TicketEpochs(), log);
+  const ended = Promise.withResolvers<void>();
   const allReady = Promise.withResolvers<void>();
   workers.once('allReady', allReady.resolve);
-  const timers = [
-    setInterval(() => void workers.observe(), observeIntervalMs),
-    setInterval(() => {
-      workers.rotateTickets();
-    }, config.tickets.rotationMs),
-  ];
-  void drained.promise.then(async () => {
-    for (const timer of timers) clearInterval(timer);
-    await admin?.close();
-    const { closes } = await workers.observe();
-    const cut = closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
-    log.info(
-      { event: 'drained', cut },
-      cut === 0 ? 'every connection has ended' : 'connections were cut at the deadline',
-    );
-  });
+  workers.once('drained', ended.resolve);
+  workers.once('failed', ended.reject);
+
+  // Before anything is forked: a signal during the start must end what was started.
+  let draining = false;
+  const drain = (deadlineMs: number): void => {
+    workers.drain(deadlineMs);
+    if (!draining) shutListeners(listeners, engine());
+    draining = true;
+    log.info({ event: 'drain_started', deadlineMs }, 'draining');
+  };
+  let signals = 0;
   const stop = (signal: string): void => {
+    signals += 1;
     log.info({ event: 'signal', signal }, `${signal} received`);
-    drain();
+    // Who asks twice does not want to wait.
+    drain(signals === 1 ? config.drainDeadlineMs : 0);
   };
   process.on('SIGTERM', stop);
   process.on('SIGINT', stop);
@@ -86,20 +75,26 @@ export async function serve(config: Config): Promise<Service> {
     );
   });
 
-  try {
-    await workers.start();
-  } catch (error) {
-    // A worker that is told to stop while it starts leaves as it was told.
-    if (!draining) {
-      for (const timer of timers) clearInterval(timer);
-      await admin?.close();
-      throw error;
-    }
-  }
-  await Promise.race([allReady.promise, drained.promise]);
-  if (!draining)
+  const admin = await openAdmin(config, listeners, workers, () => drain(config.drainDeadlineMs), log);
+  const timers = [
+    setInterval(() => void workers.observe(), observeIntervalMs),
+    setInterval(() => {
+      workers.rotateTickets();
+    }, config.tickets.rotationMs),
+  ];
+  workers.start();
+  const end = ended.promise.finally(async () => {
+    for (const timer of timers) clearInterval(timer);
+    await admin?.close();
+    const { closes } = await workers.observe();
+    const cut = closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
+    log.info({ event: 'ended', cut }, cut === 0 ? 'no worker is left' : 'connections were cut at the deadline');
+  });
+  await Promise.race([allReady.promise, end]);
+  if (workers.unreadiness === undefined) {
     log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
-  return { addresses: listeners.addresses, adminAddress: admin?.address, drained: drained.promise };
+  }
+  return { addresses: listeners.addresses, adminAddress: admin?.address, ended: end };
 }
 
 async function openAdmin(

@@ -5,10 +5,13 @@
  * Runs: main thread of the primary.
  *
  * ```text
- *   starting ──ready──> ready ──exit──> waiting ──delay──> starting
- *      └────exit──────────────────────────^  │
- *      └────failed (PIN)────> halted <───────┘   a halted slot halts every later fork
+ *   due ──fork──> starting ──ready──> ready
+ *    ^               │                  │
+ *    └──delay── waiting <──exit─────────┘        a refused PIN halts: no slot is forked any more
  * ```
+ *
+ * While the PIN is not known to be good (at start, and after any loss) at most one worker is starting: a PIN that became
+ * wrong is tried once, not once per worker.
  */
 import cluster from 'node:cluster';
 import type { Worker } from 'node:cluster';
@@ -16,7 +19,7 @@ import { EventEmitter } from 'node:events';
 import { fileURLToPath } from 'node:url';
 import type { Config } from '../config/config.ts';
 import type { EngineSnapshot } from '../engine/native.d.ts';
-import { ServiceError, TokenError } from '../errors.ts';
+import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import type { PrimaryMessage, WorkerFailure, WorkerMessage } from '../messages.ts';
@@ -24,21 +27,23 @@ import type { Listeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
 
-/** A worker that is not ready by then hangs in a token's login and is killed. */
+/** A worker that is not ready by then, beyond what its configuration lets it wait, hangs in a token and is killed. */
 const startDeadlineMs = 60_000;
 /** Delay before the first replacement; doubled by each failure in a row. */
 const backoffMinMs = 100;
 const backoffMaxMs = 30_000;
-/** A worker that was ready this long has not failed "in a row", and its earlier failures are forgotten. */
-const stableAfterMs = 10_000;
+/** A worker that has been ready this long has not failed "in a row". */
+const stableAfterMs = 60_000;
 /** This many failures in a row are a crash loop. */
 const crashLoopFailures = 4;
 /** Answers to `observe` that come later are not waited for; the last known snapshot serves. */
 const observeDeadlineMs = 250;
 /** What a worker may take beyond the drain deadline before it is killed. */
 const killGraceMs = 2_000;
+/** No observation has this number. */
+const unasked = 0;
 
-export type SlotState = 'starting' | 'ready' | 'waiting' | 'halted';
+export type SlotState = 'due' | 'starting' | 'ready' | 'waiting';
 
 interface Slot {
   readonly index: number;
@@ -47,8 +52,11 @@ interface Slot {
   failure: WorkerFailure | undefined;
   failuresInRow: number;
   restarts: number;
-  readySince: number;
+  /** What the worker was last doing while it started. */
+  doing: string | undefined;
+  /** Of the state: start deadline, back-off, or becoming stable. */
   timer: NodeJS.Timeout | undefined;
+  killTimer: NodeJS.Timeout | undefined;
   /** Slot of the sibling that serves this slot's accept queue. */
   adoptedBy: Slot | undefined;
 }
@@ -62,10 +70,12 @@ export interface SlotStatus {
 }
 
 interface WorkersEvents {
-  /** Every slot is ready. */
+  /** Every slot is ready, for the first time. */
   allReady: [];
   /** A drain has ended: no worker is left. */
   drained: [];
+  /** No worker is left and none may be forked: before the first was ready, or after a PIN was refused. */
+  failed: [KeygateError];
 }
 
 export class Workers extends EventEmitter<WorkersEvents> {
@@ -77,9 +87,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
   readonly #book = new SnapshotBook();
   #observation = 0;
   #draining = false;
+  #everReady = false;
+  #allReadySaid = false;
+  /** A worker has logged in since the last loss. */
+  #proved = false;
   /** Set once: no process may be forked any more. */
   #halted: WorkerFailure | undefined;
-  #allReadySaid = false;
 
   constructor(config: Config, listeners: Listeners, epochs: TicketEpochs, log: Log) {
     super();
@@ -90,11 +103,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#slots = listeners.bySlot.map((_, index) => newSlot(index));
   }
 
-  /**
-   * Forks the first worker, and the others once it is ready: a wrong PIN is tried once, not once per worker.
-   * @throws TokenError or ServiceError, what the first worker failed with
-   */
-  async start(): Promise<void> {
+  /** Forks the first worker, and the others once it is ready. What becomes of them is told by events. */
+  start(): void {
     const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
     cluster.setupPrimary({
       exec: fileURLToPath(new URL(`../worker/main.${extension}`, import.meta.url)),
@@ -102,13 +112,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       serialization: 'advanced',
       stdio: ['inherit', 'inherit', 'inherit', 'ipc', ...this.#listeners.fds],
     });
-    const [first, ...others] = this.#slots;
-    if (first === undefined) return;
-    const outcome = await this.#fork(first);
-    if (outcome !== 'ready') throw failureError(outcome);
-    if (this.#draining) return;
-    for (const slot of others) void this.#fork(slot);
-    this.#sayWhenAllReady();
+    this.#forkDue();
   }
 
   get status(): readonly SlotStatus[] {
@@ -125,7 +129,9 @@ export class Workers extends EventEmitter<WorkersEvents> {
   get unreadiness(): string | undefined {
     if (this.#draining) return 'draining';
     if (this.#halted !== undefined) return `no worker may be forked any more: ${this.#halted.message}`;
-    const looping = this.#slots.find((slot) => slot.failuresInRow >= crashLoopFailures && !isStable(slot));
+    const looping = this.#slots.find(
+      ({ state, failuresInRow }) => state !== 'ready' && failuresInRow >= crashLoopFailures,
+    );
     if (looping !== undefined) return `worker ${looping.index} has failed ${looping.failuresInRow} times in a row`;
     if (!this.#slots.some(({ state }) => state === 'ready')) return 'no worker is ready';
     return undefined;
@@ -134,7 +140,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   /** What all workers measured, living and dead, as one; a worker that does not answer in time counts with its last answer. */
   async observe(): Promise<EngineSnapshot> {
     const id = ++this.#observation;
-    const asked = this.#slots.filter(({ state, worker }) => state === 'ready' && worker !== undefined);
+    const asked = this.#slots.filter(({ state }) => state === 'ready');
     const answers = this.#book.expect(
       id,
       asked.map(({ index }) => index),
@@ -154,41 +160,56 @@ export class Workers extends EventEmitter<WorkersEvents> {
     }
   }
 
-  /** Every worker accepts nothing any more and leaves when its last connection has ended, or at the deadline. */
+  /**
+   * Every worker accepts nothing any more and leaves when its last connection has ended, or at the deadline. A second
+   * call moves the deadline.
+   */
   drain(deadlineMs: number): void {
     this.#draining = true;
     for (const slot of this.#slots) {
-      clearTimeout(slot.timer);
-      if (slot.worker === undefined) continue;
-      this.#tell(slot, { type: 'drain', deadlineMs });
+      if (slot.state === 'waiting') clearTimeout(slot.timer);
       const { worker } = slot;
-      slot.timer = setTimeout(() => worker.process.kill('SIGKILL'), deadlineMs + killGraceMs);
+      if (worker === undefined) continue;
+      this.#tell(slot, { type: 'drain', deadlineMs });
+      clearTimeout(slot.killTimer);
+      slot.killTimer = setTimeout(() => worker.process.kill('SIGKILL'), deadlineMs + killGraceMs);
     }
-    this.#sayWhenDrained();
+    this.#sayWhatCameToPass();
   }
 
-  /** Settles when the new worker is ready or gone. */
-  async #fork(slot: Slot): Promise<'ready' | WorkerFailure> {
-    const { promise, resolve } = Promise.withResolvers<'ready' | WorkerFailure>();
+  #forkDue(): void {
+    for (const slot of this.#slots) {
+      if (this.#draining || this.#halted !== undefined) return;
+      if (slot.state !== 'due') continue;
+      if (!this.#proved && this.#slots.some(({ state }) => state === 'starting')) return;
+      this.#fork(slot);
+    }
+  }
+
+  #fork(slot: Slot): void {
     const worker = cluster.fork({ KEYGATE_SLOT: String(slot.index) });
     slot.worker = worker;
     slot.state = 'starting';
-    slot.timer = setTimeout(() => {
-      this.#log.error(
-        { event: 'worker_start_deadline', worker: slot.index },
-        'the worker hangs while it starts; killing it',
-      );
-      worker.process.kill('SIGKILL');
-    }, startDeadlineMs);
+    slot.doing = undefined;
     let failure: WorkerFailure | undefined;
+    slot.timer = setTimeout(() => {
+      failure = hangFailure(slot);
+      worker.process.kill('SIGKILL');
+    }, this.#startDeadlineMs());
     worker.on('message', (message: WorkerMessage) => {
       switch (message.type) {
+        case 'doing':
+          slot.doing = message.what;
+          return;
         case 'ready':
           this.#ready(slot, message.warnings);
-          resolve('ready');
           return;
         case 'failed':
           failure = message.failure;
+          return;
+        case 'ended':
+          this.#book.enter(unasked, slot.index, message.snapshot);
+          this.#tell(slot, { type: 'leave' });
           return;
         case 'snapshot':
           // Its last words may arrive after its end, when its counts have been kept already.
@@ -197,85 +218,96 @@ export class Workers extends EventEmitter<WorkersEvents> {
       }
     });
     worker.on('error', (error) => {
-      this.#log.error({ event: 'worker_channel', worker: slot.index, error }, 'the channel to a worker failed');
+      this.#log.error(
+        { event: 'worker_channel', worker: slot.index, error },
+        'a worker cannot be forked, or its channel failed',
+      );
+      // No process, so no exit event: out of descriptors or of processes.
+      if (worker.process.pid === undefined) this.#gone(slot, worker, exitFailure(slot.index, null, null));
     });
     worker.once('exit', (code: number | null, signal: string | null) => {
-      const found = failure ?? exitFailure(slot.index, code, signal);
-      this.#gone(slot, worker, found);
-      resolve(found);
+      this.#gone(slot, worker, failure ?? exitFailure(slot.index, code, signal));
     });
     this.#tell(slot, {
       type: 'start',
       config: this.#config,
-      sockets: this.#listeners.bySlot[slot.index] ?? [],
+      sockets: this.#socketsOf(slot),
       ticketSecrets: this.#epochs.secrets,
     });
-    return promise;
   }
 
   #ready(slot: Slot, warnings: readonly string[]): void {
     clearTimeout(slot.timer);
     slot.state = 'ready';
     slot.failure = undefined;
-    slot.readySince = Date.now();
+    slot.timer = setTimeout(() => {
+      slot.failuresInRow = 0;
+    }, stableAfterMs).unref();
     const adopter = slot.adoptedBy;
     slot.adoptedBy = undefined;
     if (adopter !== undefined) this.#tell(adopter, { type: 'release', sockets: this.#socketsOf(slot) });
-    if (slot.restarts === 0 && slot.index === 0) {
+    if (!this.#everReady) {
       for (const warning of warnings) this.#log.warn({ event: 'token_warning' }, warning);
     }
+    this.#everReady = true;
+    this.#proved = true;
     this.#log.info({ event: 'worker_ready', worker: slot.index, workerPid: slot.worker?.process.pid }, 'worker ready');
     this.#adoptOrphans();
-    this.#sayWhenAllReady();
+    this.#forkDue();
+    this.#sayWhatCameToPass();
   }
 
   #gone(slot: Slot, worker: Worker, failure: WorkerFailure): void {
+    if (slot.worker !== worker) return;
     clearTimeout(slot.timer);
-    const wasReady = slot.state === 'ready';
-    const wasStable = isStable(slot);
+    clearTimeout(slot.killTimer);
     slot.worker = undefined;
     slot.state = 'waiting';
     this.#book.retire(slot.index);
     if (this.#draining) {
       this.#log.info({ event: 'worker_ended', worker: slot.index }, 'worker ended');
-      this.#sayWhenDrained();
+      this.#sayWhatCameToPass();
       return;
     }
     slot.failure = failure;
-    slot.failuresInRow = wasStable ? 1 : slot.failuresInRow + 1;
-    this.#log.error(
-      {
+    slot.failuresInRow += 1;
+    this.#proved = false;
+    if (failure.haltsForking) this.#halted = failure;
+    if (this.#everReady) {
+      const { index, failuresInRow } = slot;
+      const details = {
         event: 'worker_lost',
-        worker: slot.index,
+        worker: index,
         workerPid: worker.process.pid,
         code: failure.code,
-        failuresInRow: slot.failuresInRow,
-      },
-      failure.message,
-    );
-    if (failure.haltsForking) this.#halted = failure;
-    for (const orphaned of this.#slots) if (orphaned.adoptedBy === slot) orphaned.adoptedBy = undefined;
-    this.#adoptOrphans();
-    if (this.#halted !== undefined) {
-      slot.state = 'halted';
-      return;
+        failuresInRow,
+      };
+      this.#log.error(details, failure.message);
+      for (const orphaned of this.#slots) if (orphaned.adoptedBy === slot) orphaned.adoptedBy = undefined;
+      this.#adoptOrphans();
+      this.#replaceLater(slot);
     }
-    // Nothing to replace it with before the first worker has proved the tokens: start() throws.
-    if (!wasReady && this.#slots.every(({ restarts, readySince }) => restarts === 0 && readySince === 0)) return;
-    const delayMs = Math.min(backoffMinMs * 2 ** (slot.failuresInRow - 1), backoffMaxMs);
-    slot.timer = setTimeout(() => {
-      slot.restarts += 1;
-      void this.#fork(slot);
-    }, delayMs);
+    this.#sayWhatCameToPass();
   }
 
-  /** Connections that wait in the queue of a worker that is gone are accepted by a sibling meanwhile. */
+  #replaceLater(slot: Slot): void {
+    if (this.#halted !== undefined) return;
+    const delayMs = Math.min(backoffMinMs * 2 ** (slot.failuresInRow - 1), backoffMaxMs);
+    slot.timer = setTimeout(() => {
+      slot.state = 'due';
+      slot.restarts += 1;
+      this.#forkDue();
+    }, delayMs);
+    // Who waited for this one to prove the PIN is next.
+    this.#forkDue();
+  }
+
+  /** Connections that wait in the queue of a worker that is not there are accepted by a sibling meanwhile. */
   #adoptOrphans(): void {
+    const adopter = this.#slots.find(({ state }) => state === 'ready');
+    if (adopter === undefined) return;
     for (const orphaned of this.#slots) {
       if (orphaned.state === 'ready' || orphaned.adoptedBy !== undefined) continue;
-      if (orphaned.state === 'starting' && orphaned.restarts === 0) continue; // its first start: it will serve its own
-      const adopter = this.#slots.find(({ state }) => state === 'ready');
-      if (adopter === undefined) return;
       orphaned.adoptedBy = adopter;
       this.#tell(adopter, { type: 'adopt', sockets: this.#socketsOf(orphaned) });
       this.#log.info(
@@ -289,47 +321,75 @@ export class Workers extends EventEmitter<WorkersEvents> {
     return this.#listeners.bySlot[slot.index] ?? [];
   }
 
+  /** A worker waits for other processes' logins, once to prove a token and once to start it. */
+  #startDeadlineMs(): number {
+    const lockWaitMs = Object.values(this.#config.tokens).reduce(
+      (sum, { loginLockWaitMs }) => sum + 2 * loginLockWaitMs,
+      0,
+    );
+    return startDeadlineMs + lockWaitMs;
+  }
+
   #tell(slot: Slot, message: PrimaryMessage): void {
-    // A worker that has just died cannot be told; its exit event follows.
-    slot.worker?.send(message, undefined, () => {});
+    // A worker that has just died, or was never there, cannot be told; its end is noticed by other means.
+    if (slot.worker?.isConnected() === true) slot.worker.send(message, undefined, () => {});
   }
 
-  #sayWhenAllReady(): void {
-    if (this.#allReadySaid || !this.#slots.every(({ state }) => state === 'ready')) return;
-    this.#allReadySaid = true;
-    this.emit('allReady');
-  }
-
-  #sayWhenDrained(): void {
-    if (this.#slots.every(({ worker }) => worker === undefined)) this.emit('drained');
+  #sayWhatCameToPass(): void {
+    if (!this.#allReadySaid && this.#slots.every(({ state }) => state === 'ready')) {
+      this.#allReadySaid = true;
+      this.emit('allReady');
+    }
+    if (this.#slots.some(({ worker }) => worker !== undefined)) return;
+    const failure =
+      this.#halted ??
+      (this.#everReady ? undefined : this.#slots.find(({ failure: found }) => found !== undefined)?.failure);
+    if (this.#draining) this.emit('drained');
+    else if (failure !== undefined) this.emit('failed', failureError(failure));
   }
 }
 
 function newSlot(index: number): Slot {
   return {
     index,
-    state: 'starting',
+    state: 'due',
     worker: undefined,
     failure: undefined,
     failuresInRow: 0,
     restarts: 0,
-    readySince: 0,
+    doing: undefined,
     timer: undefined,
+    killTimer: undefined,
     adoptedBy: undefined,
   };
 }
 
-function isStable({ state, readySince }: Slot): boolean {
-  return state === 'ready' && Date.now() - readySince >= stableAfterMs;
-}
-
 function exitFailure(slot: number, code: number | null, signal: string | null): WorkerFailure {
-  const how = signal === null ? `exited with ${code}` : `was ended by ${signal}`;
-  return { code: 'worker_failed', message: `worker ${slot} ${how}`, hint: undefined, exitCode: 1, haltsForking: false };
+  const how =
+    code === null && signal === null
+      ? 'could not be forked'
+      : signal === null
+        ? `exited with ${code}`
+        : `was ended by ${signal}`;
+  return failureOf('worker_failed', `worker ${slot} ${how}`, 1);
 }
 
-function failureError({ code, message, hint, exitCode }: WorkerFailure): KeygateError {
+function hangFailure({ index, doing }: Slot): WorkerFailure {
+  const what = `worker ${index} hung while ${doing ?? 'it started'} and was killed`;
+  return {
+    ...failureOf('token_operation', what, 69),
+    hint: 'a token does not answer: try it with keygate token list, or pkcs11-tool',
+  };
+}
+
+function failureOf(code: WorkerFailure['code'], message: string, exitCode: number): WorkerFailure {
+  return { code, message, hint: undefined, exitCode, problems: undefined, haltsForking: false };
+}
+
+function failureError({ code, message, hint, exitCode, problems }: WorkerFailure): KeygateError {
   const details = hint === undefined ? {} : { hint };
-  if (exitCode === 69) return new TokenError(code, message, details);
-  return new ServiceError(code, message, details);
+  const [first, ...others] = problems ?? [];
+  if (first !== undefined) return new ConfigError([first, ...others], details);
+  if (/^(?:token|pin)_/.test(code)) return new TokenError(code, message, details);
+  return new ServiceError(code, message, { ...details, unavailable: exitCode === 69 });
 }

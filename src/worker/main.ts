@@ -6,7 +6,7 @@
 import type { Engine } from '../engine/native.d.ts';
 import { engine as loadEngine } from '../engine/binding.ts';
 import { readPin } from '../config/pin.ts';
-import { KeygateError } from '../errors.ts';
+import { ConfigError, KeygateError } from '../errors.ts';
 import { openLog } from '../log.ts';
 import type { Log } from '../log.ts';
 import type { PrimaryMessage, WorkerFailure, WorkerMessage } from '../messages.ts';
@@ -25,16 +25,12 @@ const drainIntervalMs = 50;
 let log: Log = openLog('info', Number(process.env['KEYGATE_SLOT']));
 let engine: Engine | undefined;
 let draining = false;
+let drainTimer: NodeJS.Timeout | undefined;
 let leaving = false;
-/** Of a drain that nobody gave a deadline: SIGTERM to this process alone, or to all of the service at once. */
-let drainDeadlineMs = 0;
 
-// Ctrl-C reaches the whole process group; the primary decides what it means.
-process.on('SIGINT', () => {});
-process.on('SIGHUP', () => {});
-process.on('SIGTERM', () => {
-  drain(drainDeadlineMs);
-});
+// Ctrl-C and systemd reach the whole process group; the primary decides what that means for its workers. A worker that
+// went by itself would leave its accept queue to nobody.
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => {});
 process.on('uncaughtException', (error) => {
   log.fatal({ event: 'worker_crashed', error }, 'a defect ended this worker');
   process.exit(1);
@@ -67,6 +63,8 @@ function obey(message: PrimaryMessage): void {
     case 'drain':
       drain(message.deadlineMs);
       return;
+    case 'leave':
+      return process.exit(0);
     case 'observe':
       if (engine !== undefined) tell({ type: 'snapshot', id: message.id, snapshot: engine.snapshot() });
       return;
@@ -75,11 +73,13 @@ function obey(message: PrimaryMessage): void {
 
 async function start({ config, sockets, ticketSecrets }: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
   log = openLog(config.log.level, Number(process.env['KEYGATE_SLOT']));
-  drainDeadlineMs = config.drainDeadlineMs;
   const native = loadEngine();
   native.harden();
+  native.endWithParent();
+  tell({ type: 'doing', what: `it proved the tokens ${Object.keys(config.tokens).join(', ')}` });
   const proved = provePlan(config, { guard: nativeGuard, readPin });
   const settings = await engineSettings(config, proved, sockets, ticketSecrets);
+  tell({ type: 'doing', what: `the engine logged in to the tokens ${Object.keys(config.tokens).join(', ')}` });
   engine = new native.Engine(settings);
   watch(engine);
   tell({ type: 'ready', warnings: proved.warnings });
@@ -95,11 +95,12 @@ function watch(running: Engine): void {
   }, watchIntervalMs).unref();
 }
 
-/** A second call only moves the deadline. */
+/** A second call moves the deadline. */
 function drain(deadlineMs: number): void {
   if (engine === undefined) process.exit(0);
   engine.drain();
-  setTimeout(leave, deadlineMs);
+  clearTimeout(drainTimer);
+  drainTimer = setTimeout(leave, deadlineMs);
   if (draining) return;
   draining = true;
   const running = engine;
@@ -108,13 +109,12 @@ function drain(deadlineMs: number): void {
   }, drainIntervalMs);
 }
 
+/** Ends what is left, and the process once the primary knows what became of it. */
 function leave(): void {
-  if (engine === undefined) process.exit(0);
-  if (leaving) return;
+  if (engine === undefined || leaving) return;
   leaving = true;
   engine.stop(stopBudgetMs);
-  // With what the last connections ended with, also those that were cut here.
-  tell({ type: 'snapshot', id: unasked, snapshot: engine.snapshot() }, () => process.exit(0));
+  tell({ type: 'ended', snapshot: engine.snapshot() });
 }
 
 function fail(error: unknown): void {
@@ -127,17 +127,15 @@ function describeFailure(error: unknown): WorkerFailure {
   const message = error instanceof Error ? error.message : String(error);
   if (error instanceof KeygateError) {
     const { code, hint, exitCode } = error;
-    return { code, message, hint, exitCode, haltsForking: pinCodes.has(code) };
+    const problems = error instanceof ConfigError ? error.problems : undefined;
+    return { code, message, hint, exitCode, problems, haltsForking: pinCodes.has(code) };
   }
   // The engine's own words for a refused PIN (signing/token_error.rs).
   if (message.startsWith('token_fault pin_')) {
-    return { code: 'token_login', message, hint: undefined, exitCode: 69, haltsForking: true };
+    return { code: 'token_login', message, hint: undefined, exitCode: 69, problems: undefined, haltsForking: true };
   }
-  return { code: 'engine_failed', message, hint: undefined, exitCode: 1, haltsForking: false };
+  return { code: 'engine_failed', message, hint: undefined, exitCode: 1, problems: undefined, haltsForking: false };
 }
-
-/** No observation has this id. */
-const unasked = 0;
 
 /** Each further try would cost one of the PIN's few. */
 const pinCodes: ReadonlySet<string> = new Set([

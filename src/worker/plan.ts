@@ -3,8 +3,7 @@
  * Must not know: PKCS#11 calls, the primary.
  * Runs: main thread of a worker, once per start.
  */
-import { lookup } from 'node:dns/promises';
-import { isIP, isIPv6 } from 'node:net';
+import { formatAddress } from '../config/address.ts';
 import type {
   Config,
   ListenerConfig,
@@ -22,20 +21,28 @@ import type {
   UpstreamSettings,
 } from '../engine/native.d.ts';
 import { ServiceError } from '../errors.ts';
+import { openLog } from '../log.ts';
+import type { Log } from '../log.ts';
 import type { InheritedSocket } from '../messages.ts';
 import type { ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
+import { resolveUpstream } from './upstream-names.ts';
 
 /**
- * Reads every PIN once more; the engine keeps them to log in again, and wipes the buffers.
- * @throws ServiceError `upstream_unresolved`, or `engine_failed` for a number that the engine has no room for; TokenError when a PIN's source has gone
+ * Servers without an address are left out with a warning. Reads every PIN once more; the engine keeps them to log in
+ * again, and wipes the buffers.
+ * @throws ServiceError `upstream_unresolved`, or `engine_failed` for a number that the engine has no room for; TokenError
+ * when a PIN's source has gone
  */
 export async function engineSettings(
   config: Config,
   proved: ProvedPlan,
   sockets: readonly InheritedSocket[],
   ticketSecrets: readonly Uint8Array[],
+  log: Pick<Log, 'warn'> = openLog(config.log.level, Number(process.env['KEYGATE_SLOT'])),
 ): Promise<EngineSettings> {
-  const upstreams = await Promise.all(Object.values(config.upstreams).map(upstreamSettings));
+  const upstreams = await Promise.all(
+    Object.values(config.upstreams).map((upstream) => upstreamSettings(upstream, log)),
+  );
   const settings: EngineSettings = {
     tokens: proved.tokens.flatMap(({ name, label, serial }) => {
       const token = config.tokens[name];
@@ -76,7 +83,7 @@ function tokenSettings(token: TokenConfig, label: string, serial: string): Token
     module: token.module,
     label,
     serial,
-    pin: readPin(token.pin),
+    pin: readPin(token.pin, `tokens.${token.name}.pin`),
     lanes: token.lanes,
     queueMax: token.queue.max,
     queueAgeMs: token.queue.ageMs,
@@ -106,11 +113,13 @@ function certificateSettings(certificate: ProvedCertificate): CertificateSetting
   };
 }
 
-async function upstreamSettings(upstream: UpstreamConfig): Promise<UpstreamSettings> {
-  const servers = await Promise.all(upstream.servers.map((server) => resolveServer(upstream.name, server)));
+async function upstreamSettings(upstream: UpstreamConfig, log: Pick<Log, 'warn'>): Promise<UpstreamSettings> {
+  const { servers, warnings, error } = await resolveUpstream(upstream);
+  if (error !== undefined) throw error;
+  for (const warning of warnings) log.warn({ event: 'upstream_unresolved', upstream: upstream.name }, warning);
   return {
     name: upstream.name,
-    servers,
+    servers: servers.map(formatAddress),
     balance: upstream.balance,
     connectDeadlineMs: upstream.connectDeadlineMs,
     connectAttemptsMax: upstream.attempts,
@@ -119,30 +128,6 @@ async function upstreamSettings(upstream: UpstreamConfig): Promise<UpstreamSetti
     passiveFailuresMax: upstream.passive.failures,
     passiveEjectionMs: upstream.passive.ejectionMs,
   };
-}
-
-/** The engine connects to addresses; a name is looked up once, when the worker starts. */
-async function resolveServer(upstream: string, server: UpstreamConfig['servers'][number]): Promise<string> {
-  if ('path' in server) return `unix:${server.path}`;
-  const { host, port } = server;
-  const address = isIP(host) === 0 ? await resolveName(upstream, host) : host;
-  return isIPv6(address) ? `[${address}]:${port}` : `${address}:${port}`;
-}
-
-async function resolveName(upstream: string, host: string): Promise<string> {
-  try {
-    return (await lookup(host)).address;
-  } catch (cause) {
-    throw new ServiceError(
-      'upstream_unresolved',
-      `upstream ${upstream}: the name ${host} cannot be resolved: ${String(cause)}`,
-      {
-        cause,
-        unavailable: true,
-        hint: 'use an address, or make the name resolvable on this host before keygate starts',
-      },
-    );
-  }
 }
 
 function listenerSettings(

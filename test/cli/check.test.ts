@@ -7,7 +7,7 @@ import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { createPublicKey } from 'node:crypto';
 import { once } from 'node:events';
-import { writeFileSync } from 'node:fs';
+import { chmodSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
 import type { AddressInfo } from 'node:net';
 import { join } from 'node:path';
@@ -127,6 +127,65 @@ it('an upstream that refuses is a warning only', async (test) => {
   assert.match(stdout, /^warning +upstream web +127\.0\.0\.1:\d+ cannot be reached: ECONNREFUSED$/m);
 });
 
+it('a server without an address is a warning, an upstream without one is an error as it is for serve', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('www');
+  const certificates = { www: await bench.chain('www') };
+  bench.configure({ certificates, otherServer: 'gone.invalid:80' });
+  const some = await bench.check();
+  assert.equal(some.exitCode, 0, some.stdout);
+  assert.match(some.stdout, /^warning +upstream web +upstream web: gone\.invalid:80 \(E[A-Z_]+\) has no address/m);
+  assert.match(some.stdout, /^ok +upstream web +127\.0\.0\.1:\d+ accepts connections$/m);
+
+  bench.configure({ certificates, server: 'lost.invalid:80', otherServer: 'gone.invalid:80' });
+  const none = await bench.check('--json');
+  assert.equal(none.exitCode, 69, none.stdout);
+  const { findings } = JSON.parse(none.stdout);
+  const error = findings.find(({ severity }: { severity: string }) => severity === 'error');
+  assert.equal(error.code, 'upstream_unresolved');
+});
+
+it('a user or a group that does not exist is an error, and the rest is still examined', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('www');
+  const certificates = { www: await bench.chain('www') };
+  bench.configure({ certificates, extra: 'user: keygate-nobody' });
+  const user = await bench.check();
+  assert.equal(user.exitCode, 1, user.stdout);
+  assert.match(user.stdout, /^error +user keygate-nobody +user: found keygate-nobody/m);
+  assert.match(user.stdout, /^ok +token hsm/m);
+  bench.configure({ certificates, extra: 'user: nobody\ngroup: keygate-none' });
+  assert.match((await bench.check()).stdout, /^error +user nobody +group: found keygate-none/m);
+});
+
+it(
+  'root sees files as the configured user will: what that user cannot read is an error that names file and user',
+  { skip: process.geteuid?.() !== 0 && 'needs root' },
+  async (test) => {
+    const bench = await openBench(test);
+    await bench.generate('www');
+    bench.configure({ certificates: { www: await bench.chain('www') }, extra: 'user: nobody' });
+    const chown = (owner: string, ...paths: readonly string[]) => execFileSync('chown', ['-R', owner, ...paths]);
+    const { directory, pinFile } = bench.disposable;
+    const chain = join(directory, 'www.pem');
+
+    chown('nobody', directory);
+    const readable = await bench.check();
+    assert.equal(readable.exitCode, 0, readable.stdout + readable.stderr);
+    assert.match(readable.stdout, /^ok +user nobody +uid \d+, gid \d+; all that follows is seen as this user$/m);
+
+    chown('root', pinFile, chain);
+    chmodSync(chain, 0o600);
+    const { exitCode, stdout } = await bench.check();
+    assert.equal(exitCode, 78, stdout);
+    assert.match(
+      stdout,
+      /^error +token hsm +tokens\.hsm\.pin: file .*\/pin cannot be read: EACCES\n +user nobody must/m,
+    );
+    assert.match(stdout, /^error +certificate www +.*\/www\.pem .*found EACCES, .*; user nobody must/m);
+  },
+);
+
 it('JSON has the same findings, with codes', async (test) => {
   const bench = await openBench(test);
   bench.configure({ certificates: { www: await bench.chain('www') } });
@@ -188,11 +247,16 @@ async function openBench(test: TestContext) {
     /** @returns the path of the configuration. */
     configure({
       certificates,
+      server = `127.0.0.1:${port}`,
+      otherServer,
       extra = '',
     }: {
       readonly certificates: Readonly<Record<string, CertificateEntry>>;
+      readonly server?: string;
+      readonly otherServer?: string;
       readonly extra?: string;
     }): string {
+      const servers = otherServer === undefined ? [server] : [server, otherServer];
       const entries = Object.entries(certificates);
       writeFileSync(
         file,
@@ -202,7 +266,7 @@ async function openBench(test: TestContext) {
           'certificates:',
           ...entries.map(([name, { chain, key }]) => `  ${name}: { chain: ${chain}, key: "${key}", tokens: [hsm] }`),
           'upstreams:',
-          `  web: { servers: ["127.0.0.1:${port}"] }`,
+          `  web: { servers: ${JSON.stringify(servers)} }`,
           'listeners:',
           `  https: { bind: ["127.0.0.1:0"], mode: offload, certificates: [${entries.map(([name]) => name).join(', ')}], upstream: web }`,
           extra,

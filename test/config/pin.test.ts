@@ -4,7 +4,7 @@
  * Runs: node:test, with files in a private directory.
  */
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
+import { execFileSync, spawnSync } from 'node:child_process';
 import { chmodSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -69,6 +69,31 @@ it('a PIN comes from a systemd credential', (test) => {
   environment(test, 'CREDENTIALS_DIRECTORY', undefined);
   refuses({ credential: 'hsm-pin' }, 'pin_unavailable');
 });
+
+it('a message begins with the place of the PIN in the configuration', (test) => {
+  assert.throws(
+    () => readPin(privateFile(test)(''), 'tokens.hsm.pin'),
+    /^TokenError: tokens\.hsm\.pin: file .* is empty$/,
+  );
+});
+
+it(
+  'a file that the user may not read is refused with a hint that names the user',
+  { skip: process.geteuid?.() !== 0 && 'needs root to become somebody else' },
+  (test) => {
+    const source = privateFile(test)('98761234');
+    const script = `
+      import { readPin } from ${JSON.stringify(new URL('../../src/config/pin.ts', import.meta.url).href)};
+      try { readPin(${JSON.stringify(source)}); } catch ({ code, message, hint }) { console.log(code, message, hint); }
+    `;
+    const { stdout, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', script], {
+      encoding: 'utf8',
+      uid: Number(execFileSync('id', ['-u', 'nobody'])),
+      gid: Number(execFileSync('id', ['-g', 'nobody'])),
+    });
+    assert.match(stdout, /^pin_unavailable PIN: file .* cannot be read: EACCES user nobody must be allowed/, stderr);
+  },
+);
 
 function read(source: PinSource): string {
   return readPin(source).toString('utf8');

@@ -220,6 +220,15 @@ it('the login lock is held from before C_Initialize until the keys are found, an
   assert.deepEqual(events, ['locked', 'pin', 'released']);
 });
 
+it('a PIN that cannot be read is reported with its place in the configuration', async (test) => {
+  const bench = openBench(test, { loggedIn: false });
+  const token = tokenConfig(bench.disposable, { pin: { file: join(bench.disposable.directory, 'nope') } });
+  const { findings } = examinePlan(planConfig([token], [await bench.certificate('www')]), tools);
+  const [{ message, error } = assert.fail('nothing was found')] = findings;
+  assert.equal(error?.code, 'pin_unavailable');
+  assert.match(message, /^tokens\.hsm\.pin: file .*nope cannot be read: ENOENT$/);
+});
+
 it('no session is left open', async (test) => {
   const bench = openBench(test, { loggedIn: false });
   const config = planConfig([tokenConfig(bench.disposable)], [await bench.certificate('www')]);

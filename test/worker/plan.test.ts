@@ -5,6 +5,7 @@
  */
 import assert from 'node:assert/strict';
 import { it } from 'node:test';
+import pino from 'pino';
 import { parseConfig } from '../../src/config/load.ts';
 import { ServiceError } from '../../src/errors.ts';
 import { assertNumbersFit, engineSettings } from '../../src/worker/plan.ts';
@@ -27,7 +28,30 @@ it('the longest durations that a configuration may have fit', async () => {
   assert.equal(listeners[0]?.lifetimeDeadlineMs, 49 * 86_400_000);
 });
 
-async function settingsFor(servers: readonly string[], ofListener = 'backlog: 1') {
+it('a server whose name has no address is left out with a warning as long as another one is left', async () => {
+  const warnings: string[] = [];
+  const log = pino({}, { write: (line) => void warnings.push((JSON.parse(line) as { msg: string }).msg) });
+  const { upstreams } = await settingsFor(['gone.invalid:80', '[::1]:81', 'unix:/run/web.sock'], undefined, log);
+  assert.deepEqual(upstreams[0]?.servers, ['[::1]:81', 'unix:/run/web.sock']);
+  assert.equal(warnings.length, 1);
+  assert.match(warnings[0] ?? '', /^upstream web: gone\.invalid:80 \(E[A-Z_]+\) has no address/);
+});
+
+it('an upstream none of whose servers has an address is refused, naming them all', async () => {
+  await assert.rejects(
+    settingsFor(['gone.invalid:80', 'lost.invalid:81']),
+    (error) =>
+      error instanceof ServiceError &&
+      error.code === 'upstream_unresolved' &&
+      /gone\.invalid:80 .*lost\.invalid:81 /.test(error.message),
+  );
+});
+
+async function settingsFor(
+  servers: readonly string[],
+  ofListener = 'backlog: 1',
+  log = pino({}, { write: (line) => assert.fail(line) }),
+) {
   const config = parseConfig(
     [
       'tokens: { a: { module: /m.so, uri: "pkcs11:token=a", pin: { file: pin } } }',
@@ -37,5 +61,5 @@ async function settingsFor(servers: readonly string[], ofListener = 'backlog: 1'
     ].join('\n'),
     '/k.yaml',
   );
-  return engineSettings(config, { tokens: [], certificates: [], warnings: [] }, [], []);
+  return engineSettings(config, { tokens: [], certificates: [], warnings: [] }, [], [], log);
 }

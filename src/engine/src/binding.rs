@@ -441,6 +441,12 @@ pub fn harden() -> Result<()> {
     process::harden().map_err(|error| invalid(format!("prctl: {error}")))
 }
 
+/// Ends this process, by SIGKILL, when the process that forked it has ended.
+#[napi(catch_unwind)]
+pub fn end_with_parent() -> Result<()> {
+    process::end_with_parent().map_err(|error| invalid(format!("prctl: {error}")))
+}
+
 /// Loads a PKCS#11 module before anybody else does, with symbols of its own if `isolate`. It stays loaded.
 #[napi(catch_unwind)]
 pub fn preload_module(path: String, isolate: bool) -> Result<()> {
