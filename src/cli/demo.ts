@@ -7,15 +7,15 @@
 import { execFile } from 'node:child_process';
 import { randomInt, X509Certificate } from 'node:crypto';
 import { once } from 'node:events';
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
-import { homedir } from 'node:os';
+import { homedir, networkInterfaces } from 'node:os';
 import { join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify, styleText } from 'node:util';
 import { loadConfig } from '../config/load.ts';
-import { ServiceError } from '../errors.ts';
+import { ServiceError, UsageError } from '../errors.ts';
 import { serve } from '../primary/serve.ts';
 
 export interface DemoOptions {
@@ -23,6 +23,8 @@ export interface DemoOptions {
   readonly port: number;
   /** Of the HTTP upstream; 0: any free one. */
   readonly httpUpstreamPort: number;
+  /** Of the admin server; 0: any free one. */
+  readonly adminPort: number;
   /** Where token, PIN, certificates and configuration are kept. */
   readonly dir?: string;
   /** Default: one per core. */
@@ -42,10 +44,19 @@ const modulePaths = [
   '/usr/lib64/softhsm/libsofthsm2.so',
 ];
 
-/** @throws ServiceError `demo_failed`, `bind_failed` and what `serve` throws */
+/**
+ * What an earlier start has left is used again, however that start ended: it is asked what is there, and nothing is
+ * believed to be there because a step once began.
+ * @throws UsageError, ServiceError `demo_failed`, and what `serve` throws
+ */
 export async function run(options: DemoOptions): Promise<void> {
+  const { port, adminPort } = options;
+  if (port === adminPort && port !== 0)
+    throw new UsageError(`--port and --admin-port: found ${port} for both, expected two`);
   const module = findSoftHsm();
-  const directory = resolve(options.dir ?? join(process.env['XDG_STATE_HOME'] ?? join(homedir(), '.local/state'), 'keygate/demo'));
+  const directory = resolve(
+    options.dir ?? join(process.env['XDG_STATE_HOME'] ?? join(homedir(), '.local/state'), 'keygate/demo'),
+  );
   const files = {
     tokens: join(directory, 'tokens'),
     softHsmConfig: join(directory, 'softhsm2.conf'),
@@ -55,7 +66,10 @@ export async function run(options: DemoOptions): Promise<void> {
   };
   await step('private directory', directory, () => {
     mkdirSync(files.tokens, { recursive: true, mode: 0o700 });
-    writeOnce(files.softHsmConfig, `directories.tokendir = ${files.tokens}\nobjectstore.backend = file\nlog.level = ERROR\n`);
+    writeOnce(
+      files.softHsmConfig,
+      `directories.tokendir = ${files.tokens}\nobjectstore.backend = file\nlog.level = ERROR\n`,
+    );
     writeOnce(files.pin, `${randomPin()}\n`);
     writeOnce(files.securityOfficerPin, `${randomPin()}\n`);
   });
@@ -63,29 +77,32 @@ export async function run(options: DemoOptions): Promise<void> {
   process.env['SOFTHSM2_CONF'] = files.softHsmConfig;
 
   const onToken = ['--module', module, '--token', tokenLabel, '--pin-file', files.pin];
-  const initialised = join(directory, 'token-ready');
-  await step('SoftHSM token', tokenLabel, async () => {
-    if (existsSync(initialised)) return;
-    await keygate('token', 'init', '--module', module, '--label', tokenLabel, '--pin-file', files.pin, '--so-pin-file', files.securityOfficerPin);
-    writeFileSync(initialised, '', { mode: 0o600 });
+  const labels = await step('SoftHSM token', tokenLabel, async () => {
+    const pins = ['--pin-file', files.pin, '--so-pin-file', files.securityOfficerPin];
+    return (await hasToken(module, files.tokens))
+      ? await privateKeyLabels(onToken)
+      : await keygate('token', 'init', '--module', module, '--label', tokenLabel, ...pins).then(() => []);
   });
   for (const type of keys) {
     const chain = join(directory, `${type}.pem`);
     await step(`${type} key in the token, and its certificate`, chain, async () => {
-      const marker = join(directory, `${type}-ready`);
-      if (!existsSync(marker)) {
+      if (!labels.includes(type)) {
+        // First, or a start that ends in between would leave a certificate of another key.
+        rmSync(chain, { force: true });
         await keygate('key', 'generate', ...onToken, '--label', type, '--type', type);
-        writeFileSync(marker, '', { mode: 0o600 });
       }
       if (isCurrent(chain)) return;
       const names = ['--dns', 'localhost', '--ip', '127.0.0.1', '--ip', '::1'];
-      await keygate('key', 'self-sign', ...onToken, '--label', type, '--subject', 'CN=localhost', ...names, '--days', '90', '--out', chain);
+      const subject = ['--subject', 'CN=localhost', ...names, '--days', '90'];
+      writeWhole(chain, await keygate('key', 'self-sign', ...onToken, '--label', type, ...subject));
     });
   }
   const upstream = await step('HTTP upstream', '127.0.0.1', async () => startUpstream(options.httpUpstreamPort));
-  writeFileSync(files.config, demoConfig(module, options, upstream.port), { mode: 0o600 });
+  writeWhole(files.config, demoConfig(module, options, upstream.port));
 
-  const service = await serve(loadConfig(files.config));
+  const service = await serve(loadConfig(files.config)).catch((error: unknown) => {
+    throw withOption(error);
+  });
   announce(service.addresses['https']?.[0] ?? '', service.adminAddress, join(directory, 'p256.pem'), directory);
   await service.ended;
   upstream.close();
@@ -114,23 +131,66 @@ async function step<T>(what: string, where: string, work: () => T | Promise<T>):
   }
 }
 
-/** Runs one of keygate's own commands. */
-async function keygate(...args: readonly string[]): Promise<void> {
+/** Whether the token is there and has its PIN. One without a PIN holds no key yet: it is removed and made anew. */
+async function hasToken(module: string, directory: string): Promise<boolean> {
+  const tokens = JSON.parse(await keygate('token', 'list', '--module', module, '--json')) as {
+    readonly label: string;
+    readonly state: readonly string[];
+  }[];
+  const token = tokens.find(({ label }) => label === tokenLabel);
+  if (token?.state.includes('no-user-pin') !== true) return token !== undefined;
+  rmSync(directory, { recursive: true });
+  mkdirSync(directory, { mode: 0o700 });
+  return false;
+}
+
+async function privateKeyLabels(onToken: readonly string[]): Promise<string[]> {
+  const found = JSON.parse(await keygate('key', 'list', ...onToken, '--json')) as {
+    readonly label: string;
+    readonly kind: string;
+  }[];
+  return found.filter(({ kind }) => kind === 'private').map(({ label }) => label);
+}
+
+/** Runs one of keygate's own commands and returns what it printed. */
+async function keygate(...args: readonly string[]): Promise<string> {
   const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
   const main = fileURLToPath(new URL(`main.${extension}`, import.meta.url));
   try {
-    await promisify(execFile)(process.execPath, [main, ...args], { timeout: commandDeadlineMs });
+    return (await promisify(execFile)(process.execPath, [main, ...args], { timeout: commandDeadlineMs })).stdout;
   } catch (cause) {
     const { stderr = '' } = cause as { stderr?: string };
-    throw new ServiceError('demo_failed', `keygate ${args.slice(0, 2).join(' ')} failed: ${stderr.trim() || String(cause)}`, {
-      cause,
-      hint: 'remove the demo directory to start afresh',
-    });
+    throw new ServiceError(
+      'demo_failed',
+      `keygate ${args.slice(0, 2).join(' ')} failed: ${stderr.trim() || String(cause)}`,
+      {
+        cause,
+        hint: 'remove the demo directory to start afresh',
+      },
+    );
   }
 }
 
 function writeOnce(path: string, text: string): void {
-  if (!existsSync(path)) writeFileSync(path, text, { mode: 0o600 });
+  if (!existsSync(path)) writeWhole(path, text);
+}
+
+/** All or nothing, also when the process is killed: a half of a PIN would be believed by the next start. */
+function writeWhole(path: string, text: string): void {
+  const unfinished = `${path}.new`;
+  writeFileSync(unfinished, text, { mode: 0o600 });
+  renameSync(unfinished, path);
+}
+
+/** The configuration is written anew at every start: to change a port in it would help nobody. */
+function withOption(error: unknown): unknown {
+  if (!(error instanceof ServiceError)) return error;
+  const option = { bind_failed: '--port', admin_failed: '--admin-port' }[error.code as string];
+  if (option === undefined) return error;
+  return new ServiceError(error.code, error.message, {
+    cause: error,
+    hint: `choose another ${option}, or 0 for any free one`,
+  });
 }
 
 function randomPin(): string {
@@ -138,13 +198,19 @@ function randomPin(): string {
 }
 
 function isCurrent(chain: string): boolean {
-  return existsSync(chain) && new X509Certificate(readFileSync(chain)).validToDate.getTime() > Date.now() + renewBeforeMs;
+  try {
+    return new X509Certificate(readFileSync(chain)).validToDate.getTime() > Date.now() + renewBeforeMs;
+  } catch {
+    return false; // not there, or cut off
+  }
 }
 
 async function startUpstream(port: number): Promise<{ port: number; close(): void }> {
   const server = createServer((request, response) => {
     response.setHeader('content-type', 'text/plain; charset=utf-8');
-    response.end(`keygate demo: ${request.method} ${request.url} arrived as plaintext; the private key is still in the token.\n`);
+    response.end(
+      `keygate demo: ${request.method} ${request.url} arrived as plaintext; the private key is still in the token.\n`,
+    );
   });
   server.listen(port, '127.0.0.1');
   try {
@@ -164,10 +230,13 @@ async function startUpstream(port: number): Promise<{ port: number; close(): voi
   };
 }
 
-function demoConfig(module: string, { port, workers }: DemoOptions, upstreamPort: number): string {
+function demoConfig(module: string, { port, adminPort, workers }: DemoOptions, upstreamPort: number): string {
+  // Containers often have no IPv6, not even the loopback address.
+  const hasIPv6 = Object.values(networkInterfaces()).some((each) => each?.some(({ address }) => address === '::1'));
+  const addresses = hasIPv6 ? ['127.0.0.1', '[::1]'] : ['127.0.0.1'];
   return `# Written by \`keygate demo\` at every start. Copy it to begin a configuration of your own.
 workers: ${workers ?? 'auto'}
-admin: { listen: "127.0.0.1:${port === 0 ? 0 : 9180}" }
+admin: { listen: "127.0.0.1:${adminPort}" }
 tokens:
   demo: { module: ${JSON.stringify(module)}, uri: "pkcs11:token=${tokenLabel}", pin: { file: pin } }
 certificates:
@@ -175,7 +244,7 @@ ${keys.map((type) => `  ${type}: { chain: ${type}.pem, key: "pkcs11:object=${typ
 upstreams:
   web: { servers: ["127.0.0.1:${upstreamPort}"] }
 listeners:
-  https: { bind: ["127.0.0.1:${port}", "[::1]:${port}"], mode: offload, certificates: [${keys.join(', ')}], policy: intermediate, upstream: web }
+  https: { bind: [${addresses.map((address) => JSON.stringify(`${address}:${port}`)).join(', ')}], mode: offload, certificates: [${keys.join(', ')}], policy: intermediate, upstream: web }
 `;
 }
 

@@ -51,6 +51,7 @@ function commandLine(): Command {
     .description('Make a SoftHSM token with keys and certificates in it, and serve with them on loopback.')
     .option('--port <port>', 'of the TLS listener; 0: any free one', port, 8443)
     .option('--http-upstream-port <port>', 'of the HTTP upstream; 0: any free one', port, 0)
+    .option('--admin-port <port>', 'of the admin server; 0: any free one', port, 9180)
     .option(
       '--dir <directory>',
       'where token, PIN, certificates and configuration are kept (default: in the state directory of the user)',

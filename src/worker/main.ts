@@ -78,7 +78,7 @@ async function start({ config, sockets, ticketSecrets }: Extract<PrimaryMessage,
   native.endWithParent();
   tell({ type: 'doing', what: `it proved the tokens ${Object.keys(config.tokens).join(', ')}` });
   const proved = provePlan(config, { guard: nativeGuard, readPin });
-  const settings = await engineSettings(config, proved, sockets, ticketSecrets);
+  const settings = await engineSettings(config, proved, sockets, ticketSecrets, log);
   tell({ type: 'doing', what: `the engine logged in to the tokens ${Object.keys(config.tokens).join(', ')}` });
   engine = new native.Engine(settings);
   watch(engine);

@@ -21,7 +21,6 @@ import type {
   UpstreamSettings,
 } from '../engine/native.d.ts';
 import { ServiceError } from '../errors.ts';
-import { openLog } from '../log.ts';
 import type { Log } from '../log.ts';
 import type { InheritedSocket } from '../messages.ts';
 import type { ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
@@ -38,7 +37,7 @@ export async function engineSettings(
   proved: ProvedPlan,
   sockets: readonly InheritedSocket[],
   ticketSecrets: readonly Uint8Array[],
-  log: Pick<Log, 'warn'> = openLog(config.log.level, Number(process.env['KEYGATE_SLOT'])),
+  log: Pick<Log, 'warn'>,
 ): Promise<EngineSettings> {
   const upstreams = await Promise.all(
     Object.values(config.upstreams).map((upstream) => upstreamSettings(upstream, log)),

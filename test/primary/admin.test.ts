@@ -67,7 +67,10 @@ describe('the admin server', () => {
     };
     const raw = await open(port);
     // Pipelined, so that the server has all of them before it can answer the first.
-    raw.write('GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n'.repeat(9) + 'GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n');
+    raw.write(
+      'GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n'.repeat(9) +
+        'GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n',
+    );
     assert.equal((await get('/live')).status, 200); // sent later and answered: the scrapes have arrived
     underWay.resolve('scraped\n');
     assert.equal((await text(raw)).match(/^scraped$/gm)?.length, 10);
@@ -100,7 +103,10 @@ describe('the admin server', () => {
   it('has a status page that obeys its own content security policy', async () => {
     const { status, headers, body } = await get('/status');
     assert.equal(status, 200);
-    assert.match(String(headers['content-security-policy']), /^default-src 'none'; script-src 'self'; style-src 'self'/);
+    assert.match(
+      String(headers['content-security-policy']),
+      /^default-src 'none'; script-src 'self'; style-src 'self'/,
+    );
     assert.doesNotMatch(body, /<style|<script>|\sstyle=|\son[a-z]+=/);
     const parts = [...body.matchAll(/(?:src|href)="([^"]+)"/g)].map(([, path]) => path ?? '');
     assert.deepEqual(parts, ['/status.css', '/status.js', '/status.json']);
@@ -149,7 +155,10 @@ describe('the admin server', () => {
   });
 
   it('drains when its own page asks', async () => {
-    assert.equal((await drain({ 'x-keygate': '1', origin: `http://localhost:${port}`, host: `localhost:${port}` })).status, 202);
+    assert.equal(
+      (await drain({ 'x-keygate': '1', origin: `http://localhost:${port}`, host: `localhost:${port}` })).status,
+      202,
+    );
   });
 
   it('does not drain when a page of another site could have asked', async () => {
@@ -166,12 +175,22 @@ describe('the admin server', () => {
   });
 
   it('answers nothing under a name that is not its own, so that no page can rebind one', async () => {
-    for (const host of ['example.org', `example.org:${port}`, 'localhost.example.org', '127.0.0.1.example.org', '127.0.0.2']) {
-      for (const path of ['/metrics', '/status.json', '/live']) assert.equal((await get(path, { headers: { host } })).status, 421, host);
+    for (const host of [
+      'example.org',
+      `example.org:${port}`,
+      'localhost.example.org',
+      '127.0.0.1.example.org',
+      '127.0.0.2',
+    ]) {
+      for (const path of ['/metrics', '/status.json', '/live'])
+        assert.equal((await get(path, { headers: { host } })).status, 421, host);
     }
     assert.equal((await drain({ 'x-keygate': '1', host: 'example.org' })).status, 421);
     assert.equal(view.drains, 0);
-    for (const nameless of ['GET /metrics HTTP/1.0\r\n\r\n', 'GET /metrics HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n']) {
+    for (const nameless of [
+      'GET /metrics HTTP/1.0\r\n\r\n',
+      'GET /metrics HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n',
+    ]) {
       const raw = await open(port);
       raw.write(nameless);
       assert.match(await text(raw), /^HTTP\/1\.1 421 /);
@@ -268,7 +287,12 @@ describe('the admin server', () => {
 
 describe('the admin server on a unix socket', () => {
   const log = pino({ enabled: false });
-  const view: AdminView = { metrics: async () => '', unreadiness: undefined, status: async () => ({}), drain: () => {} };
+  const view: AdminView = {
+    metrics: async () => '',
+    unreadiness: undefined,
+    status: async () => ({}),
+    drain: () => {},
+  };
   let directory: string;
   let path: string;
   before(() => {
@@ -288,13 +312,20 @@ describe('the admin server on a unix socket', () => {
     assert.equal(statSync(path).mode & 0o777, 0o600);
     assert.equal(process.umask(), umask);
     assert.equal((await ask({ socketPath: path, path: '/live' })).status, 200);
-    assert.equal((await ask({ socketPath: path, path: '/live', headers: { host: 'behind.a.proxy.example' } })).status, 200);
+    assert.equal(
+      (await ask({ socketPath: path, path: '/live', headers: { host: 'behind.a.proxy.example' } })).status,
+      200,
+    );
     await admin.close();
     assert.equal(existsSync(path), false);
   });
 
   it('replaces the socket of a process that was killed', async (t) => {
-    const former = spawn(process.execPath, ['-e', `require('net').createServer().listen(process.argv[1], () => console.log('up'))`, path]);
+    const former = spawn(process.execPath, [
+      '-e',
+      `require('net').createServer().listen(process.argv[1], () => console.log('up'))`,
+      path,
+    ]);
     await once(former.stdout, 'data');
     former.kill('SIGKILL');
     await once(former, 'exit');
@@ -327,7 +358,10 @@ describe('the admin server on a unix socket', () => {
 
   it('names the path when its directory does not exist', async () => {
     const missing = join(directory, 'missing', 'admin.sock');
-    await assert.rejects(startAdmin({ path: missing }, view, log), { code: 'admin_failed', message: new RegExp(missing) });
+    await assert.rejects(startAdmin({ path: missing }, view, log), {
+      code: 'admin_failed',
+      message: new RegExp(missing),
+    });
   });
 });
 

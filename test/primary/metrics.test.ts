@@ -35,7 +35,8 @@ describe('a scrape', () => {
     });
     const scraped = await scrape(snapshot);
     const told = new Set(scraped.values());
-    for (const [number, what] of given) assert.ok(told.has(number) || told.has(number / 1e6), `${what} is in no metric`);
+    for (const [number, what] of given)
+      assert.ok(told.has(number) || told.has(number / 1e6), `${what} is in no metric`);
   });
 
   it('names what it counts by listener, token, upstream and reason', async () => {
@@ -61,7 +62,10 @@ describe('a scrape', () => {
     const reasons = engine().closeReasons();
     assert.ok(reasons.length > 0);
     for (const { side, phase, reason } of reasons) {
-      assert.equal(scraped.get(`keygate_connections_closed_total{side="${side}",phase="${phase}",reason="${reason}"}`), 0);
+      assert.equal(
+        scraped.get(`keygate_connections_closed_total{side="${side}",phase="${phase}",reason="${reason}"}`),
+        0,
+      );
     }
   });
 
@@ -105,7 +109,10 @@ describe('a scrape', () => {
   });
 
   it('tells when a certificate expires, in seconds', async () => {
-    assert.equal((await scrape(nothing())).get('keygate_certificate_expiry_timestamp_seconds{certificate="www"}'), Date.UTC(2030, 0, 1) / 1000);
+    assert.equal(
+      (await scrape(nothing())).get('keygate_certificate_expiry_timestamp_seconds{certificate="www"}'),
+      Date.UTC(2030, 0, 1) / 1000,
+    );
   });
 
   it('tells how the primary process itself is', async () => {
@@ -118,26 +125,50 @@ describe('a scrape', () => {
   it('never counts backwards when a worker dies and is replaced, and drops what only the living have', async () => {
     const book = new SnapshotBook();
     const rendered = async () => families({ snapshot: book.total() });
-    book.enter(1, 0, anySnapshot(() => 40));
-    book.enter(1, 1, anySnapshot(() => 2));
+    book.enter(
+      1,
+      0,
+      anySnapshot(() => 40),
+    );
+    book.enter(
+      1,
+      1,
+      anySnapshot(() => 2),
+    );
     const before = await rendered();
     book.retire(0);
     const during = await rendered();
-    book.enter(2, 0, anySnapshot(() => 1));
+    book.enter(
+      2,
+      0,
+      anySnapshot(() => 1),
+    );
     const after = await rendered();
     book.retire(0);
     book.retire(1);
     const none = await rendered();
 
     const accepted = 'keygate_connections_accepted_total{listener="https"}';
-    assert.deepEqual([before, during, after, none].map((one) => counts(one).get(accepted)), [42, 42, 43, 43]);
-    for (const [earlier, later] of [[before, during], [during, after], [after, none]] as const) {
+    assert.deepEqual(
+      [before, during, after, none].map((one) => counts(one).get(accepted)),
+      [42, 42, 43, 43],
+    );
+    for (const [earlier, later] of [
+      [before, during],
+      [during, after],
+      [after, none],
+    ] as const) {
       assert.ok(counts(earlier).size > 100);
       for (const [series, count] of counts(earlier)) {
-        assert.ok((counts(later).get(series) ?? -1) >= count, `${series} was ${count} and is ${counts(later).get(series)}`);
+        assert.ok(
+          (counts(later).get(series) ?? -1) >= count,
+          `${series} was ${count} and is ${counts(later).get(series)}`,
+        );
       }
     }
-    const open = [before, during, after, none].map((one) => one.get('keygate_connections_open')?.series.get('keygate_connections_open{listener="https"}'));
+    const open = [before, during, after, none].map((one) =>
+      one.get('keygate_connections_open')?.series.get('keygate_connections_open{listener="https"}'),
+    );
     assert.deepEqual(open, [42, 2, 3, 0]);
   });
 });
@@ -148,7 +179,12 @@ describe('the table of metrics', () => {
       .split('\n')
       .filter((line) => line.startsWith('| `'))
       .map((line) => line.split('|').map((cell) => cell.trim().replaceAll('`', '')));
-    const told = rows.map(([, name, type, labels, help]) => ({ name, type, labels: labels?.replaceAll(', ', ','), help }));
+    const told = rows.map(([, name, type, labels, help]) => ({
+      name,
+      type,
+      labels: labels?.replaceAll(', ', ','),
+      help,
+    }));
     const scraped = [...(await families({ snapshot: anySnapshot(() => 1) })).values()]
       .filter(({ name }) => name.startsWith('keygate_'))
       .map(({ name, type, labels, help }) => ({ name, type, labels: [...labels].join(), help }));
@@ -158,15 +194,24 @@ describe('the table of metrics', () => {
   it('names everything else in a scrape below', async () => {
     const names = [...(await families({ snapshot: nothing() })).keys()].filter((name) => !name.startsWith('keygate_'));
     const last = metricsTable().split('\n').at(-1) ?? '';
-    assert.deepEqual([...last.matchAll(/`(\w+)`/g)].map(([, name]) => name).toSorted(), names.toSorted());
+    assert.deepEqual([...last.matchAll(/`(\w+)`/g)].map(([, name = '']) => name).toSorted(), names.toSorted());
   });
 });
 
-async function scrape(snapshot: EngineSnapshot, workers: readonly SlotStatus[] = [readyWorker]): Promise<Map<string, number>> {
+async function scrape(
+  snapshot: EngineSnapshot,
+  workers: readonly SlotStatus[] = [readyWorker],
+): Promise<Map<string, number>> {
   return new Map([...(await families({ snapshot, workers })).values()].flatMap(({ series }) => [...series]));
 }
 
-async function families({ snapshot, workers = [readyWorker] }: { snapshot: EngineSnapshot; workers?: readonly SlotStatus[] }): Promise<Map<string, ScrapedFamily>> {
+async function families({
+  snapshot,
+  workers = [readyWorker],
+}: {
+  snapshot: EngineSnapshot;
+  workers?: readonly SlotStatus[];
+}): Promise<Map<string, ScrapedFamily>> {
   return parseScrape(await renderMetrics({ snapshot, workers, certificates }));
 }
 
@@ -217,7 +262,9 @@ function anySnapshot(of: (what: string) => number): EngineSnapshot {
         ],
       },
     ],
-    closes: engine().closeReasons().map(({ side, phase, reason }) => ({ side, phase, reason, count: of(reason) })),
+    closes: engine()
+      .closeReasons()
+      .map(({ side, phase, reason }) => ({ side, phase, reason, count: of(reason) })),
     tokens: [
       {
         name: 'hsm',

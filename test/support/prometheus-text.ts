@@ -25,7 +25,10 @@ export function parseScrape(text: string): Map<string, ScrapedFamily> {
   for (const line of text.split('\n')) {
     if (line === '') continue;
     if (line.startsWith('# HELP ')) {
-      const { name = '', help = '' } = match(line, /^# HELP (?<name>[a-zA-Z_:][a-zA-Z0-9_:]*) (?<help>(?:[^\\]|\\\\|\\n)+)$/);
+      const { name = '', help = '' } = match(
+        line,
+        /^# HELP (?<name>[a-zA-Z_:][a-zA-Z0-9_:]*) (?<help>(?:[^\\]|\\\\|\\n)+)$/,
+      );
       assert.ok(!families.has(name), `a second family of that name: ${line}`);
       announced = { name, help };
     } else if (line.startsWith('# TYPE ')) {
@@ -43,9 +46,16 @@ export function parseScrape(text: string): Map<string, ScrapedFamily> {
 }
 
 function addSample(family: ScrapedFamily, line: string): void {
-  const { name, labels = '', value } = match(line, /^(?<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?<labels>.*)\})? (?<value>\S+)$/);
+  const {
+    name,
+    labels = '',
+    value,
+  } = match(line, /^(?<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?<labels>.*)\})? (?<value>\S+)$/);
   const suffixes = family.type === 'histogram' ? ['_bucket', '_sum', '_count'] : [''];
-  assert.ok(suffixes.some((suffix) => name === family.name + suffix), `a sample of another family in ${family.name}: ${line}`);
+  assert.ok(
+    suffixes.some((suffix) => name === family.name + suffix),
+    `a sample of another family in ${family.name}: ${line}`,
+  );
   const names: string[] = [];
   let rest = labels;
   while (rest !== '') {
@@ -64,7 +74,11 @@ function addSample(family: ScrapedFamily, line: string): void {
 function lint({ name, type, help, series, labels }: ScrapedFamily): void {
   assert.ok(help.length > 0, `${name} has no help`);
   assert.equal(name.endsWith('_total'), type === 'counter', `${name}: counters and only counters end in _total`);
-  assert.doesNotMatch(name, /_(?:bucket|count|sum|ms|us|minutes|hours)$|milli|micro|nano|kilo|mega/, `${name}: a suffix that has a meaning, or no base unit`);
+  assert.doesNotMatch(
+    name,
+    /_(?:bucket|count|sum|ms|us|minutes|hours)$|milli|micro|nano|kilo|mega/,
+    `${name}: a suffix that has a meaning, or no base unit`,
+  );
   assert.ok(labels.size <= 1, `${name}: series with different labels`);
   if (type === 'counter') for (const [one, value] of series) assert.ok(value >= 0, `${one} is negative`);
   if (type === 'histogram') lintHistogram(name, series);
@@ -73,18 +87,40 @@ function lint({ name, type, help, series, labels }: ScrapedFamily): void {
 function lintHistogram(name: string, series: ReadonlyMap<string, number>): void {
   const buckets = Map.groupBy(
     [...series].filter(([one]) => one.startsWith(`${name}_bucket`)),
-    ([one]) => one.replace(/,?le="[^"]*"/, '').replace('{,', '{').replace(`${name}_bucket`, ''),
+    ([one]) =>
+      one
+        .replace(/,?le="[^"]*"/, '')
+        .replace('{,', '{')
+        .replace(`${name}_bucket`, ''),
   );
   for (const [labels, own] of buckets) {
-    const bounds = own.map(([one]) => /le="([^"]*)"/.exec(one)?.[1] ?? '').map((le) => (le === '+Inf' ? Infinity : Number(le)));
-    assert.deepEqual(bounds, bounds.toSorted((a, b) => a - b), `${name}${labels}: bounds do not ascend`);
+    const bounds = own
+      .map(([one]) => /le="([^"]*)"/.exec(one)?.[1] ?? '')
+      .map((le) => (le === '+Inf' ? Infinity : Number(le)));
+    assert.deepEqual(
+      bounds,
+      bounds.toSorted((a, b) => a - b),
+      `${name}${labels}: bounds do not ascend`,
+    );
     assert.equal(bounds.at(-1), Infinity, `${name}${labels}: no +Inf`);
     const counts = own.map(([, count]) => count);
-    assert.deepEqual(counts, counts.toSorted((a, b) => a - b), `${name}${labels}: buckets are not cumulative`);
-    assert.equal(series.get(`${name}_count${labels}`), counts.at(-1), `${name}${labels}: the count is not that of +Inf`);
+    assert.deepEqual(
+      counts,
+      counts.toSorted((a, b) => a - b),
+      `${name}${labels}: buckets are not cumulative`,
+    );
+    assert.equal(
+      series.get(`${name}_count${labels}`),
+      counts.at(-1),
+      `${name}${labels}: the count is not that of +Inf`,
+    );
     assert.ok(series.has(`${name}_sum${labels}`), `${name}${labels}: no sum`);
   }
-  assert.equal(series.size, [...buckets.values()].reduce((all, own) => all + own.length + 2, 0), `${name}: series without buckets`);
+  assert.equal(
+    series.size,
+    [...buckets.values()].reduce((all, own) => all + own.length + 2, 0),
+    `${name}: series without buckets`,
+  );
 }
 
 function match(line: string, pattern: RegExp): Record<string, string> {
