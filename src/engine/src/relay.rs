@@ -170,16 +170,21 @@ impl Relay<'_> {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Close> {
         let to_upstream = self.poll_to_upstream(context);
         if let Poll::Ready(Err(close)) = to_upstream {
-            return Poll::Ready(close);
+            return Poll::Ready(self.cause_of(close));
         }
         let to_client = self.poll_to_client(context);
         if let Poll::Ready(Err(close)) = to_client {
-            return Poll::Ready(close);
+            return Poll::Ready(self.cause_of(close));
         }
         if to_upstream.is_ready() && to_client.is_ready() {
             return Poll::Ready(self.first_ended.unwrap_or(Close::ClientRelayClosed));
         }
         Poll::Pending
+    }
+
+    /// Clients complain about the missing close_notify after the upstream's reset, with an alert or a reset of their own.
+    fn cause_of(&self, close: Close) -> Close {
+        if self.upstream_reset { Close::UpstreamRelayReset } else { close }
     }
 
     fn poll_to_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
