@@ -22,7 +22,7 @@ export interface WantedCertificate {
   readonly key?: string;
 }
 
-export interface ProvisionedToken extends DisposableToken {
+export interface ProvisionedToken extends DisposableToken, Disposable {
   /** A token in the configuration's `tokens`. */
   readonly settings: Readonly<Record<string, unknown>>;
   /** The configuration's `certificates`. */
@@ -59,6 +59,7 @@ export async function provisionedToken(
     certificates,
     pem: (name) => readFileSync(join(disposable.directory, `${name}.pem`), 'utf8'),
     use,
+    [Symbol.dispose]: disposable.dispose,
   };
 }
 

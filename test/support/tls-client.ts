@@ -115,6 +115,18 @@ export async function readBytes(socket: Socket, bytes: number): Promise<Buffer> 
   }
 }
 
+/** Everything until the peer ends; unlike the consumers of node:stream it leaves our own direction open. */
+export async function restOf(socket: Socket): Promise<string> {
+  const chunks: Buffer[] = [];
+  const ended = Promise.withResolvers<void>();
+  socket.on('data', (chunk: Buffer) => chunks.push(chunk));
+  socket.once('end', ended.resolve);
+  socket.once('close', ended.resolve);
+  socket.resume();
+  await ended.promise;
+  return Buffer.concat(chunks).toString();
+}
+
 /** A bare TCP connection that may stay half-open; resolves when it is there. */
 export async function rawClient(port: number, host = '127.0.0.1'): Promise<Socket> {
   const socket = connect({ host, port, allowHalfOpen: true, noDelay: true });

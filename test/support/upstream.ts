@@ -17,7 +17,7 @@ import type { ProxyHeader } from './proxy-header.ts';
 /** Where to listen; default: a free port of 127.0.0.1. */
 export type Place = Pick<ListenOptions, 'host' | 'port' | 'path'>;
 
-export interface Upstream {
+export interface Upstream extends AsyncDisposable {
   /** As the configuration has it. */
   readonly address: string;
   /** Connections accepted so far. */
@@ -28,7 +28,6 @@ export interface Upstream {
   nextConnection(): Promise<Socket>;
   /** Closes with every connection. */
   close(): Promise<void>;
-  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /** Sends back what comes, and ends when the other side has. */

@@ -94,24 +94,23 @@ print(opener.open(f"https://localhost:{port}{path}").read().decode())
 `;
 
 describe('a client gets its page', { timeout: 60_000 }, () => {
+  const fixtures = new AsyncDisposableStack();
   let token: ProvisionedToken;
   let web: HttpUpstream;
   let keygate: Keygate;
 
   before(async () => {
-    token = await provisionedToken({ ec: { kind: 'p256' }, rsa: { kind: 'rsa2048' } });
-    web = await httpUpstream(page);
-    keygate = await startKeygate(token, {
-      workers: 2,
-      upstreams: { web: { servers: [web.address] } },
-      listeners: { ec: { certificates: ['ec'] }, rsa: { certificates: ['rsa'] } },
-    });
+    token = fixtures.use(await provisionedToken({ ec: { kind: 'p256' }, rsa: { kind: 'rsa2048' } }));
+    web = fixtures.use(await httpUpstream(page));
+    keygate = fixtures.use(
+      await startKeygate(token, {
+        workers: 2,
+        upstreams: { web: { servers: [web.address] } },
+        listeners: { ec: { certificates: ['ec'] }, rsa: { certificates: ['rsa'] } },
+      }),
+    );
   });
-  after(async () => {
-    await keygate.stop();
-    await web.close();
-    token.dispose();
-  });
+  after(async () => fixtures.disposeAsync());
 
   for (const [name, fetch] of Object.entries(clients)) {
     for (const certificate of ['ec', 'rsa'] as const) {

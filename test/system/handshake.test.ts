@@ -22,40 +22,41 @@ const kinds = ['p256', 'p384', 'rsa2048', 'rsa3072', 'rsa4096', 'ed25519'] as co
 const groups = ['X25519MLKEM768', 'X25519', 'secp256r1', 'secp384r1'] as const;
 
 describe('a handshake', { timeout: 120_000 }, () => {
+  const fixtures = new AsyncDisposableStack();
   let token: ProvisionedToken;
   let echo: Upstream;
   let keygate: Keygate;
 
   before(async () => {
-    token = await provisionedToken({
-      ...Object.fromEntries(kinds.map((kind) => [kind, { kind }])),
-      site: { kind: 'p256', key: 'p256', dns: ['site.example', 'www.site.example'] },
-      wild: { kind: 'p256', key: 'p256', dns: ['*.site.example'] },
-      dualEc: { kind: 'p256', key: 'p256', dns: ['dual.example'] },
-      dualRsa: { kind: 'rsa2048', key: 'rsa2048', dns: ['dual.example'] },
-    });
-    echo = await echoUpstream();
+    token = fixtures.use(
+      await provisionedToken({
+        ...Object.fromEntries(kinds.map((kind) => [kind, { kind }])),
+        site: { kind: 'p256', key: 'p256', dns: ['site.example', 'www.site.example'] },
+        wild: { kind: 'p256', key: 'p256', dns: ['*.site.example'] },
+        dualEc: { kind: 'p256', key: 'p256', dns: ['dual.example'] },
+        dualRsa: { kind: 'rsa2048', key: 'rsa2048', dns: ['dual.example'] },
+      }),
+    );
+    echo = fixtures.use(await echoUpstream());
     const sites = ['dualEc', 'dualRsa', 'site', 'wild'];
-    keygate = await startKeygate(token, {
-      workers: 2,
-      policies: Object.fromEntries(
-        groups.map((group) => [group, { groups: [group], minVersion: group === 'X25519MLKEM768' ? '1.3' : '1.2' }]),
-      ),
-      upstreams: { echo: { servers: [echo.address] } },
-      listeners: {
-        ...Object.fromEntries(kinds.map((kind) => [kind, { certificates: [kind] }])),
-        ...Object.fromEntries(groups.map((group) => [group, { certificates: ['p256'], policy: group }])),
-        sites: { certificates: sites },
-        refusing: { certificates: sites, unknownName: 'refuse' },
-        alpn: { certificates: ['p256'], alpn: ['h2', 'http/1.1'] },
-      },
-    });
+    keygate = fixtures.use(
+      await startKeygate(token, {
+        workers: 2,
+        policies: Object.fromEntries(
+          groups.map((group) => [group, { groups: [group], minVersion: group === 'X25519MLKEM768' ? '1.3' : '1.2' }]),
+        ),
+        upstreams: { echo: { servers: [echo.address] } },
+        listeners: {
+          ...Object.fromEntries(kinds.map((kind) => [kind, { certificates: [kind] }])),
+          ...Object.fromEntries(groups.map((group) => [group, { certificates: ['p256'], policy: group }])),
+          sites: { certificates: sites },
+          refusing: { certificates: sites, unknownName: 'refuse' },
+          alpn: { certificates: ['p256'], alpn: ['h2', 'http/1.1'] },
+        },
+      }),
+    );
   });
-  after(async () => {
-    await keygate.stop();
-    await echo.close();
-    token.dispose();
-  });
+  after(async () => fixtures.disposeAsync());
 
   /** A client that has shaken hands and got an echo; destroyed when `look` is done. */
   async function connected<Seen>(options: TlsOptions, look: (client: TLSSocket) => Seen): Promise<Awaited<Seen>> {

@@ -32,6 +32,7 @@ import { echoUpstream } from '../support/upstream.ts';
 import type { Upstream } from '../support/upstream.ts';
 
 describe('a bad client', { timeout: 60_000 }, () => {
+  const fixtures = new AsyncDisposableStack();
   let token: ProvisionedToken;
   let echo: Upstream;
   let keygate: Keygate;
@@ -40,22 +41,25 @@ describe('a bad client', { timeout: 60_000 }, () => {
   let linesBefore: number;
 
   before(async () => {
-    token = await provisionedToken({ ec: { kind: 'p256' } });
-    echo = await echoUpstream();
-    keygate = await startKeygate(token, {
-      policies: { p384: { groups: ['secp384r1'] } },
-      upstreams: { echo: { servers: [echo.address] } },
-      listeners: {
-        https: {},
-        hasty: { deadlines: { handshake: '300ms' } },
-        modern: { policy: 'modern' },
-        p384: { policy: 'p384' },
-        alpn: { alpn: ['h2'] },
-        fewConnections: { limits: { connections: 2 } },
-        fewHandshakes: { limits: { handshakes: 1 } },
-      },
-    });
+    token = fixtures.use(await provisionedToken({ ec: { kind: 'p256' } }));
+    echo = fixtures.use(await echoUpstream());
+    keygate = fixtures.use(
+      await startKeygate(token, {
+        policies: { p384: { groups: ['secp384r1'] } },
+        upstreams: { echo: { servers: [echo.address] } },
+        listeners: {
+          https: {},
+          hasty: { deadlines: { handshake: '300ms' } },
+          modern: { policy: 'modern' },
+          p384: { policy: 'p384' },
+          alpn: { alpn: ['h2'] },
+          fewConnections: { limits: { connections: 2 } },
+          fewHandshakes: { limits: { handshakes: 1 } },
+        },
+      }),
+    );
     bystander = await tlsClient({ port: keygate.port() });
+    fixtures.defer(() => void bystander.destroy());
   });
   beforeEach(async () => {
     earlier = await keygate.closes();
@@ -65,12 +69,7 @@ describe('a bad client', { timeout: 60_000 }, () => {
     await assertEchoes(bystander);
     assert.deepEqual(keygate.log.slice(linesBefore), [], 'what a client does must not fill the log');
   });
-  after(async () => {
-    bystander.destroy();
-    await keygate.stop();
-    await echo.close();
-    token.dispose();
-  });
+  after(async () => fixtures.disposeAsync());
 
   /** It and nothing else has ended, for this reason. */
   async function assertOneClosed(reason: string): Promise<void> {
