@@ -189,9 +189,9 @@ describe('the relay', { timeout: 110_000 }, () => {
     const port = keygate.port('idle');
     const [quiet, busy] = [await tlsClient({ port }), await tlsClient({ port })];
     await assertEchoes(quiet);
-    let isOver = false;
-    void restOf(quiet).then(() => (isOver = true));
-    while (!isOver) await assertEchoes(busy);
+    const end = restOf(quiet);
+    while (!quiet.readableEnded) await assertEchoes(busy);
+    await end;
     await assertEchoes(busy);
     await keygate.closed('proxy/relay/idle_deadline', { before: earlier });
     busy.destroy();
