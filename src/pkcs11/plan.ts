@@ -92,7 +92,7 @@ export interface Examination {
 export function provePlan(config: PlanConfig, tools: PlanTools): ProvedPlan {
   const { plan, findings } = examinePlan(config, tools);
   if (plan !== undefined) return plan;
-  throw combinedError(findings.flatMap(({ error }) => error ?? []));
+  throw combinedError(findings);
 }
 
 /** Looks at everything and does not throw for what it finds. Each token sees its PIN at most once. */
@@ -362,16 +362,21 @@ function errorFinding(subject: string, error: KeygateError | undefined): Finding
   return error === undefined ? [] : [{ severity: 'error', subject, message: error.message, error }];
 }
 
-function combinedError(errors: readonly KeygateError[]): KeygateError {
-  const [first, ...others] = errors.toSorted((a, b) => urgency(a) - urgency(b));
+/** A line for every error, each with the name in the configuration that it is about: several may share a key. */
+function combinedError(findings: readonly Finding[]): KeygateError {
+  const errors = findings.flatMap(({ subject, error }) => (error === undefined ? [] : [{ subject, error }]));
+  errors.sort((a, b) => urgency(a.error) - urgency(b.error));
+  const first = errors[0]?.error;
   if (first === undefined) throw new Error('invariant: a plan is missing without an error');
-  if (others.length === 0) return first;
   if (first instanceof ConfigError) {
-    const [problem, ...rest] = errors.flatMap((error) => (error instanceof ConfigError ? error.problems : []));
+    const [problem, ...rest] = errors.flatMap(({ error }) => (error instanceof ConfigError ? error.problems : []));
     return problem === undefined ? first : new ConfigError([problem, ...rest]);
   }
   const { token, ckr } = first instanceof TokenError ? first : {};
-  return new TokenError(first.code, [first, ...others].map(({ message }) => message).join('\n'), {
+  const lines = errors.map(({ subject, error }) =>
+    error instanceof ConfigError ? error.message : `${subject}: ${error.message}`,
+  );
+  return new TokenError(first.code, lines.join('\n'), {
     ...(token === undefined ? {} : { token }),
     ...(ckr === undefined ? {} : { ckr }),
     ...(first.hint === undefined ? {} : { hint: first.hint }),
