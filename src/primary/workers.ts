@@ -218,12 +218,9 @@ export class Workers extends EventEmitter<WorkersEvents> {
       }
     });
     worker.on('error', (error) => {
-      this.#log.error(
-        { event: 'worker_channel', worker: slot.index, error },
-        'a worker cannot be forked, or its channel failed',
-      );
-      // No process, so no exit event: out of descriptors or of processes.
-      if (worker.process.pid === undefined) this.#gone(slot, worker, exitFailure(slot.index, null, null));
+      // No process, so no exit event: out of descriptors or of processes, or not allowed to execute.
+      if (worker.process.pid === undefined) this.#gone(slot, worker, forkFailure(slot.index, error));
+      else this.#log.error({ event: 'worker_channel', worker: slot.index, error }, 'the channel to a worker failed');
     });
     worker.once('exit', (code: number | null, signal: string | null) => {
       this.#gone(slot, worker, failure ?? exitFailure(slot.index, code, signal));
@@ -365,13 +362,17 @@ function newSlot(index: number): Slot {
 }
 
 function exitFailure(slot: number, code: number | null, signal: string | null): WorkerFailure {
-  const how =
-    code === null && signal === null
-      ? 'could not be forked'
-      : signal === null
-        ? `exited with ${code}`
-        : `was ended by ${signal}`;
+  const how = signal === null ? `exited with ${code}` : `was ended by ${signal}`;
   return failureOf('worker_failed', `worker ${slot} ${how}`, 1);
+}
+
+function forkFailure(slot: number, error: Error): WorkerFailure {
+  const failure = failureOf('worker_failed', `worker ${slot} cannot be forked: ${error.message}`, 1);
+  if (!('code' in error) || error.code !== 'EACCES') return failure;
+  return {
+    ...failure,
+    hint: 'the user that workers run as must be allowed to read and execute what keygate consists of',
+  };
 }
 
 function hangFailure({ index, doing }: Slot): WorkerFailure {

@@ -16,6 +16,7 @@ import type { TestContext } from 'node:test';
 import { anyPublicKey, createAuthority, daysFromNow } from '../support/authority.ts';
 import type { Authority, LeafOptions } from '../support/authority.ts';
 import { keygate } from '../support/command.ts';
+import { whyNotNobody } from '../support/nobody.ts';
 import { disposableToken } from '../support/softhsm.ts';
 
 let authority: Authority;
@@ -160,7 +161,7 @@ it('a user or a group that does not exist is an error, and the rest is still exa
 
 it(
   'root sees files as the configured user will: what that user cannot read is an error that names file and user',
-  { skip: process.geteuid?.() !== 0 && 'needs root' },
+  { skip: whyNotNobody() },
   async (test) => {
     const bench = await openBench(test);
     await bench.generate('www');

@@ -11,6 +11,7 @@ import { join } from 'node:path';
 import { it, type TestContext } from 'node:test';
 import { pinBytesMax, readPin, type PinSource } from '../../src/config/pin.ts';
 import { TokenError, type ErrorCode } from '../../src/errors.ts';
+import { whyNotNobody } from '../support/nobody.ts';
 
 it('a PIN is what stands in the file, without one newline at its end', (test) => {
   const write = privateFile(test);
@@ -77,23 +78,19 @@ it('a message begins with the place of the PIN in the configuration', (test) => 
   );
 });
 
-it(
-  'a file that the user may not read is refused with a hint that names the user',
-  { skip: process.geteuid?.() !== 0 && 'needs root to become somebody else' },
-  (test) => {
-    const source = privateFile(test)('98761234');
-    const script = `
+it('a file that the user may not read is refused with a hint that names the user', { skip: whyNotNobody() }, (test) => {
+  const source = privateFile(test)('98761234');
+  const script = `
       import { readPin } from ${JSON.stringify(new URL('../../src/config/pin.ts', import.meta.url).href)};
       try { readPin(${JSON.stringify(source)}); } catch ({ code, message, hint }) { console.log(code, message, hint); }
     `;
-    const { stdout, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', script], {
-      encoding: 'utf8',
-      uid: Number(execFileSync('id', ['-u', 'nobody'])),
-      gid: Number(execFileSync('id', ['-g', 'nobody'])),
-    });
-    assert.match(stdout, /^pin_unavailable PIN: file .* cannot be read: EACCES user nobody must be allowed/, stderr);
-  },
-);
+  const { stdout, stderr } = spawnSync(process.execPath, ['--input-type=module', '--eval', script], {
+    encoding: 'utf8',
+    uid: Number(execFileSync('id', ['-u', 'nobody'])),
+    gid: Number(execFileSync('id', ['-g', 'nobody'])),
+  });
+  assert.match(stdout, /^pin_unavailable PIN: file .* cannot be read: EACCES user nobody must be allowed/, stderr);
+});
 
 function read(source: PinSource): string {
   return readPin(source).toString('utf8');
