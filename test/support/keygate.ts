@@ -301,7 +301,7 @@ interface ClosedOptions {
 }
 
 /** One worker unless the document says otherwise: what a test counts is then in one place. */
-export function configurationOf(token: ProvisionedToken, document: KeygateDocument): object {
+function configurationOf(token: ProvisionedToken, document: KeygateDocument): object {
   const everyCertificate = Object.keys((document['certificates'] as object | undefined) ?? token.certificates);
   const listeners = Object.entries(document.listeners).map(([name, listener]) => [
     name,

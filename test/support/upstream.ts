@@ -1,5 +1,5 @@
 /**
- * Owns: services that keygate forwards to: echo, sink, source, HTTP, and one that reads the PROXY header first.
+ * Owns: services that keygate forwards to: echo, HTTP, one that reads the PROXY header first, and the noise that is sent.
  * Must not know: TLS, keygate's configuration beyond the form of an address.
  * Runs: in test processes, over TCP or a unix socket.
  */
@@ -9,8 +9,6 @@ import { createServer as createHttpServer } from 'node:http';
 import type { RequestListener } from 'node:http';
 import { createServer } from 'node:net';
 import type { AddressInfo, ListenOptions, Server, Socket } from 'node:net';
-import { Readable } from 'node:stream';
-import { pipeline } from 'node:stream/promises';
 import { parseProxyHeader } from './proxy-header.ts';
 import type { ProxyHeader } from './proxy-header.ts';
 
@@ -124,32 +122,6 @@ export async function hashOf(
     bytes += chunk.length;
   }
   return { sha256: hash.digest('hex'), bytes };
-}
-
-/** Sends `bytes` of noise to whoever connects, then ends. */
-export async function sourceUpstream(bytes: number, place?: Place): Promise<Upstream> {
-  return tcpUpstream((socket) => {
-    // A client that leaves early is the business of its test.
-    pipeline(Readable.from(noise(bytes)), socket).catch(() => {});
-  }, place);
-}
-
-export interface SinkUpstream extends Upstream {
-  /** What the next connection after this call sent, when it has ended. */
-  nextDigest(): Promise<{ readonly sha256: string; readonly bytes: number }>;
-}
-
-/** Takes everything, and ends when the other side has. */
-export async function sinkUpstream(place?: Place): Promise<SinkUpstream> {
-  const upstream = await tcpUpstream(() => {}, place);
-  return Object.assign(upstream, {
-    async nextDigest() {
-      const socket = await upstream.nextConnection();
-      const digest = await hashOf(socket);
-      socket.end();
-      return digest;
-    },
-  });
 }
 
 async function listen(server: Server, place: Place = {}): Promise<Upstream> {

@@ -96,7 +96,7 @@ describe('the relay', { timeout: 110_000 }, () => {
     await until(`${count} open connections`, async () => (await listenerStats('echo')).connectionsOpen === count + 1);
     await until('connection to the upstream for each', () => echo.sockets.size === count + 1);
     const eachBytes = (residentBytes(worker) - before2000) / count;
-    assert.ok(eachBytes < 24 * 1024, `${Math.round(eachBytes / 1024)} KiB each`);
+    assert.ok(eachBytes < 12 * 1024, `${Math.round(eachBytes / 1024)} KiB each`);
     await Promise.all(idle.map((client, index) => assertEchoes(client, `number ${index}`)));
     await assertEchoes(first);
     for (const client of [first, ...idle]) client.destroy();
