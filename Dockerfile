@@ -1,11 +1,11 @@
 # keygate in a container: `docker build -t keygate .`, then mount a configuration at /etc/keygate and a token's module.
-# `docker build --target demo -t keygate-demo .` adds SoftHSM and runs the demo.
+# `docker build --target demo -t keygate-demo .` adds SoftHSM; the demo listens on loopback only, so
+# `docker run --network host keygate-demo`.
 ARG RUST_IMAGE=rust:1.95-bookworm
 ARG NODE_IMAGE=node:20-bookworm-slim
 ARG BASE=debian:bookworm-slim
 
 FROM ${RUST_IMAGE} AS engine
-RUN apt-get update && apt-get install -y --no-install-recommends cmake && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY src/engine src/engine
 RUN cargo build --release --locked --manifest-path src/engine/Cargo.toml

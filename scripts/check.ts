@@ -39,6 +39,8 @@ const checks: readonly Check[] = [
   { name: 'format-rust', command: ['cargo', 'fmt', '--check', ...manifest] },
   { name: 'format-fault-module', command: ['cargo', 'fmt', '--check', ...faultModule] },
   { name: 'format-load', command: ['cargo', 'fmt', '--check', ...load] },
+  // Its modules are compiled, linted and run by the engine's own tests.
+  { name: 'format-fuzz', command: ['cargo', 'fmt', '--check', '--manifest-path', 'src/engine/fuzz/Cargo.toml'] },
   { name: 'types', command: [`${bin}/tsc`, '-p', '.'] },
   { name: 'lint', command: [`${bin}/oxlint`, '--type-aware', '--deny-warnings'] },
   { name: 'lint-rust', command: ['cargo', ...clippy, '--release', ...manifest, ...denyWarnings] },

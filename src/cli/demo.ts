@@ -14,7 +14,7 @@ import { homedir, networkInterfaces } from 'node:os';
 import { join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify, styleText } from 'node:util';
-import { loadConfig } from '../config/load.ts';
+import { parseConfig } from '../config/load.ts';
 import { ServiceError, UsageError } from '../errors.ts';
 import { serve } from '../primary/serve.ts';
 
@@ -98,11 +98,13 @@ export async function run(options: DemoOptions): Promise<void> {
     });
   }
   const upstream = await step('HTTP upstream', '127.0.0.1', async () => startUpstream(options.httpUpstreamPort));
-  writeWhole(files.config, demoConfig(module, options, upstream.port));
+  const configuration = demoConfig(module, options, upstream.port);
 
-  const service = await serve(loadConfig(files.config)).catch((error: unknown) => {
+  const service = await serve(parseConfig(configuration, files.config)).catch((error: unknown) => {
     throw withOption(error);
   });
+  // Now that it serves: a demo whose port is busy must not change the files of the one that holds it.
+  writeWhole(files.config, configuration);
   announce(service.addresses['https']?.[0] ?? '', service.adminAddress, join(directory, 'p256.pem'), directory);
   await service.ended;
   upstream.close();

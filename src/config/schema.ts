@@ -173,7 +173,7 @@ const listener = z.strictObject({
     .array(kind('address', 'IP-ADDRESS:PORT', parseBindAddress), { error: 'a list of addresses' })
     .min(1, 'at least one address')
     .max(64, 'at most 64 addresses')
-    .describe('`0.0.0.0:443`, `[::]:443`; port 0 takes any free port.'),
+    .describe('`0.0.0.0:443` for IPv4, `[::]:443` for IPv6 only; port 0 takes any free port.'),
   mode: kind('mode', 'offload', parseMode)
     .prefault('offload')
     .describe('`offload`: TLS from the client, plaintext to the upstream.'),

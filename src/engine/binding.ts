@@ -3,6 +3,7 @@
  * Must not know: what it is used for.
  * Runs: main thread; loading starts no thread.
  */
+import { accessSync, constants } from 'node:fs';
 import { createRequire } from 'node:module';
 import { isMainThread } from 'node:worker_threads';
 import { ServiceError } from '../errors.ts';
@@ -31,7 +32,19 @@ function load(): EngineBinding {
   } catch (cause) {
     throw new ServiceError('engine_missing', `${path} cannot be loaded: ${String(cause)}`, {
       cause,
-      hint: 'run scripts/bootstrap to build it',
+      hint: hintFor(path),
     });
+  }
+}
+
+/** "Cannot find module" is also what Node says of a file that this user may not reach. */
+function hintFor(path: string): string {
+  try {
+    accessSync(path, constants.R_OK);
+    return 'it was built for another system or another Node: run scripts/bootstrap to build it';
+  } catch (error) {
+    return error instanceof Error && 'code' in error && error.code === 'EACCES'
+      ? 'this user must be allowed to read what keygate consists of'
+      : 'run scripts/bootstrap to build it';
   }
 }

@@ -9,6 +9,7 @@ import { join } from 'node:path';
 import { it } from 'node:test';
 import type { TestContext } from 'node:test';
 import { engineParameters, startEngineProcess } from '../support/engine-process.ts';
+import { startKeygate } from '../support/keygate.ts';
 import { whyNotNobody } from '../support/nobody.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
@@ -29,6 +30,19 @@ it(
     await assertStarts(test, token);
   },
 );
+
+it('the whole service starts and stops again and again on one token', { timeout: 120_000 }, async (test) => {
+  const token = await tokenFor(test);
+  for (let round = 0; round < 10; round++) {
+    const keygate = await startKeygate(token, {
+      workers: 2,
+      upstreams: { echo: { servers: ['127.0.0.1:1'] } },
+      listeners: { tls: { upstream: 'echo' } },
+    });
+    await keygate.stop();
+  }
+  assertWhole(token);
+});
 
 it(
   'processes that start their first engine at the same moment all start, round after round',
