@@ -197,6 +197,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
       worker.process.kill('SIGKILL');
     }, this.#startDeadlineMs());
     worker.on('message', (message: WorkerMessage) => {
+      // Its last words may arrive after its end, when its counts have been kept and its slot is free already.
+      if (slot.worker !== worker) return;
       switch (message.type) {
         case 'doing':
           slot.doing = message.what;
@@ -212,8 +214,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
           this.#tell(slot, { type: 'leave' });
           return;
         case 'snapshot':
-          // Its last words may arrive after its end, when its counts have been kept already.
-          if (slot.worker === worker) this.#book.enter(message.id, slot.index, message.snapshot);
+          this.#book.enter(message.id, slot.index, message.snapshot);
           return;
       }
     });

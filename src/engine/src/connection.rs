@@ -35,8 +35,8 @@ async fn run(life: &mut Life, client: &Stream, source: SocketAddr) -> Close {
     let listener = life.listener.clone();
     let accepted_at = Instant::now();
     let deadline = accepted_at + listener.plan.handshake_deadline;
-    // Boxed so that a relaying connection does not keep the room of its handshake.
     let tls_config = listener.plan.tls_config.clone();
+    // Boxed so that a relaying connection does not keep the room of its handshake.
     let established = match Box::pin(handshake(client, tls_config, deadline, &listener.scratch)).await {
         Ok(established) => established,
         Err(close) => return close,

@@ -18,13 +18,8 @@ use crate::signing::pkcs11::threads_in_modules;
 /// # Errors
 /// As bind(2) and listen(2).
 pub fn open_listener(address: SocketAddr, backlog: u32) -> io::Result<(RawFd, SocketAddr)> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    let socket = bindable(address)?;
     socket.set_nonblocking(true)?;
-    socket.set_reuse_address(true)?;
-    if address.is_ipv6() {
-        // "[::]" is IPv6 and nothing else, so that "0.0.0.0" can be bound beside it.
-        socket.set_only_v6(true)?;
-    }
     socket.set_reuse_port(true)?;
     socket.set_tcp_nodelay(true)?;
     socket.bind(&address.into())?;
@@ -52,12 +47,18 @@ pub fn shut_listener(fd: RawFd) -> io::Result<()> {
 /// # Errors
 /// As bind(2): EADDRINUSE, EACCES, EADDRNOTAVAIL.
 pub fn probe_address(address: SocketAddr) -> io::Result<()> {
+    bindable(address)?.bind(&address.into())
+}
+
+/// What is asked before listening and what listens later must be refused, or not, for the same reasons.
+fn bindable(address: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
+        // "[::]" is IPv6 and nothing else, so that "0.0.0.0" can be bound beside it.
         socket.set_only_v6(true)?;
     }
-    socket.bind(&address.into())
+    Ok(socket)
 }
 
 /// No new privileges by exec, no core dump and no ptrace by others of the same user: the process holds a PIN.
