@@ -1,22 +1,30 @@
 /**
  * Owns: the private keys and certificates of a run: in files, and the same keys in a SoftHSM token, so that every contender
- * shows the same certificate and computes with the same numbers.
+ * shows the same certificate and computes with the same numbers; and how long that token takes to sign.
  * Must not know: who uses them.
  * Runs: in the benchmark's process, before anything is measured.
  *
  * A key that was imported is exactly what keygate warns about; it is right here, where the key protects nothing.
  */
 import { execFileSync } from 'node:child_process';
-import { readFileSync, writeFileSync } from 'node:fs';
+import { createPrivateKey, createPublicKey, generateKeyPairSync } from 'node:crypto';
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { FaultModule } from '../test/support/fault-module.ts';
 import { disposableToken } from '../test/support/softhsm.ts';
 import type { DisposableToken } from '../test/support/softhsm.ts';
+import { selfSigner } from './certificates.ts';
 import { keyKinds } from './scenarios.ts';
-import type { KeyKind } from './scenarios.ts';
+import type { KeyKind, Setting } from './scenarios.ts';
 
 export interface Keys {
   readonly token: DisposableToken;
+  /** Of every kind; but only those that were asked for exist. */
   readonly files: Readonly<Record<KeyKind, KeyFiles>>;
+  /** The same token, slower to sign. */
+  access(latencyMs: Setting['tokenLatencyMs']): TokenAccess;
+  /** `count` certificates for distinct names, all of the one key; those that exist already are not made again. */
+  certificates(kind: KeyKind, count: number): readonly NamedCertificate[];
   dispose(): void;
 }
 
@@ -24,55 +32,103 @@ export interface KeyFiles {
   /** Label of the key in the token. */
   readonly label: string;
   readonly certificate: string;
+  /** PKCS #8, PEM. */
   readonly privateKey: string;
   /** Certificate and private key in one file, as HAProxy reads them. */
   readonly both: string;
 }
 
+/** What a program needs to sign with the token. */
+export interface TokenAccess {
+  /** Absolute path of the PKCS#11 module. */
+  readonly module: string;
+  readonly label: string;
+  readonly pin: string;
+  readonly pinFile: string;
+  readonly env: Readonly<Record<string, string>>;
+}
+
+export interface NamedCertificate {
+  readonly name: string;
+  readonly file: string;
+}
+
 /** In a private directory below the system's for temporary files; `dispose` removes it. */
-export function makeKeys(): Keys {
+export function makeKeys(kinds: readonly KeyKind[] = keyKinds): Keys {
   const token = disposableToken({ label: 'keygate-bench' });
   try {
-    const files = Object.fromEntries(keyKinds.map((kind) => [kind, makeKeyFiles(token.directory, kind)]));
-    keyKinds.forEach((kind, index) => importKey(token, kind, files[kind] as KeyFiles, index + 1));
-    return { token, files: files as Keys['files'], dispose: () => token.dispose() };
+    for (const kind of kinds) importKey(token, kind, makeKeyFiles(token.directory, kind));
   } catch (error) {
     token.dispose();
     throw error;
   }
+  const files = Object.fromEntries(keyKinds.map((kind) => [kind, keyFilesIn(token.directory, kind)])) as Keys['files'];
+  const slowed = new Map<number, FaultModule>();
+  const made = new Map<KeyKind, NamedCertificate[]>();
+  return {
+    token,
+    files,
+    access(latencyMs) {
+      const { label, pin, pinFile } = token;
+      if (latencyMs === 0) return { module: token.module, label, pin, pinFile, env: token.env };
+      const faults = slowed.get(latencyMs) ?? new FaultModule(token);
+      slowed.set(latencyMs, faults);
+      faults.delay('C_Sign', latencyMs);
+      return { module: faults.module, label, pin, pinFile, env: faults.env };
+    },
+    certificates(kind, count) {
+      const known = made.get(kind) ?? [];
+      made.set(kind, known);
+      if (known.length < count) known.push(...makeCertificates(token.directory, kind, known.length, count));
+      return known.slice(0, count);
+    },
+    dispose() {
+      for (const faults of slowed.values()) faults.close();
+      token.dispose();
+    },
+  };
 }
 
-/** A new private key and a certificate that it signed itself, for `localhost` and two days. */
+/** A new private key and a certificate that it signed itself, for `localhost`. */
 export function makeKeyFiles(directory: string, kind: KeyKind): KeyFiles {
+  const files = keyFilesIn(directory, kind);
+  const { privateKey, publicKey } = generators[kind]();
+  const keyPem = privateKey.export({ format: 'pem', type: 'pkcs8' }).toString();
+  const certificatePem = selfSigner(privateKey, publicKey).pem('localhost');
+  writeFileSync(files.privateKey, keyPem, { mode: 0o600 });
+  writeFileSync(files.certificate, certificatePem);
+  writeFileSync(files.both, certificatePem + keyPem, { mode: 0o600 });
+  return files;
+}
+
+function keyFilesIn(directory: string, kind: KeyKind): KeyFiles {
   const path = (extension: string) => join(directory, `${kind}.${extension}`);
-  const [privateKey, certificate, both] = [path('key'), path('pem'), path('both.pem')];
-  run('openssl', ['genpkey', ...algorithms[kind], '-out', privateKey]);
-  run('openssl', ['req', '-new', '-x509', '-key', privateKey, '-out', certificate, '-days', '2', ...contents]);
-  writeFileSync(both, readFileSync(certificate, 'utf8') + readFileSync(privateKey, 'utf8'), { mode: 0o600 });
-  return { label: kind, certificate, privateKey, both };
+  return { label: kind, certificate: path('pem'), privateKey: path('key'), both: path('both.pem') };
 }
 
-const algorithms: Record<KeyKind, readonly string[]> = {
-  p256: ['-algorithm', 'EC', '-pkeyopt', 'ec_paramgen_curve:P-256'],
-  rsa2048: ['-algorithm', 'RSA', '-pkeyopt', 'rsa_keygen_bits:2048'],
-};
+const generators = {
+  p256: () => generateKeyPairSync('ec', { namedCurve: 'P-256' }),
+  p384: () => generateKeyPairSync('ec', { namedCurve: 'P-384' }),
+  rsa2048: () => generateKeyPairSync('rsa', { modulusLength: 2048 }),
+  rsa3072: () => generateKeyPairSync('rsa', { modulusLength: 3072 }),
+  ed25519: () => generateKeyPairSync('ed25519'),
+} as const satisfies Record<KeyKind, unknown>;
 
-const contents = [
-  '-subj',
-  '/CN=localhost',
-  ...[
-    'subjectAltName=DNS:localhost',
-    'basicConstraints=critical,CA:FALSE',
-    'keyUsage=critical,digitalSignature',
-    'extendedKeyUsage=serverAuth',
-  ].flatMap((extension) => ['-addext', extension]),
-];
-
-function importKey(token: DisposableToken, kind: KeyKind, files: KeyFiles, id: number): void {
-  const which = ['--label', kind, '--id', id.toString(16).padStart(2, '0')];
-  run('softhsm2-util', ['--import', files.privateKey, '--token', token.label, '--pin', token.pin, ...which], token.env);
+function importKey(token: DisposableToken, kind: KeyKind, files: KeyFiles): void {
+  const id = (keyKinds.indexOf(kind) + 1).toString(16).padStart(2, '0');
+  const args = ['--import', files.privateKey, '--token', token.label, '--pin', token.pin, '--label', kind, '--id', id];
+  execFileSync('softhsm2-util', args, { env: { ...process.env, ...token.env }, stdio: ['ignore', 'pipe', 'pipe'] });
 }
 
-function run(command: string, args: readonly string[], env: Readonly<Record<string, string>> = {}): void {
-  execFileSync(command, args, { env: { ...process.env, ...env }, stdio: ['ignore', 'pipe', 'pipe'] });
+function makeCertificates(directory: string, kind: KeyKind, from: number, to: number): NamedCertificate[] {
+  const privateKey = createPrivateKey(readFileSync(keyFilesIn(directory, kind).privateKey));
+  const signer = selfSigner(privateKey, createPublicKey(privateKey));
+  const own = join(directory, `${kind}-certificates`);
+  mkdirSync(own, { recursive: true });
+  return Array.from({ length: to - from }, (_, index) => {
+    const name = `n${from + index}.bench.test`;
+    const file = join(own, `${name}.pem`);
+    writeFileSync(file, signer.pem(name));
+    return { name, file };
+  });
 }
