@@ -1,127 +1,300 @@
 /**
- * Owns: what the rounds say: medians, ratios with their intervals, the table for people.
- * Must not know: how anything was measured.
+ * Owns: what people read of a result: tables for the terminal, and a directory with the numbers and the tables as Markdown.
+ * Must not know: how anything was measured, what may be concluded from a number.
  * Runs: anywhere.
  */
-import type { Measured, Round } from './measure.ts';
-import type { Scenario } from './scenarios.ts';
-import { pairedRatio, spread } from './statistics.ts';
-import type { Spread } from './statistics.ts';
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { styleText } from 'node:util';
+import { metrics } from './metrics.ts';
+import type { Metric, MetricName } from './metrics.ts';
+import { writeResult } from './result.ts';
+import type { GoalResult, Result, ScenarioResult, SubjectResult } from './result.ts';
+import { comparable, comparedIn, convinces, judgedGoals, numberOf, ratioOf, standing, totalOf } from './summary.ts';
+import type { JudgedGoal, Standing, Verdict } from './summary.ts';
+import type { Interval, Missing } from './statistics.ts';
+import { intervalText, markdownTable, ratioText, terminalTable } from './table.ts';
+import type { Rows } from './table.ts';
 
-/** The one whose ratio to the others is asked for. */
-const ours = 'keygate';
-
-export interface ScenarioReport {
-  readonly name: string;
-  readonly title: string;
-  readonly contenders: readonly ContenderReport[];
-  readonly goals: readonly { readonly against: string; readonly cpuRatioMax: number; readonly verdict: Verdict }[];
+/** `result.json` and `report.md`, over what a run in the same directory has written before. */
+export function writeReport(directory: string, result: Result): void {
+  mkdirSync(directory, { recursive: true });
+  writeFileSync(join(directory, 'report.md'), markdownReport(result));
+  writeResult(join(directory, 'result.json'), result);
 }
 
-/** A median alone would call a tie a win. */
-export type Verdict = 'met in every round' | 'met by the median, not in every round' | 'missed';
-
-export interface ContenderReport {
-  readonly name: string;
-  readonly title: string;
-  /** Microseconds of CPU per handshake, its connection and its close included. */
-  readonly cpuUs: Spread;
-  readonly perSecond: Spread;
-  /** Of its core, while it was measured; well below 1 means that the load or others set the pace, not the contender. */
-  readonly busy: Spread;
-  readonly strangersShare: Spread;
-  readonly handshakeP50Us: Spread;
-  readonly handshakeP99Us: Spread;
-  /** In all rounds. */
-  readonly failures: Readonly<Record<string, number>>;
-  /** keygate's CPU per handshake divided by this one's, round by round; undefined for keygate, and without it. */
-  readonly cpuRatio: Spread | undefined;
-  readonly rounds: readonly Round[];
+/** In colours when standard output is a terminal. */
+export function terminalReport(result: Result): string {
+  const goals = judgedGoals(result);
+  return [
+    ...(goals.length === 0 ? [] : ['', bold('Goals'), ...terminalTable(goalRows(goals, colouredVerdict))]),
+    ...summaries(result, briefRatio).flatMap(({ title, rows }) => ['', bold(title), ...terminalTable(rows)]),
+    ...result.scenarios.flatMap((scenario) => [
+      '',
+      `${bold(scenario.title)} (${scenario.name})`,
+      ...terminalTable(briefRows(scenario)),
+      ...gapNotes(scenario),
+    ]),
+    '',
+    ...leftOut(result).map(({ title, reason, scenarios }) => `left out: ${title}: ${reason} (${scenarios.join(', ')})`),
+    ...result.failed.map(({ name, reason }) => `${coloured('red', '✘')} NOT MEASURED: ${name}: ${oneLine(reason)}`),
+    `Ratios are the first row ÷ this row, median (${coverageText(result)}). ▲ the first is ahead, ▼ behind, = a tie.`,
+    '',
+  ].join('\n');
 }
 
-export function summarise(scenario: Scenario, measured: readonly Measured[]): ScenarioReport {
-  const our = measured.find(({ contender }) => contender.name === ours);
-  const contenders = measured.map(({ contender, rounds }): ContenderReport => {
-    const ratio =
-      our !== undefined && contender.name !== ours ? pairedRatio(our.rounds.map(cpuUs), rounds.map(cpuUs)) : undefined;
-    return {
-      name: contender.name,
-      title: contender.title,
-      cpuUs: spread(rounds.map(cpuUs)),
-      perSecond: spread(rounds.map((round) => round.handshakes / round.seconds)),
-      busy: spread(rounds.map((round) => round.cpuSeconds / round.seconds)),
-      strangersShare: spread(rounds.map((round) => round.strangersShare)),
-      handshakeP50Us: spread(rounds.map((round) => round.handshakeUs.p50 ?? Number.NaN)),
-      handshakeP99Us: spread(rounds.map((round) => round.handshakeUs.p99 ?? Number.NaN)),
-      failures: totals(rounds.map((round) => round.failures)),
-      cpuRatio: ratio,
-      rounds,
-    };
-  });
-  const goals = scenario.goals.flatMap((goal) => {
-    const ratio = contenders.find(({ name }) => name === goal.against)?.cpuRatio;
-    return ratio === undefined ? [] : [{ ...goal, verdict: verdict(ratio, goal.cpuRatioMax) }];
-  });
-  return { name: scenario.name, title: scenario.title, contenders, goals };
+export function markdownReport(result: Result): string {
+  const { machine, pace } = result;
+  const goals = judgedGoals(result);
+  return [
+    `# Benchmark of keygate ${result.versions['keygate']?.['keygate'] ?? '(not measured)'}`,
+    '',
+    `${result.started_at.slice(0, 16).replace('T', ' ')} UTC. ${pace.rounds} rounds of ${pace.seconds} s, ${pace.connections} clients. ${machine.cores} × ${machine.cpu}, ${(machine.memory_bytes / 2 ** 30).toFixed(0)} GiB, Linux ${machine.kernel}, load average ${machine.load_average.map((load) => load.toFixed(2)).join(' ')} at the start.`,
+    ...section(
+      'Goals',
+      goals.length === 0 ? [] : markdownTable(goalRows(goals, (verdict) => `${verdictSigns[verdict]} ${verdict}`)),
+    ),
+    ...summaries(result, signed).flatMap(({ title, rows }) => section(title, markdownTable(rows))),
+    ...section('Scenarios', result.scenarios.flatMap(scenarioSection)),
+    ...section(
+      'Not measured',
+      result.failed.map(({ name, reason }) => `* \`${name}\`: ${oneLine(reason)}`),
+    ),
+    ...section(
+      'Left out',
+      leftOut(result).map(({ title, reason, scenarios }) => `* ${title}: ${oneLine(reason)} (${scenarios.join(', ')})`),
+    ),
+    ...section(
+      'Versions',
+      Object.entries(result.versions).map(
+        ([contender, versions]) =>
+          `* **${contender}**: ${Object.entries(versions)
+            .map(([name, version]) => `${name} ${version}`)
+            .join(', ')}`,
+      ),
+    ),
+    ...section('How to read it', readingNotes(result)),
+    '',
+  ].join('\n');
 }
 
-/** Markdown, aligned for terminals. */
-export function table(report: ScenarioReport): string {
-  const rows = report.contenders.map((contender) => [
-    contender.title,
-    contender.cpuRatio === undefined ? '' : interval(contender.cpuRatio, 2),
-    interval(contender.cpuUs, 0),
-    interval(contender.perSecond, 0),
-    `${(contender.busy.median * 100).toFixed(0)} %`,
-    `${(contender.strangersShare.median * 100).toFixed(0)} %`,
-    (contender.handshakeP50Us.median / 1000).toFixed(1),
-    (contender.handshakeP99Us.median / 1000).toFixed(1),
-    Object.entries(contender.failures)
-      .map(([kind, count]) => `${count} ${kind}`)
-      .join(', ') || '0',
-  ]);
-  const goals = report.goals.map(
-    ({ against, cpuRatioMax, verdict: what }) => `Goal: at most ${cpuRatioMax} of the CPU of ${against}: ${what}.`,
+const verdictSigns: Readonly<Record<Verdict, string>> = {
+  met: '✔',
+  'met by the median only': '≈',
+  missed: '✘',
+  'not measured': '–',
+};
+
+const standingSigns: Readonly<Record<Standing, string>> = { better: '▲', worse: '▼', tie: '=' };
+
+function goalRows(goals: readonly JudgedGoal[], verdictText: (verdict: Verdict) => string): Rows {
+  return [
+    ['goal', 'wanted', 'measured', 'against', 'verdict'],
+    ...goals.map(({ goal, measured, against, verdict }) => [
+      goal.title,
+      wanted(goal),
+      'missing' in measured
+        ? measured.missing
+        : intervalText(measured, against === undefined ? numberText(goal.metric) : ratioText),
+      against ?? `${metrics[goal.metric].title}, itself`,
+      verdictText(verdict),
+    ]),
+  ];
+}
+
+function wanted({ against, max, min, metric }: GoalResult): string {
+  const text = against === undefined ? numberText(metric) : ratioText;
+  return [...(min === undefined ? [] : [`≥ ${text(min)}`]), ...(max === undefined ? [] : [`≤ ${text(max)}`])].join(
+    ' and ',
   );
-  return [`### ${report.title} (${report.name})`, '', ...aligned([columns, ...rows]), '', ...goals].join('\n');
 }
 
-const columns = [
-  'contender',
-  "keygate's CPU ÷ its CPU",
-  'CPU µs/handshake',
-  'handshakes/s',
-  'core used by it',
-  'by others',
-  'p50 ms',
-  'p99 ms',
-  'failures',
-];
-
-function cpuUs(round: Round): number {
-  return (round.cpuSeconds / round.handshakes) * 1e6;
+/** Of a workload with several scenarios: all of them at a glance. */
+function summaries(
+  { scenarios }: Result,
+  text: (metric: MetricName, ratio: Interval | Missing) => string,
+): { readonly title: string; readonly rows: Rows }[] {
+  const groups = Object.values(Object.groupBy(scenarios, ({ workload, metrics: [first] }) => `${workload} ${first}`));
+  return groups.flatMap((group = []) => {
+    const [metric] = group[0]?.metrics ?? [];
+    const others = comparedIn(group);
+    if (metric === undefined || group.length < 2 || others.length === 0) return [];
+    const rows = group.map((scenario) => [
+      scenario.title,
+      ...others.map(({ title }) => {
+        const other = scenario.subjects.slice(1).find((subject) => subject.title === title);
+        return other === undefined ? '–' : text(metric, ratioOf(scenario, other, metric));
+      }),
+    ]);
+    const [first] = new Set(group.map(({ subjects }) => subjects[0]?.title));
+    return [
+      { title: `${metrics[metric].title}: ${first} ÷ …`, rows: [['', ...others.map(({ label }) => label)], ...rows] },
+    ];
+  });
 }
 
-function verdict(ratio: Spread, max: number): Verdict {
-  if (ratio.median > max) return 'missed';
-  return ratio.max <= max ? 'met in every round' : 'met by the median, not in every round';
+function scenarioSection(scenario: ScenarioResult): string[] {
+  const numbers = markdownTable(numberRows(scenario));
+  const heading = ['', `### ${scenario.title} (\`${scenario.name}\`)`, ''];
+  if (scenario.subjects.length === 0) return [...heading, 'Nobody was measured.'];
+  if (scenario.subjects.length === 1) return [...heading, ...numbers, ...bullets(gapNotes(scenario))];
+  return [
+    ...heading,
+    ...markdownTable(ratioRows(scenario)),
+    ...bullets(gapNotes(scenario)),
+    '',
+    '<details><summary>Numbers</summary>',
+    '',
+    ...numbers,
+    '',
+    '</details>',
+  ];
 }
 
-function totals(failures: readonly Readonly<Record<string, number>>[]): Record<string, number> {
-  const sum: Record<string, number> = {};
-  for (const [kind, count] of failures.flatMap((each) => Object.entries(each))) sum[kind] = (sum[kind] ?? 0) + count;
-  return sum;
+/** First what compares: every number of which less or more is better. */
+function ratioRows(scenario: ScenarioResult): Rows {
+  const [first, ...others] = scenario.subjects;
+  const names = comparable(scenario);
+  return [
+    [`${first?.title} ÷ …`, ...names.map((name) => metrics[name].title)],
+    ...others.map((other) => [other.title, ...names.map((name) => signed(name, ratioOf(scenario, other, name)))]),
+  ];
 }
 
-function interval({ median, min, max }: Spread, digits: number): string {
-  return `${median.toFixed(digits)} (${min.toFixed(digits)} to ${max.toFixed(digits)})`;
+function numberRows(scenario: ScenarioResult): Rows {
+  const [compared] = scenario.metrics;
+  return [
+    [
+      '',
+      `${compared === undefined ? '' : metrics[compared].title}: first ÷ this`,
+      ...scenario.metrics.map((name) => metrics[name].title),
+    ],
+    ...scenario.subjects.map((subject, index) => [
+      subject.title,
+      index === 0 || compared === undefined ? '' : intervalText(ratioOf(scenario, subject, compared), ratioText),
+      ...scenario.metrics.map((name) => cell(subject, name, (value) => intervalText(value, numberText(name)))),
+    ]),
+  ];
 }
 
-function aligned(rows: readonly (readonly string[])[]): string[] {
-  const widths = columns.map((_, column) => Math.max(...rows.map((row) => row[column]?.length ?? 0)));
-  const line = (row: readonly string[]) =>
-    `| ${row.map((cell, column) => (column === 0 ? cell.padEnd(widths[column] ?? 0) : cell.padStart(widths[column] ?? 0))).join(' | ')} |`;
-  const rule = `|${widths.map((width, column) => (column === 0 ? '-'.repeat(width + 2) : `${'-'.repeat(width + 1)}:`)).join('|')}|`;
-  const [head, ...body] = rows;
-  return [line(head ?? []), rule, ...body.map(line)];
+/** For terminals: the interval of the ratio only. */
+function briefRows(scenario: ScenarioResult): Rows {
+  const [compared] = scenario.metrics;
+  return [
+    ['', 'ratio', ...scenario.metrics.map((name) => metrics[name].title)].map((title) => coloured('dim', title)),
+    ...scenario.subjects.map((subject, index) => {
+      const ratio = index === 0 || compared === undefined ? undefined : ratioOf(scenario, subject, compared);
+      return [
+        subject.title,
+        ratio === undefined || compared === undefined ? '' : colouredRatio(compared, ratio),
+        ...scenario.metrics.map((name) =>
+          cell(subject, name, (value) => ('missing' in value ? '–' : numberText(name)(value.median))),
+        ),
+      ];
+    }),
+  ];
+}
+
+function cell(subject: SubjectResult, name: MetricName, text: (value: Interval | Missing) => string): string {
+  const { total }: Metric = metrics[name];
+  return total === true ? numberText(name)(totalOf(subject, name)) : text(numberOf(subject, name));
+}
+
+/** Why a cell has no number. */
+function gapNotes(scenario: ScenarioResult): string[] {
+  const notes = scenario.subjects.flatMap((subject, index) =>
+    scenario.metrics.flatMap((name) => {
+      const { total }: Metric = metrics[name];
+      const number = total === true ? undefined : numberOf(subject, name);
+      if (number !== undefined && 'missing' in number)
+        return [`${subject.title}: ${metrics[name].title}: ${number.missing}`];
+      const ratio = index === 0 || !comparable(scenario).includes(name) ? undefined : ratioOf(scenario, subject, name);
+      if (ratio !== undefined && 'missing' in ratio)
+        return [`no ratio to ${subject.title}: ${metrics[name].title}: ${ratio.missing}`];
+      return [];
+    }),
+  );
+  return [...new Set(notes)];
+}
+
+function leftOut({
+  scenarios,
+}: Result): { readonly title: string; readonly reason: string; readonly scenarios: string[] }[] {
+  const all = scenarios.flatMap(({ name, left_out }) => left_out.map((each) => ({ ...each, name })));
+  return Object.values(Object.groupBy(all, ({ title, reason }) => `${title}: ${reason}`)).flatMap((group = []) => {
+    const [first] = group;
+    return first === undefined
+      ? []
+      : [{ title: first.title, reason: first.reason, scenarios: group.map(({ name }) => name) }];
+  });
+}
+
+function readingNotes(result: Result): string[] {
+  return [
+    'Compare ratios, not microseconds: those belong to the machine and to its day.',
+    `A ratio is taken round by round, of rounds that followed each other; shown is its median (${coverageText(result)}, by order statistics: no distribution is assumed, no round left out).`,
+    '▲: the first is ahead; ▼: behind; =: a tie, the interval holds 1. A goal is *met* when the whole interval is within it, and *met by the median only* when the median alone is.',
+    '“core used by it” well below 1 means that its rate is not its limit: the token, the load or others set the pace. CPU per handshake is right all the same.',
+    'Failures are the sum of all rounds.',
+  ].map((note) => `* ${note}`);
+}
+
+/** What the intervals are worth: the same number of rounds gives the same coverage. */
+function coverageText({ scenarios, pace }: Result): string {
+  const intervals = scenarios.flatMap((scenario) =>
+    scenario.subjects.flatMap((subject) => scenario.metrics.map((name) => numberOf(subject, name))),
+  );
+  const coverages = intervals.flatMap((value) => ('missing' in value ? [] : [value]));
+  const [some] = coverages;
+  if (some === undefined || some.coverage === 0)
+    return `no interval: ${pace.rounds === 1 ? 'one round' : 'nothing was measured'}`;
+  const lowest = coverages.reduce((least, each) => (each.coverage < least.coverage ? each : least), some);
+  const weak = convinces(lowest) ? '' : '; too few rounds to conclude anything from it';
+  return `its ${(lowest.coverage * 100).toFixed(1)} % confidence interval${weak}`;
+}
+
+function signed(metric: MetricName, ratio: Interval | Missing): string {
+  if ('missing' in ratio) return '–';
+  return `${intervalText(ratio, ratioText)} ${standingSigns[standing(metric, ratio)]}`;
+}
+
+/** For terminals, where a table of intervals is too wide. */
+function briefRatio(metric: MetricName, ratio: Interval | Missing): string {
+  if ('missing' in ratio) return '–';
+  return colouredRatio(metric, ratio, `${ratioText(ratio.median)} ${standingSigns[standing(metric, ratio)]}`);
+}
+
+function colouredRatio(metric: MetricName, ratio: Interval | Missing, text = signed(metric, ratio)): string {
+  if ('missing' in ratio) return text;
+  const colours = { better: 'green', worse: 'red', tie: 'yellow' } as const;
+  return coloured(colours[standing(metric, ratio)], text);
+}
+
+function colouredVerdict(verdict: Verdict): string {
+  const colours = { met: 'green', 'met by the median only': 'yellow', missed: 'red', 'not measured': 'dim' } as const;
+  return coloured(colours[verdict], `${verdictSigns[verdict]} ${verdict}`);
+}
+
+function numberText(metric: MetricName): (value: number) => string {
+  return (value) => value.toFixed(metrics[metric].digits);
+}
+
+function section(title: string, lines: readonly string[]): string[] {
+  return lines.length === 0 ? [] : ['', `## ${title}`, '', ...lines];
+}
+
+function bullets(lines: readonly string[]): string[] {
+  return lines.length === 0 ? [] : ['', ...lines.map((line) => `* ${line}`)];
+}
+
+function oneLine(text: string): string {
+  return text.replaceAll(/\s+/g, ' ').trim();
+}
+
+function bold(text: string): string {
+  return coloured('bold', text);
+}
+
+function coloured(style: 'bold' | 'dim' | 'green' | 'red' | 'yellow', text: string): string {
+  return styleText(style, text, { stream: process.stdout });
 }
