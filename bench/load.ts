@@ -1,23 +1,58 @@
 /**
  * Owns: building and running the load generator (bench/load), and the shape of what it prints.
  * Must not know: who answers.
- * Runs: in the benchmark's process; the generator is a process of its own on the load's core.
+ * Runs: in the benchmark's process; the generator is a process of its own on the load's cores.
  */
 import { execFile } from 'node:child_process';
 import { once } from 'node:events';
 import { createInterface } from 'node:readline';
+import type { Interface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { Pinned } from './processes.ts';
-import type { Scenario } from './scenarios.ts';
 
-/** What `keygate-load handshakes` prints at its end. */
-export interface LoadResult {
+/** What every client command is told. The generator refuses what is out of range; `keygate-load` prints what that is. */
+interface ClientPlan {
+  /** `127.0.0.1:PORT`, several separated by commas: they are used in turn. */
+  readonly to: string;
+  /** The PEM file that the server must show. */
+  readonly certificate: string;
+  /** Default 1.3. */
+  readonly tls?: '1.2' | '1.3';
+  /** Another one is a failure; default X25519. */
+  readonly group?: 'X25519' | 'X25519MLKEM768' | 'secp256r1' | 'secp384r1';
+  /** Names separated by commas, used in turn; `{0..9999}` in a name stands for that many. Default localhost. */
+  readonly serverName?: string;
+  /** One signature in so many is verified; default 32. */
+  readonly verifyEvery?: number;
+  /** Without any progress for so long, a connection has failed; default 10. */
+  readonly deadlineSeconds?: number;
+}
+
+export interface HandshakesPlan extends ClientPlan {
+  /** Clients with one connection each at a time; with a rate, the most connections in flight. */
+  readonly connections?: number;
+  readonly seconds?: number;
+  readonly count?: number;
+  /** Connections begun per second, whatever the server does. Without it each client begins when its last one has ended. */
+  readonly rate?: number;
+  readonly resume?: boolean;
+  /** What follows the handshake; default line. */
+  readonly exchange?: 'none' | 'line' | 'http';
+}
+
+/** By kind (`connect`, `tls`, `not_begun`, ...); empty when there was none. */
+export type Failures = Readonly<Record<string, number>>;
+
+export interface HandshakesResult {
   /** Connections that went as expected from connect to close. */
   readonly handshakes: number;
+  /** Connections that were to begin: those that did, and with a rate those that were due and could not. */
+  readonly intended: number;
   readonly seconds: number;
-  /** By kind; empty when there was none. */
-  readonly failures: Readonly<Record<string, number>>;
+  readonly failures: Failures;
+  /** What was wrong with the first failure of kind `tls`. */
+  readonly tlsError: string | null;
   /** Handshakes that negotiated something else than the first one. */
   readonly deviations: number;
   /** Session tickets that the server gave. */
@@ -28,23 +63,17 @@ export interface LoadResult {
     readonly group: string | null;
     readonly resumed: boolean;
   } | null;
-  /** From connect to the end of the handshake, microseconds. */
-  readonly handshakeUs: Percentiles;
-  /** From connect to the close, microseconds. */
-  readonly connectionUs: Percentiles;
+  /** To the end of the handshake, from connect, and with a rate from when the connection was due. */
+  readonly handshakeUs: Latency;
+  /** To the close. */
+  readonly connectionUs: Latency;
 }
 
-/** Null when there was no sample. */
-export type Percentiles = Readonly<Record<'p50' | 'p90' | 'p99' | 'p999' | 'max', number | null>>;
-
-export interface LoadPlan {
-  readonly port: number;
-  readonly certificate: string;
-  readonly scenario: Pick<Scenario, 'tls' | 'resume'>;
-  readonly connections: number;
-  readonly seconds: number;
-  readonly count?: number;
-}
+/** Microseconds, within 0.1 %. The percentiles are null when there was no sample. */
+export type Latency = Readonly<Record<'p50' | 'p90' | 'p99' | 'p999' | 'max', number | null>> & {
+  /** Upper bound and count of each bucket that is not empty, two buckets per factor of two. */
+  readonly histogram: readonly (readonly [number, number])[];
+};
 
 const crate = fileURLToPath(new URL('load/', import.meta.url));
 const buildOutputBytesMax = 10_000_000;
@@ -67,48 +96,110 @@ export async function buildLoad(): Promise<string> {
   return program;
 }
 
+/** What the upstream does with a connection. */
+export type Serve = 'line' | 'http' | 'echo' | 'sink' | 'source';
+
+export interface Upstream {
+  readonly pinned: Pinned;
+  /** `IP:PORT` of each listening socket. */
+  readonly addresses: readonly string[];
+}
+
+export interface UpstreamPlan {
+  /** Addresses separated by commas; default 127.0.0.1:0. */
+  readonly listen?: string;
+  /** Bytes of each write of a source. */
+  readonly message?: number;
+}
+
 /** The upstream, and where it listens. It ends with this process. */
 export async function startUpstream(
   program: string,
-  core: number,
-): Promise<{ readonly pinned: Pinned; readonly port: number }> {
-  const pinned = new Pinned('upstream', core, { file: program, args: ['upstream'] });
-  for await (const event of eventsOf(pinned)) {
-    if (event.event === 'listening') return { pinned, port: Number(String(event['address']).split(':').at(-1)) };
-  }
-  throw new Error(`did not start: ${pinned.obituary}`);
+  cores: readonly number[],
+  serve: Serve = 'line',
+  plan: UpstreamPlan = {},
+): Promise<Upstream> {
+  const { listen, message } = plan;
+  const talk = new Talk(program, cores, 'upstream', { serve, listen, message });
+  const { addresses } = await talk.event<{ addresses: readonly string[] }>('listening');
+  return { pinned: talk.pinned, addresses };
 }
 
 /**
  * @param started called when every client is warm and the clock starts.
  * @throws when the generator gave up.
  */
-export async function runLoad(
+export function runHandshakes(
   program: string,
-  core: number,
-  plan: LoadPlan,
+  cores: readonly number[],
+  plan: HandshakesPlan,
   started: () => void = () => {},
-): Promise<LoadResult> {
-  const args = ['handshakes', '--to', `127.0.0.1:${plan.port}`, '--certificate', plan.certificate];
-  args.push('--tls', plan.scenario.tls, '--connections', String(plan.connections), '--seconds', String(plan.seconds));
-  if (plan.scenario.resume) args.push('--resume');
-  if (plan.count !== undefined) args.push('--count', String(plan.count));
-  const pinned = new Pinned('load', core, { file: program, args });
-  const exit = once(pinned.child, 'close');
-  let result: LoadResult | undefined;
-  for await (const event of eventsOf(pinned)) {
-    if (event.event === 'started') started();
-    if (event.event === 'finished') result = event as unknown as LoadResult;
-  }
-  await exit;
-  if (result === undefined) throw new Error(pinned.obituary);
+): Promise<HandshakesResult> {
+  return run(program, cores, 'handshakes', { ...plan }, started);
+}
+
+async function run<Result extends object>(
+  program: string,
+  cores: readonly number[],
+  command: string,
+  flags: Flags,
+  started: () => void,
+): Promise<Result> {
+  const talk = new Talk(program, cores, command, flags);
+  await talk.event('started');
+  started();
+  const result = await talk.event<Result>('finished');
+  await talk.exit;
   return result;
 }
 
-/** One JSON object per line of standard output. */
-async function* eventsOf(pinned: Pinned): AsyncGenerator<Record<string, unknown>> {
-  if (pinned.child.stdout === null) return;
-  for await (const line of createInterface({ input: pinned.child.stdout })) {
-    yield JSON.parse(line) as Record<string, unknown>;
+type Flags = Readonly<Record<string, string | number | boolean | undefined>>;
+
+/** A running generator, and what it says: one JSON object per line. */
+class Talk {
+  readonly pinned: Pinned;
+  readonly exit: Promise<unknown>;
+  readonly #lines: Interface;
+  readonly #said: AsyncIterator<string>;
+
+  constructor(program: string, cores: readonly number[], command: string, flags: Flags) {
+    this.pinned = new Pinned(`keygate-load ${command}`, cores, {
+      file: program,
+      args: [command, ...argumentsOf(flags)],
+    });
+    const { stdout } = this.pinned.child;
+    if (stdout === null) throw new Error('keygate-load: no pipe from its standard output');
+    this.exit = once(this.pinned.child, 'close');
+    this.#lines = createInterface({ input: stdout });
+    this.#said = this.#lines[Symbol.asyncIterator]();
   }
+
+  /**
+   * The next event of a name; `others` hears those before it.
+   * @throws what the program said last when it ends before.
+   */
+  async event<Event extends object>(name: string, others: (event: Said) => void = () => {}): Promise<Event> {
+    for (;;) {
+      const { value, done } = await this.#said.next();
+      if (done === true) break;
+      const event = JSON.parse(value) as Said;
+      if (event.event === name) return event as unknown as Event;
+      others(event);
+    }
+    await this.exit;
+    throw new Error(this.pinned.obituary);
+  }
+}
+
+interface Said {
+  readonly event: string;
+}
+
+/** `{ serverName: 'x', resume: true }` becomes `--server-name x --resume`. */
+function argumentsOf(flags: Flags): readonly string[] {
+  return Object.entries(flags).flatMap(([name, value]) => {
+    const flag = `--${name.replaceAll(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
+    if (value === undefined || value === false) return [];
+    return value === true ? [flag] : [flag, String(value)];
+  });
 }

@@ -17,13 +17,13 @@ import { createServer } from 'node:tls';
 import type { TlsOptions, TLSSocket } from 'node:tls';
 import { makeKeyFiles } from '../../bench/keys.ts';
 import type { KeyFiles } from '../../bench/keys.ts';
-import { buildLoad, runLoad } from '../../bench/load.ts';
-import type { LoadResult } from '../../bench/load.ts';
+import { buildLoad, runHandshakes } from '../../bench/load.ts';
+import type { HandshakesPlan, HandshakesResult } from '../../bench/load.ts';
 
 const question = 'keygate?\n';
 const answer = 'keygate!\n';
 /** So that pinning works wherever this runs. */
-const core = 0;
+const cores = [0];
 const count = 20;
 
 let program: string;
@@ -48,7 +48,7 @@ for (const tls of ['1.2', '1.3'] as const) {
         socket.end(answer);
       });
     });
-    const result = await load(port, { tls });
+    const result = await handshakes(port, { tls });
     assert.deepEqual([result.handshakes, result.failures, result.deviations], [count, {}, 0]);
     assert.equal(questions, count);
     assert.equal(result.negotiated?.protocol, `TLSv1_${tls.slice(2)}`);
@@ -67,7 +67,7 @@ for (const tls of ['1.2', '1.3'] as const) {
     const port = await serve(context, (socket) => socket.once('data', () => socket.end(answer)));
     // Node gives two tickets in a full TLS 1.3 handshake and none in a resumed one, and a ticket is used once.
     const few = { count: 2, connections: 1 };
-    const result = await load(port, { tls, resume: true, ...few });
+    const result = await handshakes(port, { tls, resume: true, ...few });
     assert.deepEqual([result.handshakes, result.failures, result.deviations], [few.count, {}, 0]);
     assert.equal(result.negotiated?.resumed, true);
   });
@@ -75,31 +75,31 @@ for (const tls of ['1.2', '1.3'] as const) {
 
 test('each client has a TLS session before resumed handshakes are counted', async (context) => {
   const port = await serve(context, (socket) => socket.once('data', () => socket.end(answer)));
-  const result = await load(port, { tls: '1.2', resume: true });
+  const result = await handshakes(port, { tls: '1.2', resume: true });
   assert.deepEqual([result.handshakes, result.failures], [count, {}]);
 });
 
 test('a full handshake is no success where a resumed one is asked for', async (context) => {
   const port = await serve(context, (socket) => socket.once('data', () => socket.end(answer)), { tickets: false });
-  const result = await load(port, { resume: true });
+  const result = await handshakes(port, { resume: true });
   assert.deepEqual([result.handshakes, result.failures], [0, { wrong_kind: count }]);
 });
 
 test('another answer is no success', async (context) => {
   const port = await serve(context, (socket) => socket.once('data', () => socket.end('keygate?\n')));
-  const result = await load(port);
+  const result = await handshakes(port);
   assert.deepEqual([result.handshakes, result.failures], [0, { wrong_answer: count }]);
 });
 
 test('half an answer is no success', async (context) => {
   const port = await serve(context, (socket) => socket.once('data', () => socket.end(answer.slice(0, 4))));
-  const result = await load(port);
+  const result = await handshakes(port);
   assert.deepEqual([result.handshakes, result.failures], [0, { closed_before_answer: count }]);
 });
 
 test('another certificate is no success', async (context) => {
   const port = await serve(context, (socket) => socket.once('data', () => socket.end(answer)));
-  const result = await load(port, { certificate: otherKeys.certificate });
+  const result = await handshakes(port, { certificate: otherKeys.certificate });
   assert.deepEqual([result.handshakes, result.failures], [0, { tls: count }]);
 });
 
@@ -141,20 +141,10 @@ async function serve(
   return (server.address() as AddressInfo).port;
 }
 
-function load(port: number, wanted: Partial<Wanted> = {}): Promise<LoadResult> {
-  const { tls, resume, certificate, ...amount } = { ...preset, certificate: keys.certificate, ...wanted };
-  return runLoad(program, core, { port, certificate, scenario: { tls, resume }, seconds: 10, ...amount });
+function handshakes(port: number, plan: Partial<HandshakesPlan> = {}): Promise<HandshakesResult> {
+  const preset = { to: `127.0.0.1:${port}`, certificate: keys.certificate, connections: 4, seconds: 60, count };
+  return runHandshakes(program, cores, { ...preset, ...plan });
 }
-
-interface Wanted {
-  readonly tls: '1.2' | '1.3';
-  readonly resume: boolean;
-  readonly certificate: string;
-  readonly connections: number;
-  readonly count: number;
-}
-
-const preset = { tls: '1.3', resume: false, connections: 4, count } as const;
 
 function command(...args: string[]): { readonly status: number | null; readonly stderr: string } {
   return spawnSync(program, args, { encoding: 'utf8' });

@@ -1,109 +1,106 @@
-//! Owns the closed loop: N clients, each with one connection at a time, until the time or the count is over.
+//! Owns `handshakes`: N clients with one short connection each at a time, until the time or the count is over.
 //! Knows nothing of records or bytes. One thread, one epoll.
 
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::{Events, Interest, Poll, Token};
-use rustls::ClientConfig;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
-use rustls::version::{TLS12, TLS13};
+use rustls::version::TLS13;
+use rustls::{ClientConfig, HandshakeKind};
+use serde::Serialize;
 
-use crate::client::{self, Client, Expectations, Failure, Negotiated, Progress, Tickets};
+use crate::client::{Client, Progress};
+use crate::connection::{Connection, Negotiated, SCRATCH_BYTES};
+use crate::descriptors;
+use crate::exchange::Exchange;
+use crate::failure::{Failure, Failures, Fault};
 use crate::flags::Flags;
-use crate::latency::Latency;
+use crate::latency::{Latency, Summary};
+use crate::pace::{Pace, Until};
+use crate::said::{Started, say};
+use crate::target::Target;
+use crate::tickets::Tickets;
 
 const COUNT_MAX: u64 = 5_000_000;
-const CONNECTIONS_MAX: usize = 4096;
-/// A server that has not answered by then will not.
-const CONNECTION_DEADLINE: Duration = Duration::from_secs(10);
-/// A server that fails this often measures nothing any more; going on would only spin.
+const CONNECTIONS_MAX: usize = 10_000;
+const EVENTS_MAX: usize = 1024;
+/// A server that fails this often in a closed loop measures nothing any more; going on would only spin.
 const FAILURES_MAX: u64 = 1000;
 /// How late a deadline may be noticed.
 const TICK: Duration = Duration::from_millis(100);
-const NOTHING_NEGOTIATED: &str =
-    "the TLS library does not say what was negotiated, though the handshake is over";
+const TIMER: Token = Token(usize::MAX - 1);
 
 pub struct Plan {
-    to: SocketAddr,
-    expected: Expectations,
+    target: Target,
     connections: usize,
-    time_max: Duration,
-    count_max: u64,
-    exchange: bool,
+    until: Until,
+    rate: Option<f64>,
+    resume: bool,
+    exchange: Exchange,
 }
 
 impl Plan {
     pub fn from_flags(flags: &mut Flags) -> Result<Self, String> {
-        let to = flags.loopback("to", None)?;
-        let certificate = flags.text("certificate")?;
-        let certificate = CertificateDer::from_pem_file(&certificate)
-            .map_err(|error| format!("--certificate {certificate}: {error}"))?;
-        let version = match flags.text("tls").as_deref() {
-            Ok("1.3") | Err(_) => &TLS13,
-            Ok("1.2") => &TLS12,
-            Ok(other) => return Err(format!("--tls {other}: expected 1.2 or 1.3")),
-        };
         let plan = Self {
-            to,
+            target: Target::from_flags(flags)?,
             connections: flags.number("connections", 16, 1..=CONNECTIONS_MAX)?,
-            time_max: Duration::from_secs_f64(flags.number("seconds", 3.0, 0.01..=600.0)?),
-            count_max: flags.number("count", COUNT_MAX, 1..=COUNT_MAX)?,
-            exchange: !flags.switch("no-exchange"),
-            expected: Expectations {
-                version,
-                certificate,
-                resume: flags.switch("resume"),
-                verify_every: flags.number("verify-every", 32, 1..=u64::from(u32::MAX))?,
+            until: Until {
+                time: Duration::from_secs_f64(flags.number("seconds", 3.0, 0.01..=600.0)?),
+                count: flags.number("count", COUNT_MAX, 1..=COUNT_MAX)?,
             },
+            rate: flags.number_if_given("rate", 0.1..=1e6)?,
+            resume: flags.switch("resume"),
+            exchange: flags.choice(
+                "exchange",
+                &[("line", Exchange::Line), ("none", Exchange::None), ("http", Exchange::Http)],
+            )?,
         };
-        // A TLS 1.3 ticket comes after the handshake: who closes at once has none.
-        match plan.expected.resume && !plan.exchange {
-            true => Err("--resume needs the exchange".into()),
-            false => Ok(plan),
+        if plan.resume && plan.target.names.len() > 1 {
+            return Err("--resume: a TLS session belongs to one server name, and there are several".into());
         }
+        if plan.resume && plan.exchange == Exchange::None && plan.target.version == &TLS13 {
+            return Err(
+                "--resume: a TLS 1.3 ticket comes after the handshake: who closes at once has none".into()
+            );
+        }
+        descriptors::raise_for(plan.connections)?;
+        Ok(plan)
     }
 }
 
 /// Prints the results to standard output.
 pub fn run(plan: &Plan) -> io::Result<()> {
     let mut fleet = Fleet::new(plan)?;
-    if plan.expected.resume {
+    if plan.resume {
         // Each client's first TLS session, before the clock starts.
-        let warm = Until { time: Instant::now() + CONNECTION_DEADLINE, count: u64::MAX, count_each: 1 };
-        fleet.round(plan, &warm, false)?;
-        fleet.warm();
+        let once_each = Until { time: Duration::MAX, count: plan.connections as u64 };
+        fleet.round(&mut Pace::closed(once_each), HandshakeKind::Full)?;
+        fleet.forget();
     }
-    println!(r#"{{"event":"started"}}"#);
-    let began = Instant::now();
-    let until = Until { time: began + plan.time_max, count: plan.count_max, count_each: u64::MAX };
-    fleet.round(plan, &until, plan.expected.resume)?;
-    println!("{}", fleet.results(began.elapsed()));
-    Ok(())
+    say(&Started {})?;
+    let mut pace = match plan.rate {
+        Some(rate) => Pace::open(rate, plan.until, fleet.poll.registry(), TIMER)?,
+        None => Pace::closed(plan.until),
+    };
+    fleet.round(&mut pace, if plan.resume { HandshakeKind::Resumed } else { HandshakeKind::Full })?;
+    say(&fleet.finished(&pace))
 }
 
-/// When no more connections are made.
-struct Until {
-    time: Instant,
-    count: u64,
-    /// Of each client: one that never has to wait could otherwise make those of all others.
-    count_each: u64,
-}
-
-struct Fleet {
+/// All clients, and what has been measured.
+struct Fleet<'plan> {
+    plan: &'plan Plan,
     poll: Poll,
     slots: Vec<Slot>,
-    started: u64,
+    /// Slots without a connection. First in, first out: so that each client's turn comes.
+    free: VecDeque<usize>,
+    turn: u64,
+    scratch: Vec<u8>,
     ended: u64,
-    /// From the connect to the end of the handshake, and to the close.
     handshake: Latency,
     whole: Latency,
-    failures: BTreeMap<Failure, u64>,
-    first_tls_error: Option<String>,
+    failures: Failures,
     negotiated: Option<Negotiated>,
     /// Connections that negotiated something else than the first one.
     deviations: u64,
@@ -114,127 +111,153 @@ struct Fleet {
 struct Slot {
     config: Arc<ClientConfig>,
     tickets: Arc<Tickets>,
-    started: u64,
-    client: Option<(Client, Instant)>,
+    attempt: Option<Attempt>,
 }
 
-impl Fleet {
-    fn new(plan: &Plan) -> io::Result<Self> {
+struct Attempt {
+    client: Client,
+    due: Instant,
+    began: Instant,
+}
+
+impl<'plan> Fleet<'plan> {
+    fn new(plan: &'plan Plan) -> io::Result<Self> {
         let slot = |_| {
-            let tickets = Arc::new(Tickets::new(plan.expected.resume));
-            let config = client::config(&plan.expected, tickets.clone()).map_err(io::Error::other)?;
-            Ok(Slot { config, tickets, started: 0, client: None })
+            let tickets = Arc::new(Tickets::new(plan.resume));
+            let config = plan.target.config(tickets.clone()).map_err(io::Error::other)?;
+            Ok(Slot { config, tickets, attempt: None })
         };
         Ok(Self {
+            plan,
             poll: Poll::new()?,
             slots: (0..plan.connections).map(slot).collect::<io::Result<_>>()?,
-            started: 0,
+            free: (0..plan.connections).collect(),
+            turn: 0,
+            scratch: vec![0; SCRATCH_BYTES],
             ended: 0,
             handshake: Latency::default(),
             whole: Latency::default(),
-            failures: BTreeMap::new(),
-            first_tls_error: None,
+            failures: Failures::default(),
             negotiated: None,
             deviations: 0,
             tickets_before: 0,
         })
     }
 
-    /// Lets every client make connections until the time or the count is over, and then those in flight end.
-    fn round(&mut self, plan: &Plan, until: &Until, resumed: bool) -> io::Result<()> {
-        let mut events = Events::with_capacity(CONNECTIONS_MAX);
-        for index in 0..self.slots.len() {
-            self.advance(index, plan, until, resumed)?;
-        }
-        while self.slots.iter().any(|slot| slot.client.is_some()) {
+    /// Begins connections when they are due until none will be, and then those in flight end.
+    fn round(&mut self, pace: &mut Pace, kind: HandshakeKind) -> io::Result<()> {
+        let mut events = Events::with_capacity(EVENTS_MAX);
+        let mut deadlines_at = Instant::now() + TICK;
+        loop {
+            self.begin_due(pace, kind)?;
+            if pace.is_over() && self.free.len() == self.slots.len() {
+                return Ok(());
+            }
             match self.poll.poll(&mut events, Some(TICK)) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 result => result?,
             }
             for event in &events {
-                self.advance(event.token().0, plan, until, resumed)?;
+                match event.token() {
+                    TIMER => pace.woken()?,
+                    Token(index) => self.advance(index, pace, kind)?,
+                }
             }
-            self.enforce_deadlines(plan, until, resumed)?;
+            if Instant::now() >= deadlines_at {
+                self.enforce_deadlines(pace)?;
+                deadlines_at = Instant::now() + TICK;
+            }
+        }
+    }
+
+    fn begin_due(&mut self, pace: &mut Pace, kind: HandshakeKind) -> io::Result<()> {
+        while !(self.free.is_empty() && pace.waits_for_room()) {
+            let Some(due) = pace.take() else { return Ok(()) };
+            match self.free.pop_front() {
+                Some(index) => {
+                    self.begin(index, due, pace)?;
+                    self.advance(index, pace, kind)?;
+                }
+                None => self.failures.add(Failure::NotBegun.into()),
+            }
         }
         Ok(())
     }
 
-    /// Takes one client as far as it can go without waiting, through as many connections as that is.
-    fn advance(&mut self, index: usize, plan: &Plan, until: &Until, resumed: bool) -> io::Result<()> {
-        loop {
-            if self.slots[index].client.is_none() && !self.begin(index, plan, until)? {
-                return Ok(());
+    fn begin(&mut self, index: usize, due: Instant, pace: &Pace) -> io::Result<()> {
+        let Plan { target, exchange, .. } = self.plan;
+        let (address, name) = (target.address(self.turn), target.name(self.turn));
+        self.turn += 1;
+        match Connection::connect(address, None, self.slots[index].config.clone(), name) {
+            Ok(mut connection) => {
+                let interest = Interest::READABLE | Interest::WRITABLE;
+                self.poll.registry().register(&mut connection.stream, Token(index), interest)?;
+                let client = Client::new(connection, *exchange, &name.to_str());
+                self.slots[index].attempt = Some(Attempt { client, due, began: Instant::now() });
+                Ok(())
             }
-            let Some((client, began)) = &mut self.slots[index].client else { return Ok(()) };
-            match client.drive() {
+            Err(fault) => self.fail(index, fault, pace),
+        }
+    }
+
+    /// Takes one client as far as it can go without waiting.
+    fn advance(&mut self, index: usize, pace: &Pace, kind: HandshakeKind) -> io::Result<()> {
+        // An event may be of a connection that has ended meanwhile.
+        while let Some(attempt) = &mut self.slots[index].attempt {
+            match attempt.client.drive(&mut self.scratch) {
                 Ok(Progress::Waiting) => return Ok(()),
-                Ok(Progress::HandshakeDone) => {
-                    self.handshake.observe(began.elapsed());
-                    let negotiated = client.negotiated().ok_or(io::Error::other(NOTHING_NEGOTIATED))?;
+                Ok(Progress::HandshakeDone(negotiated)) => {
+                    self.handshake.observe(attempt.due.elapsed());
                     let first = *self.negotiated.get_or_insert(negotiated);
                     self.deviations += u64::from(negotiated != first);
-                    if negotiated.resumed != resumed {
-                        self.fail(index, Failure::WrongKind)?;
+                    if let Some(failure) = self.misses(&negotiated, kind) {
+                        self.fail(index, failure.into(), pace)?;
                     }
                 }
                 Ok(Progress::Ended) => {
-                    self.whole.observe(began.elapsed());
+                    self.whole.observe(attempt.due.elapsed());
                     self.ended += 1;
-                    self.slots[index].client = None;
+                    self.slots[index].attempt = None;
+                    self.free.push_back(index);
                 }
-                Err(failure) => self.fail(index, failure)?,
-            }
-        }
-    }
-
-    /// False when no connection is to be made any more.
-    fn begin(&mut self, index: usize, plan: &Plan, until: &Until) -> io::Result<bool> {
-        let now = Instant::now();
-        let slot = &mut self.slots[index];
-        if now >= until.time || self.started >= until.count || slot.started >= until.count_each {
-            return Ok(false);
-        }
-        self.started += 1;
-        slot.started += 1;
-        match Client::connect(plan.to, slot.config.clone(), plan.exchange) {
-            Ok(mut client) => {
-                let interest = Interest::READABLE | Interest::WRITABLE;
-                self.poll.registry().register(&mut client.stream, Token(index), interest)?;
-                slot.client = Some((client, now));
-            }
-            Err(failure) => self.fail(index, failure)?,
-        }
-        Ok(true)
-    }
-
-    fn enforce_deadlines(&mut self, plan: &Plan, until: &Until, resumed: bool) -> io::Result<()> {
-        for index in 0..self.slots.len() {
-            let late = |(_, began): &(Client, Instant)| began.elapsed() > CONNECTION_DEADLINE;
-            if self.slots[index].client.as_ref().is_some_and(late) {
-                self.fail(index, Failure::Deadline)?;
-                self.advance(index, plan, until, resumed)?;
+                Err(fault) => self.fail(index, fault, pace)?,
             }
         }
         Ok(())
     }
 
-    fn fail(&mut self, index: usize, failure: Failure) -> io::Result<()> {
-        let tls_error = self.slots[index].client.take().and_then(|(client, _)| client.tls_error());
-        self.first_tls_error = self.first_tls_error.take().or(tls_error);
-        *self.failures.entry(failure).or_default() += 1;
-        match self.failures.values().sum::<u64>() > FAILURES_MAX {
-            true => Err(io::Error::other(format!(
-                "too many failures: {}; first TLS error: {}",
-                self.failures_json(),
-                self.first_tls_error.as_deref().unwrap_or("none")
-            ))),
+    fn misses(&self, negotiated: &Negotiated, kind: HandshakeKind) -> Option<Failure> {
+        let another = |group| group != self.plan.target.group;
+        match negotiated {
+            _ if negotiated.kind != kind => Some(Failure::WrongKind),
+            _ if negotiated.group.is_some_and(another) => Some(Failure::WrongGroup),
+            _ => None,
+        }
+    }
+
+    fn enforce_deadlines(&mut self, pace: &Pace) -> io::Result<()> {
+        for index in 0..self.slots.len() {
+            let late = |attempt: &Attempt| attempt.began.elapsed() > self.plan.target.deadline;
+            if self.slots[index].attempt.as_ref().is_some_and(late) {
+                self.fail(index, Failure::Deadline.into(), pace)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, index: usize, fault: Fault, pace: &Pace) -> io::Result<()> {
+        self.slots[index].attempt = None;
+        self.free.push_back(index);
+        self.failures.add(fault);
+        match pace.waits_for_room() && self.failures.total() > FAILURES_MAX {
+            true => Err(io::Error::other(format!("too many failures: {}", self.failures.summary()))),
             false => Ok(()),
         }
     }
 
     /// Forgets what was measured while warming up, except failures: they are never forgotten.
-    fn warm(&mut self) {
-        (self.started, self.ended) = (0, 0);
+    fn forget(&mut self) {
+        self.ended = 0;
         (self.handshake, self.whole) = (Latency::default(), Latency::default());
         self.negotiated = None;
         self.deviations = 0;
@@ -245,31 +268,47 @@ impl Fleet {
         self.slots.iter().map(|slot| slot.tickets.given()).sum()
     }
 
-    fn results(&mut self, elapsed: Duration) -> String {
-        let negotiated = self.negotiated.map_or("null".to_owned(), |negotiated| {
-            format!(
-                r#"{{"protocol":"{:?}","cipherSuite":"{:?}","group":{},"resumed":{}}}"#,
-                negotiated.version,
-                negotiated.cipher_suite,
-                negotiated.group.map_or("null".to_owned(), |group| format!("\"{group:?}\"")),
-                negotiated.resumed
-            )
-        });
-        format!(
-            r#"{{"event":"finished","handshakes":{},"seconds":{:.6},"failures":{},"deviations":{},"tickets":{},"negotiated":{negotiated},"handshakeUs":{},"connectionUs":{}}}"#,
-            self.ended,
-            elapsed.as_secs_f64(),
-            self.failures_json(),
-            self.deviations,
-            self.tickets_given() - self.tickets_before,
-            self.handshake.json(),
-            self.whole.json(),
-        )
+    fn finished(&self, pace: &Pace) -> Finished<'_> {
+        Finished {
+            handshakes: self.ended,
+            intended: pace.taken(),
+            seconds: pace.elapsed().as_secs_f64(),
+            failures: &self.failures,
+            tls_error: self.failures.detail(),
+            deviations: self.deviations,
+            tickets: self.tickets_given() - self.tickets_before,
+            negotiated: self.negotiated.map(|negotiated| NegotiatedWords {
+                protocol: format!("{:?}", negotiated.version),
+                cipher_suite: format!("{:?}", negotiated.cipher_suite),
+                group: negotiated.group.map(|group| format!("{group:?}")),
+                resumed: negotiated.kind == HandshakeKind::Resumed,
+            }),
+            handshake_us: self.handshake.summary(),
+            connection_us: self.whole.summary(),
+        }
     }
+}
 
-    fn failures_json(&self) -> String {
-        let fields: Vec<_> =
-            self.failures.iter().map(|(failure, count)| format!("\"{}\":{count}", failure.word())).collect();
-        format!("{{{}}}", fields.join(","))
-    }
+#[derive(Serialize)]
+#[serde(tag = "event", rename = "finished", rename_all = "camelCase")]
+struct Finished<'fleet> {
+    handshakes: u64,
+    intended: u64,
+    seconds: f64,
+    failures: &'fleet Failures,
+    tls_error: Option<&'fleet str>,
+    deviations: u64,
+    tickets: u64,
+    negotiated: Option<NegotiatedWords>,
+    handshake_us: Summary,
+    connection_us: Summary,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct NegotiatedWords {
+    protocol: String,
+    cipher_suite: String,
+    group: Option<String>,
+    resumed: bool,
 }
