@@ -65,11 +65,81 @@ export function findPrivateKey(open: OpenToken, uri: Pkcs11Uri): TokenKey {
     ...(uri.object === undefined ? {} : { label: uri.object }),
     ...(uri.id === undefined ? {} : { id: Buffer.from(uri.id, 'hex') }),
   };
-  const found = findKeys(open, 'private', template);
+  return onlyKey(open, uri, findKeys(open, 'private', template), () => findKeys(open, 'private', {}));
+}
+
+/**
+ * Finds private keys as `findPrivateKey` does, many of them: a token may look at every object that it holds in each
+ * search, so after a few searches it is asked for all its keys once.
+ */
+export class KeySearch {
+  readonly #open: OpenToken;
+  #searches = 0;
+  #directory: KeyDirectory | undefined;
+
+  constructor(open: OpenToken) {
+    this.#open = open;
+  }
+
+  /** @throws TokenError `token_key_not_found` */
+  find(uri: Pkcs11Uri): TokenKey {
+    this.#searches += 1;
+    if (this.#searches > searchesMax) this.#directory ??= keyDirectory(this.#open);
+    const directory = this.#directory;
+    if (directory === undefined || directory.isPartial) return findPrivateKey(this.#open, uri);
+    const { object: label, id } = uri;
+    const named = label === undefined ? directory.byId.get(id ?? '') : directory.byLabel.get(label);
+    const found = (named ?? []).filter((entry) => id === undefined || entry.id.toString('hex') === id);
+    try {
+      const described = found.map(({ object }) => describeKey(object, 'private'));
+      return onlyKey(this.#open, uri, described, () => directory.entries);
+    } catch (error) {
+      throw tokenFailure(error, this.#open.token.label, 'C_GetAttributeValue');
+    }
+  }
+}
+
+/** A token may hold far more keys than a configuration names: listing them all must not be the price of a few. */
+const searchesMax = 16;
+
+/** Every private key of a token by what it is called. */
+interface KeyDirectory {
+  readonly entries: readonly DirectoryEntry[];
+  readonly byLabel: ReadonlyMap<string, readonly DirectoryEntry[]>;
+  /** By CKA_ID in hex. */
+  readonly byId: ReadonlyMap<string, readonly DirectoryEntry[]>;
+  /** The token holds more keys than are listed. */
+  readonly isPartial: boolean;
+}
+
+interface DirectoryEntry extends Pick<TokenKey, 'label' | 'id'> {
+  readonly object: SessionObject;
+}
+
+function keyDirectory(open: OpenToken): KeyDirectory {
+  const objects = findObjects(open, 'private', {}, directoryKeysMax);
+  try {
+    const entries = objects.map((object) => ({ object, ...nameOf(object) }));
+    return {
+      entries,
+      byLabel: Map.groupBy(entries, ({ label }) => label),
+      byId: Map.groupBy(entries, ({ id }) => id.toString('hex')),
+      isPartial: objects.length >= directoryKeysMax,
+    };
+  } catch (error) {
+    throw tokenFailure(error, open.token.label, 'C_GetAttributeValue');
+  }
+}
+
+/** @param there what to list when it is not one key that was found. */
+function onlyKey(
+  { token: { label } }: OpenToken,
+  uri: Pkcs11Uri,
+  found: readonly TokenKey[],
+  there: () => readonly Pick<TokenKey, 'label' | 'id'>[],
+): TokenKey {
   const [key] = found;
   if (key !== undefined && found.length === 1) return key;
-
-  const { label } = open.token;
   const place = `token ${label}: private key ${formatPkcs11Uri(uri)}`;
   if (found.length > 1) {
     throw new TokenError(
@@ -81,8 +151,7 @@ export function findPrivateKey(open: OpenToken, uri: Pkcs11Uri): TokenKey {
       },
     );
   }
-  const there = findKeys(open, 'private', {});
-  throw new TokenError('token_key_not_found', `${place}: not found; private keys there: ${formatKeys(there)}`, {
+  throw new TokenError('token_key_not_found', `${place}: not found; private keys there: ${formatKeys(there())}`, {
     token: label,
     hint: 'see keygate key list, or make one with keygate key generate',
   });
@@ -217,6 +286,7 @@ export function formatKeyType(keyType: number): string {
 /** What a token may hold is its own business; what is read of it into a message or a table is bounded. */
 const keysListedMax = 20;
 const keysFoundMax = 10_000;
+const directoryKeysMax = 100_000;
 
 const keyTypeNames: Record<number, string> = {
   [keyTypes.rsa]: 'RSA',
@@ -227,33 +297,55 @@ const keyTypeNames: Record<number, string> = {
 };
 
 function findKeys(open: OpenToken, kind: TokenKey['kind'], template: ITemplate): TokenKey[] {
+  const objects = findObjects(open, kind, template, keysFoundMax);
+  try {
+    return objects.map((object) => describeKey(object, kind));
+  } catch (error) {
+    throw tokenFailure(error, open.token.label, 'C_GetAttributeValue');
+  }
+}
+
+function findObjects(open: OpenToken, kind: TokenKey['kind'], template: ITemplate, countMax: number): SessionObject[] {
   const objectClass = kind === 'private' ? ObjectClass.PRIVATE_KEY : ObjectClass.SECRET_KEY;
   const objects: SessionObject[] = [];
   try {
     open.session.find({ ...template, class: objectClass }, (object) => {
       objects.push(object);
-      return objects.length < keysFoundMax;
+      return objects.length < countMax;
     });
-    return objects.map((object) => describeKey(object, kind));
+    return objects;
   } catch (error) {
     throw tokenFailure(error, open.token.label, 'C_FindObjects');
   }
 }
 
 function describeKey(object: SessionObject, kind: TokenKey['kind']): TokenKey {
+  const read = readAttributes(object, describedAttributes);
+  const isTrue = (attribute: number): boolean | undefined => {
+    const value = read.get(attribute);
+    return value?.length === 1 ? value[0] !== 0 : undefined;
+  };
   return {
     object,
     kind,
-    label: readText(object, attributes.CKA_LABEL),
-    id: readAttribute(object, attributes.CKA_ID) ?? Buffer.alloc(0),
-    keyType: readAttribute(object, attributes.CKA_KEY_TYPE)?.readUInt32LE(0) ?? -1,
-    sensitive: readBoolean(object, attributes.CKA_SENSITIVE),
-    extractable: readBoolean(object, attributes.CKA_EXTRACTABLE),
-    alwaysSensitive: readBoolean(object, attributes.CKA_ALWAYS_SENSITIVE),
-    neverExtractable: readBoolean(object, attributes.CKA_NEVER_EXTRACTABLE),
-    local: readBoolean(object, attributes.CKA_LOCAL),
-    alwaysAuthenticate: readBoolean(object, attributes.CKA_ALWAYS_AUTHENTICATE),
-    sign: readBoolean(object, attributes.CKA_SIGN),
+    label: read.get(attributes.CKA_LABEL)?.toString('utf8') ?? '',
+    id: read.get(attributes.CKA_ID) ?? Buffer.alloc(0),
+    keyType: read.get(attributes.CKA_KEY_TYPE)?.readUInt32LE(0) ?? -1,
+    sensitive: isTrue(attributes.CKA_SENSITIVE),
+    extractable: isTrue(attributes.CKA_EXTRACTABLE),
+    alwaysSensitive: isTrue(attributes.CKA_ALWAYS_SENSITIVE),
+    neverExtractable: isTrue(attributes.CKA_NEVER_EXTRACTABLE),
+    local: isTrue(attributes.CKA_LOCAL),
+    alwaysAuthenticate: isTrue(attributes.CKA_ALWAYS_AUTHENTICATE),
+    sign: isTrue(attributes.CKA_SIGN),
+  };
+}
+
+function nameOf(object: SessionObject): Pick<TokenKey, 'label' | 'id'> {
+  const read = readAttributes(object, [attributes.CKA_LABEL, attributes.CKA_ID]);
+  return {
+    label: read.get(attributes.CKA_LABEL)?.toString('utf8') ?? '',
+    id: read.get(attributes.CKA_ID) ?? Buffer.alloc(0),
   };
 }
 
@@ -277,24 +369,46 @@ const attributes = {
   CKA_ALWAYS_AUTHENTICATE: 0x202,
 } as const;
 
-/** One at a time: a token that lacks one of several attributes refuses them all. */
-function readAttribute(object: SessionObject, attribute: number): Buffer | undefined {
+const describedAttributes: readonly number[] = [
+  attributes.CKA_LABEL,
+  attributes.CKA_ID,
+  attributes.CKA_KEY_TYPE,
+  attributes.CKA_SENSITIVE,
+  attributes.CKA_EXTRACTABLE,
+  attributes.CKA_ALWAYS_SENSITIVE,
+  attributes.CKA_NEVER_EXTRACTABLE,
+  attributes.CKA_LOCAL,
+  attributes.CKA_ALWAYS_AUTHENTICATE,
+  attributes.CKA_SIGN,
+];
+
+/** What the object has of `wanted`: all in one call, or one by one, because a token that lacks one refuses them all. */
+function readAttributes(object: SessionObject, wanted: readonly number[]): ReadonlyMap<number, Buffer> {
   try {
-    return object.getAttribute(attribute);
+    const { session, handle, lib } = object;
+    const read = lib.C_GetAttributeValue(
+      session.handle,
+      handle,
+      wanted.map((type) => ({ type })),
+    );
+    return new Map(read.flatMap(({ type, value }) => (Buffer.isBuffer(value) ? [[type, value] as const] : [])));
   } catch (error) {
-    const ckr = ckrName(error);
-    if (ckr === 'CKR_ATTRIBUTE_TYPE_INVALID' || ckr === 'CKR_ATTRIBUTE_SENSITIVE') return undefined;
-    throw error;
+    if (!isAbsence(error)) throw error;
   }
+  const found = new Map<number, Buffer>();
+  for (const attribute of wanted) {
+    try {
+      found.set(attribute, object.getAttribute(attribute));
+    } catch (error) {
+      if (!isAbsence(error)) throw error;
+    }
+  }
+  return found;
 }
 
-function readBoolean(object: SessionObject, attribute: number): boolean | undefined {
-  const value = readAttribute(object, attribute);
-  return value?.length === 1 ? value[0] !== 0 : undefined;
-}
-
-function readText(object: SessionObject, attribute: number): string {
-  return readAttribute(object, attribute)?.toString('utf8') ?? '';
+function isAbsence(error: unknown): boolean {
+  const ckr = ckrName(error);
+  return ckr === 'CKR_ATTRIBUTE_TYPE_INVALID' || ckr === 'CKR_ATTRIBUTE_SENSITIVE';
 }
 
 /** Asks for what must never be given. @returns the CKR name of the refusal, or that there was none. */
@@ -365,7 +479,7 @@ function unwrapOctetString(value: Buffer): Buffer {
   return value[1] === 0x81 && value[2] === value.length - 3 ? value.subarray(3) : value;
 }
 
-function formatKeys(keys: readonly TokenKey[]): string {
+function formatKeys(keys: readonly Pick<TokenKey, 'label' | 'id'>[]): string {
   if (keys.length === 0) return 'none';
   const listed = keys.slice(0, keysListedMax).map(formatKey).join(', ');
   return keys.length > keysListedMax ? `${listed} and ${keys.length - keysListedMax} more` : listed;

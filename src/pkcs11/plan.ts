@@ -13,12 +13,14 @@ import { availableParallelism } from 'node:os';
 import type { Module } from 'graphene-pk11';
 import type { CertificateConfig, Config, TokenConfig } from '../config/config.ts';
 import type { PinSource } from '../config/pin.ts';
+import { formatPkcs11Uri } from '../config/pkcs11-uri.ts';
+import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { ConfigError, formatProblem, KeygateError, TokenError } from '../errors.ts';
 import type { ErrorCode } from '../errors.ts';
 import { readChain } from './certificates.ts';
 import type { CertificateChain, ChainReading } from './certificates.ts';
 import { failureReason, tokenFailure } from './failure.ts';
-import { findPrivateKey, formatKey, proveConfined, proveKey } from './keys.ts';
+import { formatKey, KeySearch, proveConfined, proveKey } from './keys.ts';
 import type { OpenToken, TokenKey } from './keys.ts';
 import { closeSession, findToken, login, openModule, openSession } from './module.ts';
 import type { NativeModuleGuard, OpenModule } from './module.ts';
@@ -97,18 +99,23 @@ export function provePlan(config: PlanConfig, tools: PlanTools): ProvedPlan {
 
 /** Looks at everything and does not throw for what it finds. Each token sees its PIN at most once. */
 export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
-  const tokens = Object.values(config.tokens).map((token): TokenState => ({ config: token, warnings: [] }));
+  const tokens = Object.values(config.tokens).map((token): TokenState => ({
+    config: token,
+    keys: new Map(),
+    warnings: [],
+  }));
   const certificates = Object.values(config.certificates).map((certificate): CertificateState => ({
     config: certificate,
     reading: readChain(certificate),
     keys: tokens
       .filter(({ config: { name } }) => certificate.tokens.includes(name))
-      .map((token): KeyState => ({ token, warnings: [] })),
+      .map((token): KeyState => ({ shared: sharedKey(token, certificate.key) })),
   }));
   const modules: OpenModule[] = [];
   try {
-    for (const group of groupByModule(tokens)) enterModule(group, certificates, modules, tools);
+    for (const group of groupByModule(tokens)) enterModule(group, modules, tools);
     // Without the login lock from here on: open sessions do not mind other logins, and RSA signatures take their time.
+    for (const token of tokens) proveKeysConfined(token);
     for (const certificate of certificates) proveKeys(certificate);
     for (const token of tokens) warnOfSessionLimit(token, config);
   } finally {
@@ -126,6 +133,8 @@ interface TokenState {
   readonly config: TokenConfig;
   open?: OpenToken;
   error?: KeygateError;
+  /** Those that certificates want of it, by URI. */
+  readonly keys: Map<string, SharedKey>;
   readonly warnings: string[];
 }
 
@@ -135,12 +144,31 @@ interface CertificateState {
   readonly keys: readonly KeyState[];
 }
 
+/** What a certificate has of a token. */
 interface KeyState {
-  readonly token: TokenState;
-  key?: TokenKey;
+  readonly shared: SharedKey;
   proved?: boolean;
   error?: KeygateError;
+}
+
+/** What several certificates call by the same name is looked for and examined once: tokens are slow. */
+interface SharedKey {
+  readonly token: TokenState;
+  readonly uri: Pkcs11Uri;
+  key?: TokenKey;
+  error?: KeygateError;
   readonly warnings: string[];
+  /** By the public key that it was to belong to, in hex: what came of it; undefined is good. */
+  readonly proofs: Map<string, KeygateError | undefined>;
+}
+
+function sharedKey(token: TokenState, uri: Pkcs11Uri): SharedKey {
+  const name = formatPkcs11Uri(uri);
+  const known = token.keys.get(name);
+  if (known !== undefined) return known;
+  const shared: SharedKey = { token, uri, warnings: [], proofs: new Map() };
+  token.keys.set(name, shared);
+  return shared;
 }
 
 /** Two names of one file are one module, with one C_Initialize and one login lock. */
@@ -156,12 +184,7 @@ function groupByModule(tokens: readonly TokenState[]): TokenState[][] {
 }
 
 /** From C_Initialize until the keys are found, all under the login lock. */
-function enterModule(
-  group: readonly TokenState[],
-  certificates: readonly CertificateState[],
-  modules: OpenModule[],
-  { guard, readPin }: PlanTools,
-): void {
+function enterModule(group: readonly TokenState[], modules: OpenModule[], { guard, readPin }: PlanTools): void {
   const [first] = group;
   if (first === undefined) return;
   const { module: path, isolate } = first.config;
@@ -171,9 +194,7 @@ function enterModule(
     modules.push(opened);
     const refused = new Map<string, KeygateError>();
     for (const state of group) attempt(state, () => enterToken(state, opened.module, refused, readPin));
-    for (const certificate of certificates) {
-      for (const state of certificate.keys) if (group.includes(state.token)) findKey(state, certificate.config);
-    }
+    for (const state of group) findKeys(state);
   } catch (error) {
     for (const state of group) state.error ??= asKeygateError(error, state);
   } finally {
@@ -217,27 +238,44 @@ function enterToken(
   }
 }
 
-function findKey(state: KeyState, certificate: CertificateConfig): void {
-  const { open, error } = state.token;
+function findKeys({ open, error, keys }: TokenState): void {
   if (open === undefined || error !== undefined) return;
-  attempt(state, () => {
-    state.key = findPrivateKey(open, certificate.key);
-  });
+  const search = new KeySearch(open);
+  for (const shared of keys.values()) {
+    attempt(shared, () => {
+      shared.key = search.find(shared.uri);
+    });
+  }
+}
+
+function proveKeysConfined({ open, keys }: TokenState): void {
+  for (const shared of keys.values()) {
+    const { key, warnings } = shared;
+    if (key === undefined || open === undefined) continue;
+    attempt(shared, () => warnings.push(...proveConfined(open, key)));
+  }
 }
 
 function proveKeys({ reading: { chain }, keys }: CertificateState): void {
   for (const state of keys) {
-    const { key, token } = state;
-    const { open } = token;
-    if (key === undefined || open === undefined) continue;
-    attempt(state, () => {
-      state.warnings.push(...proveConfined(open, key));
-      // Without a chain there is nothing to belong to; its own problems are reported.
-      if (chain === undefined) return;
-      proveKey(open, key, chain.spki);
-      state.proved = true;
-    });
+    const error = state.shared.error ?? (chain === undefined ? undefined : proofOf(state.shared, chain.spki));
+    if (error !== undefined) state.error = error;
+    // Without a chain there is nothing to belong to; its own problems are reported.
+    else state.proved = state.shared.key !== undefined && chain !== undefined;
   }
+}
+
+/** @returns why the key does not belong to the certificate; undefined also when there is no key. */
+function proofOf({ token, key, proofs }: SharedKey, spki: Buffer): KeygateError | undefined {
+  const { open } = token;
+  if (key === undefined || open === undefined) return undefined;
+  const owner = spki.toString('hex');
+  if (!proofs.has(owner)) {
+    const proof: { error?: KeygateError; readonly token: TokenState } = { token };
+    attempt(proof, () => proveKey(open, key, spki));
+    proofs.set(owner, proof.error);
+  }
+  return proofs.get(owner);
 }
 
 function warnOfSessionLimit({ config: { name, lanes }, open, warnings }: TokenState, { workers }: PlanConfig): void {
@@ -252,7 +290,8 @@ function warnOfSessionLimit({ config: { name, lanes }, open, warnings }: TokenSt
   }
 }
 
-function attempt(state: TokenState | KeyState, step: () => void): void {
+/** Keeps what a step throws. */
+function attempt(state: TokenState | Pick<SharedKey, 'token' | 'error'>, step: () => void): void {
   try {
     step();
   } catch (error) {
@@ -265,8 +304,10 @@ function asKeygateError(error: unknown, { config }: TokenState): KeygateError {
 }
 
 function planOf(tokens: readonly TokenState[], certificates: readonly CertificateState[]): ProvedPlan | undefined {
+  const shared = tokens.flatMap(({ keys }) => [...keys.values()]);
   const states = [...tokens, ...certificates.flatMap(({ keys }) => keys)];
-  const errors = states.flatMap(({ error }) => error ?? []);
+  // One for each thing that failed, however many share it.
+  const errors = [...new Set(states.flatMap(({ error }) => error ?? []))];
   if (!errors.every(isOutOfReach)) return undefined;
   const proved = certificates.flatMap(provedCertificate);
   if (proved.length < certificates.length) return undefined;
@@ -279,7 +320,7 @@ function planOf(tokens: readonly TokenState[], certificates: readonly Certificat
       ...certificates.flatMap(({ config: { name }, reading }) =>
         reading.warnings.map((warning) => `certificate ${name}: ${warning}`),
       ),
-      ...states.flatMap(({ warnings }) => warnings),
+      ...[...tokens, ...shared].flatMap(({ warnings }) => warnings),
       ...errors.map(({ message }) => message),
     ],
   };
@@ -293,9 +334,9 @@ function provedCertificate({
 }: CertificateState): ProvedCertificate[] {
   if (chain === undefined) return [];
   const perToken = tokens.flatMap((token) => {
-    const state = keys.find((candidate) => candidate.token.config.name === token);
-    if (state?.key === undefined || state.proved !== true) return [];
-    const { id, label } = state.key;
+    const state = keys.find(({ shared }) => shared.token.config.name === token);
+    if (state?.shared.key === undefined || state.proved !== true) return [];
+    const { id, label } = state.shared.key;
     return [{ token, keyId: id.length === 0 ? undefined : id, keyLabel: label, spki: chain.spki }];
   });
   return perToken.length === 0 ? [] : [{ ...chain, name, perToken }];
@@ -335,7 +376,7 @@ function certificateFindings({ config: { name }, reading, keys }: CertificateSta
   ];
 }
 
-function keyFindings(subject: string, { token, key, proved, error, warnings }: KeyState): Finding[] {
+function keyFindings(subject: string, { shared: { token, key, warnings }, proved, error }: KeyState): Finding[] {
   if (error !== undefined) return [...warningFindings(subject, warnings), ...errorFinding(subject, error)];
   // The token's own error says why nothing is known about its keys.
   if (key === undefined) return [];

@@ -16,7 +16,7 @@ import { TokenError, UsageError } from '../../src/errors.ts';
 import { keyIdentifier, mechanisms } from '../../src/pkcs11/algorithm.ts';
 import { createSelfSigned, createSigningRequest, validityDaysMax } from '../../src/pkcs11/issue.ts';
 import type { Subject } from '../../src/pkcs11/issue.ts';
-import { findPrivateKey, listKeys, proveConfined, proveKey, publicKeyOf } from '../../src/pkcs11/keys.ts';
+import { findPrivateKey, KeySearch, listKeys, proveConfined, proveKey, publicKeyOf } from '../../src/pkcs11/keys.ts';
 import type { OpenToken } from '../../src/pkcs11/keys.ts';
 import { generatedKinds, generateKeyPair, generateTicketKey } from '../../src/pkcs11/provision.ts';
 import { anyPublicKey } from '../support/authority.ts';
@@ -105,6 +105,33 @@ describe('a private key', () => {
     );
     assert.equal(findPrivateKey(open, { object: 'www', id: '02' }).id.toString('hex'), '02');
     assert.equal(findPrivateKey(open, { id: '01' }).label, 'www');
+  });
+
+  it('that is one of many wanted is found, ambiguous or absent as it is when it is the only one', (test) => {
+    const { disposable, open } = openDisposableToken(test);
+    const { key } = generateKeyPair(open, 'www', 'p256');
+    const id = key.id.toString('hex');
+    for (const twin of ['01', '02'])
+      disposable.pkcs11Tool('--keypairgen', '--key-type', 'EC:prime256v1', '--label', 'twin', '--id', twin);
+    const search = new KeySearch(open);
+    // Far past where it stops asking for each of them.
+    for (let round = 0; round < 20; round += 1) {
+      const { object, ...found } = search.find({ object: 'www' });
+      const { object: asked, ...alone } = findPrivateKey(open, { object: 'www' });
+      assert.deepEqual([object.handle, found], [asked.handle, alone]);
+      for (const uri of [{ id }, { object: 'www', id }]) assert.deepEqual(search.find(uri).object.handle, asked.handle);
+      assert.equal(search.find({ object: 'twin', id: '02' }).id.toString('hex'), '02');
+      assert.throws(
+        () => search.find({ object: 'twin' }),
+        tokenError('token_key_not_found', /found 2 keys, expected one: .*\(id 0[12]\), .*\(id 0[12]\)/),
+      );
+      for (const absent of [{ object: 'nobody' }, { id: '0f' }, { object: 'www', id: '01' }]) {
+        assert.throws(
+          () => search.find(absent),
+          tokenError('token_key_not_found', /not found; private keys there: (?=.*"www")(?=.*"twin")/),
+        );
+      }
+    }
   });
 
   it('that is extractable is refused by name, and so is one that is not sensitive', (test) => {

@@ -4,6 +4,7 @@
  * Runs: in one test process, one token directory per test.
  */
 import assert from 'node:assert/strict';
+import { generateKeyPairSync } from 'node:crypto';
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { before, it } from 'node:test';
@@ -11,6 +12,7 @@ import type { TestContext } from 'node:test';
 import { TokenFlag } from 'graphene-pk11';
 import { readPin } from '../../src/config/pin.ts';
 import { ConfigError, TokenError } from '../../src/errors.ts';
+import { findPrivateKey } from '../../src/pkcs11/keys.ts';
 import { findToken, listTokens } from '../../src/pkcs11/module.ts';
 import { examinePlan, provePlan } from '../../src/pkcs11/plan.ts';
 import type { PlanTools } from '../../src/pkcs11/plan.ts';
@@ -92,6 +94,31 @@ it('everything that is wrong is reported in one error, by name', async (test) =>
       .filter(({ severity, subject }) => severity === 'ok' && subject === 'certificate good')
       .map(({ message }) => message.includes('belongs to the certificate')),
     [false, true],
+  );
+});
+
+it('a key that certificates share is warned about once, and is proved for each public key that it should have', async (test) => {
+  const bench = openBench(test);
+  const { disposable, open } = bench;
+  const file = join(disposable.directory, 'imported.key');
+  const { privateKey, publicKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' });
+  writeFileSync(file, privateKey.export({ format: 'pem', type: 'pkcs8' }), { mode: 0o600 });
+  disposable.pkcs11Tool('--write-object', file, '--type', 'privkey', '--label', 'shared', '--id', '01', '--sensitive');
+  const key = { key: findPrivateKey(open, { object: 'shared' }), publicKey };
+  const names = ['one', 'two', 'three'];
+  const good = await Promise.all(names.map((name) => bench.certificate(name, key)));
+  const plan = provePlan(planConfig([tokenConfig(disposable)], good), tools);
+  assert.deepEqual(
+    plan.certificates.map(({ name }) => name),
+    names,
+  );
+  assert.equal(plan.warnings.filter((warning) => warning.includes('CKA_LOCAL')).length, 1);
+
+  const foreign = { ...(await bench.certificate('foreign')), key: { object: 'shared' } };
+  const { findings } = examinePlan(planConfig([tokenConfig(disposable)], [...good, foreign]), tools);
+  assert.deepEqual(
+    findings.filter(({ error }) => error !== undefined).map(({ subject, error }) => [subject, error?.code]),
+    [['certificate foreign', 'token_key_mismatch']],
   );
 });
 
