@@ -4,15 +4,13 @@
  * Runs: in the benchmark's process; the generator is a process of its own on the load's cores.
  */
 import { execFile } from 'node:child_process';
-import { once } from 'node:events';
-import { createInterface } from 'node:readline';
-import type { Interface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
-import { Pinned } from './processes.ts';
+import type { Pinned } from './processes.ts';
+import { runProgram, Talk } from './talk.ts';
 
 /** What every client command is told. The generator refuses what is out of range; `keygate-load` prints what that is. */
-interface ClientPlan {
+export interface ClientPlan {
   /** `127.0.0.1:PORT`, several separated by commas: they are used in turn. */
   readonly to: string;
   /** The PEM file that the server must show. */
@@ -57,16 +55,19 @@ export interface HandshakesResult {
   readonly deviations: number;
   /** Session tickets that the server gave. */
   readonly tickets: number;
-  readonly negotiated: {
-    readonly protocol: string;
-    readonly cipherSuite: string;
-    readonly group: string | null;
-    readonly resumed: boolean;
-  } | null;
+  readonly negotiated: Negotiated | null;
   /** To the end of the handshake, from connect, and with a rate from when the connection was due. */
   readonly handshakeUs: Latency;
   /** To the close. */
   readonly connectionUs: Latency;
+}
+
+/** In rustls' words. */
+export interface Negotiated {
+  readonly protocol: string;
+  readonly cipherSuite: string;
+  readonly group: string | null;
+  readonly resumed: boolean;
 }
 
 /** Microseconds, within 0.1 %. The percentiles are null when there was no sample. */
@@ -120,7 +121,7 @@ export async function startUpstream(
   plan: UpstreamPlan = {},
 ): Promise<Upstream> {
   const { listen, message } = plan;
-  const talk = new Talk(program, cores, 'upstream', { serve, listen, message });
+  const talk = new Talk({ file: program, args: ['upstream'] }, cores, { serve, listen, message });
   const { addresses } = await talk.event<{ addresses: readonly string[] }>('listening');
   return { pinned: talk.pinned, addresses };
 }
@@ -135,71 +136,5 @@ export function runHandshakes(
   plan: HandshakesPlan,
   started: () => void = () => {},
 ): Promise<HandshakesResult> {
-  return run(program, cores, 'handshakes', { ...plan }, started);
-}
-
-async function run<Result extends object>(
-  program: string,
-  cores: readonly number[],
-  command: string,
-  flags: Flags,
-  started: () => void,
-): Promise<Result> {
-  const talk = new Talk(program, cores, command, flags);
-  await talk.event('started');
-  started();
-  const result = await talk.event<Result>('finished');
-  await talk.exit;
-  return result;
-}
-
-type Flags = Readonly<Record<string, string | number | boolean | undefined>>;
-
-/** A running generator, and what it says: one JSON object per line. */
-class Talk {
-  readonly pinned: Pinned;
-  readonly exit: Promise<unknown>;
-  readonly #lines: Interface;
-  readonly #said: AsyncIterator<string>;
-
-  constructor(program: string, cores: readonly number[], command: string, flags: Flags) {
-    this.pinned = new Pinned(`keygate-load ${command}`, cores, {
-      file: program,
-      args: [command, ...argumentsOf(flags)],
-    });
-    const { stdout } = this.pinned.child;
-    if (stdout === null) throw new Error('keygate-load: no pipe from its standard output');
-    this.exit = once(this.pinned.child, 'close');
-    this.#lines = createInterface({ input: stdout });
-    this.#said = this.#lines[Symbol.asyncIterator]();
-  }
-
-  /**
-   * The next event of a name; `others` hears those before it.
-   * @throws what the program said last when it ends before.
-   */
-  async event<Event extends object>(name: string, others: (event: Said) => void = () => {}): Promise<Event> {
-    for (;;) {
-      const { value, done } = await this.#said.next();
-      if (done === true) break;
-      const event = JSON.parse(value) as Said;
-      if (event.event === name) return event as unknown as Event;
-      others(event);
-    }
-    await this.exit;
-    throw new Error(this.pinned.obituary);
-  }
-}
-
-interface Said {
-  readonly event: string;
-}
-
-/** `{ serverName: 'x', resume: true }` becomes `--server-name x --resume`. */
-function argumentsOf(flags: Flags): readonly string[] {
-  return Object.entries(flags).flatMap(([name, value]) => {
-    const flag = `--${name.replaceAll(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
-    if (value === undefined || value === false) return [];
-    return value === true ? [flag] : [flag, String(value)];
-  });
+  return runProgram({ file: program, args: ['handshakes'] }, cores, { ...plan }, started);
 }
