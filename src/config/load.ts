@@ -14,8 +14,8 @@ import { documentSchema, isSecret } from './schema.ts';
 import { schemaFaults } from './schema-faults.ts';
 import { parseSource } from './source.ts';
 
-/** Far above any real configuration; what a parser may have to hold in memory is a multiple. */
-export const configBytesMax = 1024 * 1024;
+/** 10,000 certificates take 1 to 2 MiB; what a parser may have to hold in memory is a multiple. */
+export const configBytesMax = 16 * 1024 * 1024;
 
 /** What a person can read; a wrong file can have one in every line. */
 const problemsMax = 200;

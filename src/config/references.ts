@@ -16,29 +16,41 @@ export function referenceFaults(document: unknown): PlacedFault[] {
 
 function* unknownNames(document: unknown): Generator<PlacedFault> {
   const policies = [...builtInPolicies.map(({ name }) => name), ...namesIn(document, 'policies')];
-  for (const [path, name] of texts(document, 'certificates', 'tokens'))
-    yield* unlessDefined(path, name, 'tokens', namesIn(document, 'tokens'));
-  for (const [path, name] of texts(document, 'listeners', 'certificates'))
-    yield* unlessDefined(path, name, 'certificates', namesIn(document, 'certificates'));
-  for (const [path, name] of texts(document, 'listeners', 'policy'))
-    yield* unlessDefined(path, name, 'policies', policies);
-  for (const [path, name] of texts(document, 'listeners', 'upstream'))
-    yield* unlessDefined(path, name, 'upstreams', namesIn(document, 'upstreams'));
+  yield* undefinedNames(document, 'certificates', 'tokens', 'tokens', namesIn(document, 'tokens'));
+  yield* undefinedNames(document, 'listeners', 'certificates', 'certificates', namesIn(document, 'certificates'));
+  yield* undefinedNames(document, 'listeners', 'policy', 'policies', policies);
+  yield* undefinedNames(document, 'listeners', 'upstream', 'upstreams', namesIn(document, 'upstreams'));
 }
 
-function* unlessDefined(path: Path, name: string, section: string, defined: readonly string[]): Generator<PlacedFault> {
-  if (defined.includes(name)) return;
-  const suggestion = suggest(name, defined);
-  yield {
-    path,
-    code: 'config_reference',
-    expected:
-      defined.length === 0
-        ? `one of the ${section}; none is defined`
-        : `one of the ${section}: ${defined.slice(0, 20).join(', ')}`,
-    ...(suggestion === undefined ? {} : { hint: `did you mean "${suggestion}"?` }),
-  };
+/** What `section.*.key` names although `target` does not define it. */
+function* undefinedNames(
+  document: unknown,
+  section: string,
+  key: string,
+  target: string,
+  names: readonly string[],
+): Generator<PlacedFault> {
+  // A listener may name every one of ten thousand certificates.
+  const defined = new Set(names);
+  let suggestions = 0;
+  for (const [path, name] of texts(document, section, key)) {
+    if (defined.has(name)) continue;
+    const suggestion = suggestions < suggestionsMax ? suggest(name, names) : undefined;
+    suggestions += 1;
+    yield {
+      path,
+      code: 'config_reference',
+      expected:
+        names.length === 0
+          ? `one of the ${target}; none is defined`
+          : `one of the ${target}: ${names.slice(0, 20).join(', ')}`,
+      ...(suggestion === undefined ? {} : { hint: `did you mean "${suggestion}"?` }),
+    };
+  }
 }
+
+/** Each compares with every name there is, and when thousands are wrong it is for one reason. */
+const suggestionsMax = 10;
 
 /** A list that says the same twice is a mistake: the second was meant to be something else. */
 function* repeatedNames(document: unknown): Generator<PlacedFault> {

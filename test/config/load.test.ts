@@ -532,6 +532,20 @@ it('a problem reads as file, position, path, what was found and what was expecte
   );
 });
 
+it('when very many names are undefined, the first few get a suggestion', () => {
+  const names = Array.from({ length: 50 }, (_, index) => `site-${index}`);
+  const text = document({
+    certificates: `{ ${names.map((name) => `${name}: { chain: c.pem, key: "pkcs11:object=k" }`).join(', ')} }`,
+    listeners: base.listeners.replace('[www]', `[${names.map((name) => `${name}x`).join(', ')}]`),
+  });
+  const problems = problemsOf(text);
+  assert.equal(problems.length, names.length);
+  assert.deepEqual(
+    problems.slice(0, 11).map(({ hint }) => hint),
+    [...names.slice(0, 10).map((name) => `did you mean "${name}"?`), undefined],
+  );
+});
+
 it('a file is read up to its limit and refused above it', (test) => {
   const write = privateFile(test);
   assert.ok(loadConfig(write(`${document()}\n#`.padEnd(configBytesMax, '#'))));
