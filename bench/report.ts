@@ -1,13 +1,17 @@
 /**
- * Owns: what people read of a result: tables for the terminal, and a directory with the numbers and the tables as Markdown.
+ * Owns: what people read of a result: tables for the terminal, and a directory with the numbers, the tables as Markdown and
+ * the plots.
  * Must not know: how anything was measured, what may be concluded from a number.
  * Runs: anywhere.
  */
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { styleText } from 'node:util';
+import { pngOf } from './charts.ts';
 import { metrics } from './metrics.ts';
 import type { Metric, MetricName } from './metrics.ts';
+import { plots } from './plots.ts';
+import type { Plot } from './plots.ts';
 import { writeResult } from './result.ts';
 import type { GoalResult, Result, ScenarioResult, SubjectResult } from './result.ts';
 import { comparable, comparedIn, convinces, judgedGoals, numberOf, ratioOf, standing, totalOf } from './summary.ts';
@@ -16,10 +20,15 @@ import type { Interval, Missing } from './statistics.ts';
 import { intervalText, markdownTable, ratioText, terminalTable } from './table.ts';
 import type { Rows } from './table.ts';
 
-/** `result.json` and `report.md`, over what a run in the same directory has written before. */
+/** `result.json`, `report.md` and the plots, over what a run in the same directory has written before. */
 export function writeReport(directory: string, result: Result): void {
   mkdirSync(directory, { recursive: true });
-  writeFileSync(join(directory, 'report.md'), markdownReport(result));
+  const drawn = plots(result);
+  for (const { name, svg } of drawn) {
+    writeFileSync(join(directory, `${name}.svg`), svg);
+    writeFileSync(join(directory, `${name}.png`), pngOf(svg));
+  }
+  writeFileSync(join(directory, 'report.md'), markdownReport(result, drawn));
   writeResult(join(directory, 'result.json'), result);
 }
 
@@ -43,7 +52,8 @@ export function terminalReport(result: Result): string {
   ].join('\n');
 }
 
-export function markdownReport(result: Result): string {
+/** @param drawn lie beside it. */
+export function markdownReport(result: Result, drawn: readonly Plot[]): string {
   const { machine, pace } = result;
   const goals = judgedGoals(result);
   return [
@@ -54,6 +64,7 @@ export function markdownReport(result: Result): string {
       'Goals',
       goals.length === 0 ? [] : markdownTable(goalRows(goals, (verdict) => `${verdictSigns[verdict]} ${verdict}`)),
     ),
+    ...drawn.flatMap(({ name, title }) => ['', `![${title}](${name}.svg)`]),
     ...summaries(result, signed).flatMap(({ title, rows }) => section(title, markdownTable(rows))),
     ...section('Scenarios', result.scenarios.flatMap(scenarioSection)),
     ...section(
