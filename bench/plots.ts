@@ -5,7 +5,7 @@
  */
 import { dotChart, lineChart } from './charts.ts';
 import type { Dot, DotRow, LinePoint, Scale, Tone } from './charts.ts';
-import { metrics } from './metrics.ts';
+import { metrics, numberText } from './metrics.ts';
 import type { MetricName } from './metrics.ts';
 import type { Result, ScenarioResult, SubjectResult } from './result.ts';
 import { comparedIn, judgedGoals, numberOf, ratioOf, standing } from './summary.ts';
@@ -219,10 +219,6 @@ function besides(scenario: ScenarioResult, subject: SubjectResult, metric: Metri
   if (subject === scenario.subjects[0]) return '';
   const ratio = ratioOf(scenario, subject, metric);
   return 'missing' in ratio ? '' : `, ratio ${ratioText(ratio.median)}`;
-}
-
-function numberText(metric: MetricName): (value: number) => string {
-  return (value) => value.toFixed(metrics[metric].digits);
 }
 
 /** `message_bytes`: message bytes. */

@@ -6,9 +6,8 @@
  */
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { styleText } from 'node:util';
 import { pngOf } from './charts.ts';
-import { metrics } from './metrics.ts';
+import { metrics, numberText } from './metrics.ts';
 import type { Metric, MetricName } from './metrics.ts';
 import { plots } from './plots.ts';
 import type { Plot } from './plots.ts';
@@ -17,7 +16,7 @@ import type { GoalResult, Result, ScenarioResult, SubjectResult } from './result
 import { comparable, comparedIn, convinces, judgedGoals, numberOf, ratioOf, standing, totalOf } from './summary.ts';
 import type { JudgedGoal, Standing, Verdict } from './summary.ts';
 import type { Interval, Missing } from './statistics.ts';
-import { intervalText, markdownTable, ratioText, terminalTable } from './table.ts';
+import { coloured, intervalText, markdownTable, ratioText, terminalTable } from './table.ts';
 import type { Rows } from './table.ts';
 
 /** `result.json`, `report.md` and the plots, over what a run in the same directory has written before. */
@@ -286,10 +285,6 @@ function colouredVerdict(verdict: Verdict): string {
   return coloured(colours[verdict], `${verdictSigns[verdict]} ${verdict}`);
 }
 
-function numberText(metric: MetricName): (value: number) => string {
-  return (value) => value.toFixed(metrics[metric].digits);
-}
-
 function section(title: string, lines: readonly string[]): string[] {
   return lines.length === 0 ? [] : ['', `## ${title}`, '', ...lines];
 }
@@ -304,8 +299,4 @@ function oneLine(text: string): string {
 
 function bold(text: string): string {
   return coloured('bold', text);
-}
-
-function coloured(style: 'bold' | 'dim' | 'green' | 'red' | 'yellow', text: string): string {
-  return styleText(style, text, { stream: process.stdout });
 }

@@ -51,11 +51,18 @@ export function totalOf(subject: SubjectResult, metric: MetricName): number {
 }
 
 /** The scenario's first subject's number divided by that of another one. */
-export function ratioOf(scenario: ScenarioResult, other: SubjectResult, metric: MetricName): Interval | Missing {
-  const [first] = scenario.subjects;
-  if (first === undefined) return { missing: 'nobody was measured' };
+export function ratioOf(
+  { subjects: [first] }: ScenarioResult,
+  other: SubjectResult,
+  metric: MetricName,
+): Interval | Missing {
+  return first === undefined ? { missing: 'nobody was measured' } : ratioBetween(first, other, metric);
+}
+
+/** Of two who were measured in the same rounds. */
+export function ratioBetween(one: SubjectResult, other: SubjectResult, metric: MetricName): Interval | Missing {
   return pairedRatio(
-    first.rounds.map((round) => round[metric]),
+    one.rounds.map((round) => round[metric]),
     other.rounds.map((round) => round[metric]),
   );
 }

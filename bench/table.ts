@@ -3,7 +3,7 @@
  * Must not know: what is in them.
  * Runs: anywhere.
  */
-import { stripVTControlCharacters } from 'node:util';
+import { stripVTControlCharacters, styleText } from 'node:util';
 import type { Interval, Missing } from './statistics.ts';
 
 /** The first row is the head. Columns of numbers are aligned to the right. */
@@ -39,6 +39,11 @@ export function intervalText(value: Interval | Missing, text: (value: number) =>
   if ('missing' in value) return '–';
   if (value.coverage === 0) return text(value.median);
   return `${text(value.median)} (${text(value.low)} to ${text(value.high)})`;
+}
+
+/** When standard output is a terminal. */
+export function coloured(style: 'bold' | 'dim' | 'green' | 'red' | 'yellow', text: string): string {
+  return styleText(style, text, { stream: process.stdout });
 }
 
 function padded(row: readonly string[], widths: readonly number[], numeric: readonly boolean[]): string[] {
