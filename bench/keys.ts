@@ -29,7 +29,8 @@ export interface Keys {
 }
 
 export interface KeyFiles {
-  /** Label of the key in the token. */
+  /** Labels of the token that holds the key, and of the key in it. */
+  readonly token: string;
   readonly label: string;
   readonly certificate: string;
   /** PKCS #8, PEM. */
@@ -42,7 +43,6 @@ export interface KeyFiles {
 export interface TokenAccess {
   /** Absolute path of the PKCS#11 module. */
   readonly module: string;
-  readonly label: string;
   readonly pin: string;
   readonly pinFile: string;
   readonly env: Readonly<Record<string, string>>;
@@ -55,9 +55,10 @@ export interface NamedCertificate {
 
 /** In a private directory below the system's for temporary files; `dispose` removes it. */
 export function makeKeys(kinds: readonly KeyKind[] = keyKinds): Keys {
-  const token = disposableToken({ label: 'keygate-bench' });
+  const token = disposableToken({ label: usualToken });
   try {
-    for (const kind of kinds) importKey(token, kind, makeKeyFiles(token.directory, kind));
+    if (kinds.includes('ed25519')) token.addToken(ed25519Token);
+    for (const kind of new Set(kinds)) importKey(token, kind, makeKeyFiles(token.directory, kind));
   } catch (error) {
     token.dispose();
     throw error;
@@ -69,12 +70,12 @@ export function makeKeys(kinds: readonly KeyKind[] = keyKinds): Keys {
     token,
     files,
     access(latencyMs) {
-      const { label, pin, pinFile } = token;
-      if (latencyMs === 0) return { module: token.module, label, pin, pinFile, env: token.env };
+      const { pin, pinFile } = token;
+      if (latencyMs === 0) return { module: token.module, pin, pinFile, env: token.env };
       const faults = slowed.get(latencyMs) ?? new FaultModule(token);
       slowed.set(latencyMs, faults);
       faults.delay('C_Sign', latencyMs);
-      return { module: faults.module, label, pin, pinFile, env: faults.env };
+      return { module: faults.module, pin, pinFile, env: faults.env };
     },
     certificates(kind, count) {
       const known = made.get(kind) ?? [];
@@ -103,8 +104,17 @@ export function makeKeyFiles(directory: string, kind: KeyKind): KeyFiles {
 
 function keyFilesIn(directory: string, kind: KeyKind): KeyFiles {
   const path = (extension: string) => join(directory, `${kind}.${extension}`);
-  return { label: kind, certificate: path('pem'), privateKey: path('key'), both: path('both.pem') };
+  const inToken = { token: tokenOf(kind), label: kind };
+  return { ...inToken, certificate: path('pem'), privateKey: path('key'), both: path('both.pem') };
 }
+
+/** libp11 0.4.12 finds no key at all in a token with an Ed25519 key. */
+function tokenOf(kind: KeyKind): string {
+  return kind === 'ed25519' ? ed25519Token : usualToken;
+}
+
+const usualToken = 'keygate-bench';
+const ed25519Token = 'keygate-bench-ed25519';
 
 const generators = {
   p256: () => generateKeyPairSync('ec', { namedCurve: 'P-256' }),
@@ -116,7 +126,7 @@ const generators = {
 
 function importKey(token: DisposableToken, kind: KeyKind, files: KeyFiles): void {
   const id = (keyKinds.indexOf(kind) + 1).toString(16).padStart(2, '0');
-  const args = ['--import', files.privateKey, '--token', token.label, '--pin', token.pin, '--label', kind, '--id', id];
+  const args = ['--import', files.privateKey, '--token', files.token, '--pin', token.pin, '--label', kind, '--id', id];
   execFileSync('softhsm2-util', args, { env: { ...process.env, ...token.env }, stdio: ['ignore', 'pipe', 'pipe'] });
 }
 

@@ -12,8 +12,7 @@ export type Versions = Readonly<Record<string, string>>;
 
 export function keygateVersion(root: string): Versions {
   const { version } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as { version: string };
-  const lock = readFileSync(join(root, 'src/engine/Cargo.lock'), 'utf8');
-  const locked = (name: string) => lock.match(new RegExp(`name = "${name}"\nversion = "([^"]+)"`))?.[1] ?? 'unknown';
+  const locked = lockedIn(join(root, 'src/engine/Cargo.lock'));
   return {
     keygate: `${version} (${said('git', ['-C', root, 'describe', '--always', '--dirty'], /.+/)})`,
     node: process.version,
@@ -38,6 +37,39 @@ export function haproxyVersion(): Versions {
   };
 }
 
+export function hitchVersion(): Versions {
+  return { hitch: said('/usr/sbin/hitch', ['--version'], /hitch (\S+)/), openssl: systemOpenSsl() };
+}
+
+export function stunnelVersion(): Versions {
+  return {
+    stunnel: said('/usr/bin/stunnel4', ['-version'], /stunnel (\S+) on/),
+    // Both in one line when it runs with the one that it was compiled with.
+    openssl: said(
+      '/usr/bin/stunnel4',
+      ['-version'],
+      /Running +with (OpenSSL \S+)/,
+      /Compiled\/running with (OpenSSL \S+)/,
+    ),
+  };
+}
+
+/** Node has its OpenSSL linked in. */
+export function nodeVersion(): Versions {
+  return { node: process.version, openssl: `OpenSSL ${process.versions.openssl}` };
+}
+
+/** The load checks signatures and keys with these; they are in no contender's CPU time. */
+export function loadVersion(root: string): Versions {
+  const locked = lockedIn(join(root, 'bench/load/Cargo.lock'));
+  return { rustls: locked('rustls'), 'aws-lc-rs': locked('aws-lc-rs') };
+}
+
+/** Of a program that does not say what it runs with: the library that Debian's packages share. */
+function systemOpenSsl(): string {
+  return said('openssl', ['version'], /Library: (OpenSSL \S+)/, /OpenSSL \S+/);
+}
+
 export function softHsmVersion(): string {
   return said('softhsm2-util', ['--version'], /\S+/);
 }
@@ -46,9 +78,16 @@ export function pkcs11EngineVersion(): string {
   return said('dpkg-query', ['-W', '-f', '${Version}', 'libengine-pkcs11-openssl'], /\S+/);
 }
 
+function lockedIn(cargoLock: string): (crate: string) => string {
+  const lock = readFileSync(cargoLock, 'utf8');
+  return (crate) => lock.match(new RegExp(`name = "${crate}"\nversion = "([^"]+)"`))?.[1] ?? 'unknown';
+}
+
 /** What absolute numbers belong to. */
 export function machine(): {
   readonly cpu: string;
+  /** Instructions that some of the libraries compute with and others do not. */
+  readonly cpuFlags: readonly string[];
   readonly cores: number;
   readonly memoryBytes: number;
   readonly kernel: string;
@@ -57,11 +96,32 @@ export function machine(): {
   const cores = cpus();
   return {
     cpu: cores[0]?.model ?? 'unknown',
+    cpuFlags: cpuFlags.filter((flag) => new RegExp(`^(flags|Features)\\s*:.*\\b${flag}\\b`, 'm').test(cpuinfo())),
     cores: cores.length,
     memoryBytes: totalmem(),
     kernel: release(),
     loadAverage: loadavg(),
   };
+}
+
+/** As /proc/cpuinfo calls them, on x86_64 and aarch64. */
+const cpuFlags = [
+  'aes',
+  'vaes',
+  'pclmulqdq',
+  'vpclmulqdq',
+  'sha_ni',
+  'avx2',
+  'avx512f',
+  'avx512ifma',
+  'adx',
+  'bmi2',
+  'pmull',
+  'sha2',
+];
+
+function cpuinfo(): string {
+  return readFileSync('/proc/cpuinfo', 'utf8');
 }
 
 /** The first pattern that a program's output matches: its group, or all of it. nginx answers on standard error. */
