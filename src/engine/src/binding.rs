@@ -272,6 +272,9 @@ impl Engine {
             .map(|settings| certificate(settings, &started, &sign_deadlines))
             .collect::<Result<Vec<_>>>()
             .and_then(|certificates| {
+                for token in &started {
+                    token.keys_are_found();
+                }
                 let listeners = listeners
                     .into_iter()
                     .map(|settings| listener_plan(settings, &certificates, &ticketer))

@@ -13,6 +13,7 @@
 pub mod ckr;
 pub mod desk;
 pub mod encode;
+mod key_directory;
 mod lane;
 pub mod login;
 pub mod login_lock;

@@ -271,6 +271,16 @@ pub enum Matches {
     Several,
 }
 
+/// CKA_ID and CKA_LABEL of a key; empty when it has none.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyNames {
+    pub id: Vec<u8>,
+    pub label: Vec<u8>,
+}
+
+/// As long as `object` and `id` can be in a PKCS#11 URI of the configuration.
+const NAME_BYTES_MAX: usize = 255;
+
 /// The signing mechanisms that TLS needs. All take what the lane has hashed, Eddsa takes the message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mechanism {
@@ -336,6 +346,39 @@ impl Session {
         // Also after an error: an unfinished search keeps the PKCS#11 session busy.
         self.find_end()?;
         found
+    }
+
+    /// Every private key of the token; None when there are more than `max`.
+    pub fn private_keys(&self, max: usize) -> Result<Option<Vec<CK_OBJECT_HANDLE>>, Ckr> {
+        let class = sys::CKO_PRIVATE_KEY;
+        self.find_start(&mut [attribute(sys::CKA_CLASS, ptr::from_ref(&class).cast(), size_of_val(&class))])?;
+        let found = self.find_all(max);
+        self.find_end()?;
+        found
+    }
+
+    /// What the key is called; None when a name is longer than any keygate can be told.
+    pub fn key_names(&self, key: CK_OBJECT_HANDLE) -> Result<Option<KeyNames>, Ckr> {
+        let (get, _inside) = self.module.enter(self.module.functions.C_GetAttributeValue)?;
+        let (mut id, mut label) = ([0_u8; NAME_BYTES_MAX], [0_u8; NAME_BYTES_MAX]);
+        let mut template = [
+            attribute(sys::CKA_ID, id.as_mut_ptr().cast(), id.len()),
+            attribute(sys::CKA_LABEL, label.as_mut_ptr().cast(), label.len()),
+        ];
+        // SAFETY: two attributes with room for as many bytes as they say; all live through the call.
+        match Ckr::check(unsafe { get(self.handle, key, template.as_mut_ptr(), 2) }) {
+            // An attribute that the key does not have comes with a length of -1, and the others are there (v3.0 5.7.5).
+            Ok(()) | Err(Ckr(sys::CKR_ATTRIBUTE_TYPE_INVALID)) => {}
+            Err(Ckr(sys::CKR_BUFFER_TOO_SMALL)) => return Ok(None),
+            Err(ckr) => return Err(ckr),
+        }
+        let taken = |room: &[u8], attribute: &CK_ATTRIBUTE| match attribute.ulValueLen {
+            sys::CK_UNAVAILABLE_INFORMATION => Some(Vec::new()),
+            length => room.get(..usize::try_from(length).ok()?).map(<[u8]>::to_vec),
+        };
+        Ok(taken(&id, &template[0])
+            .zip(taken(&label, &template[1]))
+            .map(|(id, label)| KeyNames { id, label }))
     }
 
     /// Whether each use of the key needs a login of its own. A token that does not know the attribute says no.
@@ -417,6 +460,26 @@ impl Session {
             1 => Matches::One(handles[0]),
             _ => Matches::Several,
         })
+    }
+
+    fn find_all(&self, max: usize) -> Result<Option<Vec<CK_OBJECT_HANDLE>>, Ckr> {
+        let mut found = Vec::new();
+        loop {
+            let (find, _inside) = self.module.enter(self.module.functions.C_FindObjects)?;
+            let mut handles: [CK_OBJECT_HANDLE; 256] = [0; 256];
+            let mut count: CK_ULONG = 0;
+            // SAFETY: `handles` has room for as many handles as are asked for; both live through the call.
+            Ckr::check(unsafe {
+                find(self.handle, handles.as_mut_ptr(), handles.len() as CK_ULONG, &mut count)
+            })?;
+            let more = usize::try_from(count).ok().and_then(|count| handles.get(..count));
+            match more {
+                Some([]) => return Ok(Some(found)),
+                Some(more) if found.len() + more.len() <= max => found.extend_from_slice(more),
+                // A module that claims to have written more than there was room for can be believed nothing.
+                _ => return Ok(None),
+            }
+        }
     }
 
     fn find_end(&self) -> Result<(), Ckr> {

@@ -2,6 +2,7 @@
 //! Must not know TLS connections. `start`, `find_key` and `stop` run on the thread that configures (JavaScript's) and
 //! may wait for the token; `submit` runs on the I/O thread and never waits; the rest runs on lanes.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -13,13 +14,14 @@ use zeroize::Zeroizing;
 
 use super::ckr::Ckr;
 use super::desk::{Desk, DownReason, Job, LaneWanted};
+use super::key_directory::KeyDirectory;
 use super::lane;
 use super::login::{self, Login};
 use super::pkcs11::{Module, Release, Session, TokenInfo};
 use super::public_key::PublicKey;
 use super::service_time::ServiceTime;
 use super::token_error::{Problem, TokenError};
-use super::token_key::{Fault, KeyPlan, TokenKey};
+use super::token_key::{Fault, Found, KeyPlan, TokenKey};
 use super::token_stats::TokenStats;
 use super::{Class, SignError};
 
@@ -59,7 +61,8 @@ pub struct Token {
     login: Mutex<Login>,
     /// Counts logins. A handle found in an older epoch is not used.
     epoch: AtomicU64,
-    keys: Mutex<Vec<Weak<TokenKey>>>,
+    keys: Mutex<HashMap<KeyIdentity, Weak<TokenKey>>>,
+    directory: Mutex<KeyDirectory>,
     keys_numbered: AtomicU64,
     /// Signatures that failed since the last good one.
     failures_in_a_row: AtomicU32,
@@ -72,6 +75,9 @@ pub struct Token {
     pub(super) verify_ec_every: u32,
     released: OnceLock<Release>,
 }
+
+/// What two certificates must have in common to share a key: its id and label, and the public key.
+type KeyIdentity = (Option<Vec<u8>>, Option<String>, Vec<u8>);
 
 /// How a token ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,10 +102,27 @@ impl Token {
         start(plan).map_err(|problem| TokenError::token(&name, problem))
     }
 
-    /// Finds the private key, and proves with one verified signature that it is the certificate's.
+    /// Finds the private key, and proves with one verified signature that it is the certificate's. A key that is in use
+    /// for the same public key has been proved.
     pub fn find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, TokenError> {
+        let identity = (plan.id.clone(), plan.label.clone(), plan.spki.clone());
+        if let Some(known) = lock(&self.keys).get(&identity).and_then(Weak::upgrade) {
+            return Ok(known);
+        }
         let name = plan.name.clone();
-        self.try_find_key(plan).map_err(|problem| TokenError::key(&self.name, &name, problem))
+        let key = self.try_find_key(plan).map_err(|problem| TokenError::key(&self.name, &name, problem))?;
+        let mut keys = lock(&self.keys);
+        // Keys that nobody uses any more go when there would be no room: looking at all each time is quadratic.
+        if keys.len() == keys.capacity() {
+            keys.retain(|_, key| key.strong_count() > 0);
+        }
+        keys.insert(identity, Arc::downgrade(&key));
+        Ok(key)
+    }
+
+    /// Frees what only helps to find many keys. To be called when those of a configuration have been found.
+    pub fn keys_are_found(&self) {
+        *lock(&self.directory) = KeyDirectory::default();
     }
 
     /// No new work; waits for lanes until `budget` is over, then leaves them. C_Finalize only when nobody is inside.
@@ -175,7 +198,7 @@ impl Token {
 
     /// Some key that is still in use.
     pub(super) fn any_key(&self) -> Option<Arc<TokenKey>> {
-        lock(&self.keys).iter().find_map(Weak::upgrade)
+        lock(&self.keys).values().find_map(Weak::upgrade)
     }
 
     pub(super) fn signature_succeeded(&self) {
@@ -230,24 +253,33 @@ impl Token {
         // A PKCS#11 session of its own: lanes may all be busy, and this one ends with this search.
         let session = self.open_session().map_err(Problem::call("C_OpenSession"))?;
         let mut epoch = self.epoch();
-        let mut located = key.locate(&session, epoch, None);
+        let hint = lock(&self.directory).find(&session, epoch, key.id(), key.label());
+        let supposed = hint.map(|handle| key.suppose(handle, epoch));
+        if let Some(found) = supposed
+            && prove(&key, &session, found).is_ok()
+        {
+            return Ok(key);
+        }
+        let stale = supposed.map(|found| found.generation);
+        let mut located = key.locate(&session, epoch, stale);
         if matches!(located, Err(Fault::Call(Ckr::USER_NOT_LOGGED_IN))) {
             self.login_again(epoch)?;
             epoch = self.epoch();
-            located = key.locate(&session, epoch, None);
+            located = key.locate(&session, epoch, stale);
         }
         let found = located.map_err(|fault| fault.problem("C_FindObjects"))?;
-        let always = session.always_authenticates(found.handle);
-        if always.map_err(Problem::call("C_GetAttributeValue"))? {
-            return Err(Problem::KeyAlwaysAuthenticates);
-        }
-        key.prove(&session, found).map_err(|fault| fault.problem("C_Sign"))?;
-
-        let mut keys = lock(&self.keys);
-        keys.retain(|key| key.strong_count() > 0);
-        keys.push(Arc::downgrade(&key));
+        prove(&key, &session, found)?;
         Ok(key)
     }
+}
+
+/// That the handle is the certificate's private key, and one that lanes can use.
+fn prove(key: &TokenKey, session: &Session, found: Found) -> Result<(), Problem> {
+    let always = session.always_authenticates(found.handle);
+    if always.map_err(Problem::call("C_GetAttributeValue"))? {
+        return Err(Problem::KeyAlwaysAuthenticates);
+    }
+    key.prove(session, found).map_err(|fault| fault.problem("C_Sign"))
 }
 
 fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
@@ -283,6 +315,7 @@ fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
         login: Mutex::new(login),
         epoch: AtomicU64::new(1),
         keys: Mutex::default(),
+        directory: Mutex::default(),
         keys_numbered: AtomicU64::new(0),
         failures_in_a_row: AtomicU32::new(0),
         lanes: plan.lanes as u32,

@@ -29,6 +29,7 @@ pub struct KeyPlan {
 pub struct TokenKey {
     pub(super) token: Arc<Token>,
     pub(super) public: PublicKey,
+    /// Of the certificate that was the first to have it.
     pub(super) name: String,
     /// Distinguishes the keys of one token.
     pub(super) number: u64,
@@ -115,6 +116,14 @@ impl TokenKey {
         &self.public
     }
 
+    pub(super) fn id(&self) -> Option<&[u8]> {
+        self.id.as_deref()
+    }
+
+    pub(super) fn label(&self) -> Option<&str> {
+        self.label.as_deref()
+    }
+
     /// The token did not have it a moment ago; another token may. Never waits.
     pub fn is_lost(&self) -> bool {
         match self.lost_until_ms.load(Relaxed) {
@@ -130,6 +139,15 @@ impl TokenKey {
     /// Counts how often the key was found.
     pub(super) fn generation(&self) -> u64 {
         self.place.lock().unwrap_or_else(PoisonError::into_inner).generation
+    }
+
+    /// Believes a handle that was not searched for; the caller proves it.
+    pub(super) fn suppose(&self, handle: CK_OBJECT_HANDLE, epoch: u64) -> Found {
+        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
+        place.generation += 1;
+        let found = Found { handle, generation: place.generation, epoch };
+        place.found = Some(found);
+        found
     }
 
     /// The handle for this epoch; looks for the key when there is none, or when the known one is `stale` (its

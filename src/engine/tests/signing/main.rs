@@ -7,16 +7,17 @@ mod bystander;
 mod control;
 mod world;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
-use keygate_engine::signing::SignError;
 use keygate_engine::signing::desk::DownReason;
 use keygate_engine::signing::login_lock::LoginLock;
 use keygate_engine::signing::pkcs11::{Release, threads_in_modules};
 use keygate_engine::signing::token::{StopOutcome, Token};
 use keygate_engine::signing::token_error::Problem;
 use keygate_engine::signing::token_key::KeyPlan;
+use keygate_engine::signing::{PrivateKey, SignError};
 use rustls::SignatureScheme;
 
 use control::{FOR_EVER, Function};
@@ -140,6 +141,80 @@ token_tests! {
         token.find_key(plan(Some(0xA1), None, &first.spki)).unwrap();
         token.find_key(plan(Some(0xA2), Some("double"), &second.spki)).unwrap();
         assert!(token.is_up(), "a wrong configuration of one key is no fault of the token");
+    }
+
+    fn certificates_that_share_a_key_share_its_search_and_its_proof(world: World) {
+        let (token, keys) = world.start(&[Kind::P256], |_| {});
+        let calls = || (world.calls(Function::FindObjectsInit), world.calls(Function::Sign));
+        let before = calls();
+        let plan = |name: &str| KeyPlan {
+            id: None,
+            label: Some(keys[0].key.label.clone()),
+            spki: keys[0].key.spki.clone(),
+            name: name.into(),
+        };
+        let one = token.find_key(plan("one")).unwrap();
+        assert!(Arc::ptr_eq(&one, &token.find_key(plan("other")).unwrap()));
+        assert_eq!(calls(), before);
+
+        // Nobody uses it any more: it is proved anew.
+        let last = plan("last");
+        drop((one, keys));
+        token.find_key(last).unwrap();
+        assert_eq!(calls(), (before.0 + 1, before.1 + 1));
+    }
+
+    fn the_keys_of_many_certificates_are_found_by_listing_them_once(world: World) {
+        world.init_token("t");
+        let keys: Vec<_> =
+            (0..8_u8).map(|n| world.make_key("t", &format!("k{n}"), &format!("C{n}"), Kind::P256)).collect();
+        world.make_key("t", "twin", "D1", Kind::P256);
+        world.make_key("t", "twin", "D2", Kind::P256);
+        let token = Token::start(world.plan("t")).unwrap();
+        let plan = |id: Option<u8>, label: Option<&str>, spki: &[u8]| KeyPlan {
+            id: id.map(|id| vec![id]),
+            label: label.map(str::to_owned),
+            spki: spki.to_vec(),
+            name: "www".into(),
+        };
+        let mut found = Vec::new();
+        for (n, key) in (0..8_u8).zip(&keys) {
+            for (id, label) in
+                [(Some(0xC0 + n), None), (None, Some(&*key.label)), (Some(0xC0 + n), Some(&*key.label))]
+            {
+                found.push(token.find_key(plan(id, label, &key.spki)).unwrap());
+            }
+        }
+        let searches = world.calls(Function::FindObjectsInit);
+        assert!(searches < found.len() as u64, "{searches} searches for {} keys", found.len());
+        for key in found {
+            answer(PrivateKey::new(vec![key]).unwrap().sign(SignatureScheme::ECDSA_NISTP256_SHA256, vec![1]).unwrap())
+                .unwrap();
+        }
+
+        let problem = |plan| token.find_key(plan).err().unwrap().problem.code();
+        assert_eq!(problem(plan(None, Some("k1"), &keys[0].spki)), "key_mismatch");
+        assert_eq!(problem(plan(None, Some("twin"), &keys[0].spki)), "key_ambiguous");
+        assert_eq!(problem(plan(Some(0xC1), Some("k0"), &keys[0].spki)), "key_missing");
+        assert_eq!(world.control.violations(), 0);
+    }
+
+    fn a_key_that_was_replaced_since_the_keys_were_listed_is_found(world: World) {
+        world.init_token("t");
+        let keys: Vec<_> =
+            (0..18_u8).map(|n| world.make_key("t", &format!("k{n}"), &format!("{n:02X}"), Kind::P256)).collect();
+        let token = Token::start(world.plan("t")).unwrap();
+        let mut keys = keys.into_iter();
+        for key in keys.by_ref().take(17) {
+            find(&token, key).unwrap();
+        }
+        let listed = world.calls(Function::FindObjectsInit);
+        let old = keys.next().unwrap();
+        bystander::delete_private_key(&old.label);
+        let new = world.make_key("t", &old.label, "E0", Kind::P256);
+        assert_ne!(new.spki, old.spki);
+        find(&token, new).unwrap().sign().unwrap();
+        assert!(world.calls(Function::FindObjectsInit) > listed, "the list did not know it");
     }
 
     fn a_mechanism_the_token_lacks_is_named(world: World) {
