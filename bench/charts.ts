@@ -33,7 +33,7 @@ export interface DotChart {
   /** With the unit. */
   readonly axis: string;
   readonly scale: Scale;
-  /** Headings; one panel needs none. */
+  /** Headings, which may be empty. */
   readonly panels: readonly string[];
   readonly rows: readonly DotRow[];
   /** A line in each panel, and what stands above it. */
@@ -60,7 +60,9 @@ export function dotChart(chart: DotChart): string {
   const textWidths = texts.map((column) => widthOf(column) + gap);
   const plotWidth = chart.panels.length === 1 ? 360 : 110;
   const top =
-    headHeight + (chart.panels.length === 1 ? 0 : rowHeight) + ((chart.reference?.text ?? '') === '' ? 0 : rowHeight);
+    headHeight +
+    (chart.panels.some((heading) => heading !== '') ? rowHeight : 0) +
+    ((chart.reference?.text ?? '') === '' ? 0 : rowHeight);
   const bottom = top + chart.rows.length * rowHeight;
   const values = chart.rows.flatMap(({ cells }) =>
     cells.flatMap((cell) => (typeof cell === 'string' ? [] : [cell.value])),
@@ -78,7 +80,7 @@ export function dotChart(chart: DotChart): string {
   let left = margin + labelWidth + gap;
   for (const [panel, heading] of chart.panels.entries()) {
     const textLeft = left + plotWidth + gap;
-    if (chart.panels.length > 1) drawn.push(text(left, headHeight + 4, heading, 'strong'));
+    drawn.push(text(left, headHeight + 4, heading, 'strong'));
     for (const tick of axis.ticks) {
       const x = left + axis.at(tick);
       drawn.push(line(x, top, x, bottom, 'grid'), text(x, bottom + 16, tickText(tick), 'dim middle'));
@@ -212,7 +214,7 @@ function card(
     `<rect class="card" x="0.5" y="0.5" width="${w - 1}" height="${h - 1}" rx="6"/>`,
     text(margin, 32, title, 'title'),
     text(margin, 52, note, 'dim'),
-    ...drawn,
+    ...drawn.filter((element) => element !== ''),
     '</svg>',
     '',
   ].join('\n');
@@ -311,6 +313,7 @@ function line(x1: number, y1: number, x2: number, y2: number, className: string)
 }
 
 function text(x: number, y: number, content: string, className: string): string {
+  if (content === '') return '';
   return `<text x="${coordinate(x)}" y="${coordinate(y)}" class="${className}">${escaped(content)}</text>`;
 }
 
