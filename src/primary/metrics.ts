@@ -1,11 +1,13 @@
 /**
  * Owns: the metrics: one table of names, types, labels and meanings, from which the scrape and the README are printed.
- * The only module that knows prom-client.
+ * The only module that knows prom-client and the text format.
  * Must not know: how measurements are gathered or served.
  * Runs: main thread of the primary.
  *
- * The engine counts; nothing is counted here. So a scrape is a translation of absolute values, and prom-client gets them
- * as the JSON that its registries exchange: its own Counter and Histogram can only be added to.
+ * The engine counts; nothing is counted here. So a scrape is a translation of absolute values, which prom-client's own
+ * Counter and Histogram, made to be added to, are no help with. A listener has about a hundred series, a configuration may
+ * have hundreds of listeners, and a scrape holds up whatever else the primary does: each series is one line of text,
+ * written once.
  */
 import { AggregatorRegistry, Registry, collectDefaultMetrics } from 'prom-client';
 import { engine } from '../engine/binding.ts';
@@ -24,20 +26,11 @@ export interface Measurements {
 
 /** A scrape in Prometheus' text format 0.0.4. */
 export async function renderMetrics(measurements: Measurements): Promise<string> {
-  const own = families.map(({ name, type, help, labels, read }) => ({
-    name,
-    type,
-    help,
-    values: read(measurements).flatMap(([values, value]) => {
-      const named = Object.fromEntries(labels.map((label, index) => [label, values[index]]));
-      return typeof value === 'number' ? [{ labels: named, value }] : histogramSamples(name, named, value);
-    }),
-  }));
+  const own = families.map((family) => familyText(family, measurements));
   const ofProcess = (await processRegistry().getMetricsAsJSON()).filter(({ name }) => processFamilies.has(name));
   // Each name comes once, so there is nothing to aggregate; and prom-client's own choice would omit some.
-  return AggregatorRegistry.aggregate([
-    [...own, ...ofProcess].map((family) => ({ ...family, aggregator: 'first' })),
-  ]).metrics();
+  const registry = AggregatorRegistry.aggregate([ofProcess.map((family) => ({ ...family, aggregator: 'first' }))]);
+  return `${own.join('\n')}\n${await registry.metrics()}`;
 }
 
 /** The metrics as a Markdown table for README.md, without the markers around it. */
@@ -280,26 +273,47 @@ function upForAll(up: boolean, { workers }: Measurements): number {
   return Number(up && workers.some(({ state }) => state === 'ready'));
 }
 
+function familyText({ name, type, help, labels, read }: Family, measurements: Measurements): string {
+  let text = `# HELP ${name} ${help}\n# TYPE ${name} ${type}\n`;
+  for (const [values, value] of read(measurements)) {
+    const pairs = labels.map((label, index) => `${label}="${escaped(values[index] ?? '')}"`).join(',');
+    text += typeof value === 'number' ? `${name}${braced(pairs)} ${value}\n` : histogramText(name, pairs, value);
+  }
+  return text;
+}
+
 /** Prometheus' buckets count everything up to their bound, the engine's only what is above the bound before. */
-function histogramSamples(
-  name: string,
-  labels: Readonly<Record<string, string | undefined>>,
-  { buckets, sumUs }: LatencySnapshot,
-): object[] {
-  const bounds = [
+function histogramText(name: string, pairs: string, { buckets, sumUs }: LatencySnapshot): string {
+  const bucket = `${name}_bucket{${pairs === '' ? '' : `${pairs},`}le="`;
+  let count = 0;
+  let text = '';
+  for (const [index, bound] of latencyBounds().entries()) {
+    count += buckets[index] ?? 0;
+    text += `${bucket}${bound}"} ${count}\n`;
+  }
+  return `${text}${name}_sum${braced(pairs)} ${sumUs / 1e6}\n${name}_count${braced(pairs)} ${count}\n`;
+}
+
+let bounds: readonly string[] | undefined;
+
+/** In seconds. */
+function latencyBounds(): readonly string[] {
+  bounds ??= [
     ...engine()
       .latencyBoundsUs()
-      .map((us) => us / 1e6),
+      .map((us) => String(us / 1e6)),
     '+Inf',
   ];
-  let count = 0;
-  const samples: object[] = bounds.map((le, index) => {
-    count += buckets[index] ?? 0;
-    return { metricName: `${name}_bucket`, labels: { ...labels, le }, value: count };
-  });
-  samples.push({ metricName: `${name}_sum`, labels, value: sumUs / 1e6 });
-  samples.push({ metricName: `${name}_count`, labels, value: count });
-  return samples;
+  return bounds;
+}
+
+function braced(pairs: string): string {
+  return pairs === '' ? '' : `{${pairs}}`;
+}
+
+/** Names from a configuration have none of these, addresses of upstream servers may. */
+function escaped(value: string): string {
+  return /["\\\n]/.test(value) ? value.replaceAll('\\', '\\\\').replaceAll('"', '\\"').replaceAll('\n', '\\n') : value;
 }
 
 /** Of what prom-client knows about a process: what tells a sick primary, under the names that dashboards know. */

@@ -101,6 +101,16 @@ describe('a scrape', () => {
     assert.deepEqual(await values(snapshot, [readyWorker]), [0, 0]);
   });
 
+  it('writes a label so that its value ends where it should', async () => {
+    const snapshot = anySnapshot(() => 7);
+    const server = snapshot.upstreams[0]?.servers[0];
+    assert.ok(server);
+    server.address = 'unix:/run/a"b\\c\nd';
+    const scraped = await scrape(snapshot);
+    const labels = 'upstream="web",server="unix:/run/a\\"b\\\\c\\nd"';
+    assert.equal(scraped.get(`keygate_upstream_connections_open{${labels}}`), 7);
+  });
+
   it('tells of each worker whether it is ready and how often it was replaced', async () => {
     const scraped = await scrape(nothing(), [readyWorker, { ...readyWorker, slot: 1, state: 'starting', restarts: 3 }]);
     assert.equal(scraped.get('keygate_worker_up{worker="0"}'), 1);
