@@ -132,7 +132,7 @@ function sweepPlots(workload: string, scenarios: readonly ScenarioResult[]): Plo
       yAxis: metrics[metric].title,
       lines: lines.filter(({ points }) => points.length > 0),
     });
-    return [{ name: `sweep-${workload}-${parameter.replaceAll('_', '-')}`, title, svg }];
+    return [{ name: `sweep-${workload}-${spoken(parameter).replaceAll(' ', '-')}`, title, svg }];
   });
 }
 
@@ -149,8 +149,8 @@ const numbersPlots: readonly NumbersPlot[] = [
   {
     name: 'relay-cpu',
     title: 'CPU per GiB relayed',
-    axis: 'CPU s/GiB',
-    scale: 'linear',
+    axis: 'CPU s/GiB, logarithmic',
+    scale: 'log',
     metrics: ['relay_cpu_s_per_gib'],
   },
   {
@@ -221,7 +221,7 @@ function besides(scenario: ScenarioResult, subject: SubjectResult, metric: Metri
   return 'missing' in ratio ? '' : `, ratio ${ratioText(ratio.median)}`;
 }
 
-/** `message_bytes`: message bytes. */
+/** `messageBytes`: message bytes. */
 function spoken(parameter: string): string {
-  return parameter.replaceAll('_', ' ');
+  return parameter.replaceAll(/[A-Z]/g, (letter) => ` ${letter.toLowerCase()}`);
 }

@@ -13,7 +13,16 @@ import { plots } from './plots.ts';
 import type { Plot } from './plots.ts';
 import { writeResult } from './result.ts';
 import type { GoalResult, Result, ScenarioResult, SubjectResult } from './result.ts';
-import { comparable, comparedIn, convinces, judgedGoals, numberOf, ratioOf, standing, totalOf } from './summary.ts';
+import {
+  comparable,
+  comparedIn,
+  convincingCoverage,
+  judgedGoals,
+  numberOf,
+  ratioOf,
+  standing,
+  totalOf,
+} from './summary.ts';
 import type { JudgedGoal, Standing, Verdict } from './summary.ts';
 import type { Interval, Missing } from './statistics.ts';
 import { coloured, intervalText, markdownTable, ratioText, terminalTable } from './table.ts';
@@ -58,7 +67,7 @@ export function markdownReport(result: Result, drawn: readonly Plot[]): string {
   return [
     `# Benchmark of keygate ${result.versions['keygate']?.['keygate'] ?? '(not measured)'}`,
     '',
-    `${result.started_at.slice(0, 16).replace('T', ' ')} UTC. ${pace.rounds} rounds of ${pace.seconds} s, ${pace.connections} clients. ${machine.cores} × ${machine.cpu}, ${(machine.memory_bytes / 2 ** 30).toFixed(0)} GiB, Linux ${machine.kernel}, load average ${machine.load_average.map((load) => load.toFixed(2)).join(' ')} at the start.`,
+    `${result.started_at.slice(0, 16).replace('T', ' ')} UTC. ${pace.rounds} rounds of ${pace.seconds} s, ${pace.connections} clients. ${machine.cores} × ${[machine.cpu, ...(machine.cpu_flags ?? [])].join(' ')}, ${(machine.memory_bytes / 2 ** 30).toFixed(0)} GiB, Linux ${machine.kernel}, load average ${machine.load_average.map((load) => load.toFixed(2)).join(' ')} at the start.`,
     ...section(
       'Goals',
       goals.length === 0 ? [] : markdownTable(goalRows(goals, (verdict) => `${verdictSigns[verdict]} ${verdict}`)),
@@ -124,7 +133,7 @@ function summaries(
   { scenarios }: Result,
   text: (metric: MetricName, ratio: Interval | Missing) => string,
 ): { readonly title: string; readonly rows: Rows }[] {
-  const groups = Object.values(Object.groupBy(scenarios, ({ workload, metrics: [first] }) => `${workload} ${first}`));
+  const groups = Object.values(Object.groupBy(scenarios, ({ workload }) => workload));
   return groups.flatMap((group = []) => {
     const [metric] = group[0]?.metrics ?? [];
     const others = comparedIn(group);
@@ -249,18 +258,18 @@ function readingNotes(result: Result): string[] {
   ].map((note) => `* ${note}`);
 }
 
-/** What the intervals are worth: the same number of rounds gives the same coverage. */
-function coverageText({ scenarios, pace }: Result): string {
+/** What the intervals are worth; some scenarios have fewer rounds. */
+function coverageText({ scenarios }: Result): string {
   const intervals = scenarios.flatMap((scenario) =>
     scenario.subjects.flatMap((subject) => scenario.metrics.map((name) => numberOf(subject, name))),
   );
-  const coverages = intervals.flatMap((value) => ('missing' in value ? [] : [value]));
-  const [some] = coverages;
-  if (some === undefined || some.coverage === 0)
-    return `no interval: ${pace.rounds === 1 ? 'one round' : 'nothing was measured'}`;
-  const lowest = coverages.reduce((least, each) => (each.coverage < least.coverage ? each : least), some);
-  const weak = convinces(lowest) ? '' : '; too few rounds to conclude anything from it';
-  return `its ${(lowest.coverage * 100).toFixed(1)} % confidence interval${weak}`;
+  const coverages = intervals.flatMap((value) => ('missing' in value ? [] : [value.coverage]));
+  const [lowest, highest] = [Math.min(...coverages), Math.max(...coverages)];
+  if (!(highest > 0)) return `no interval: ${coverages.length === 0 ? 'nothing was measured' : 'one round'}`;
+  const percent = (value: number) => (value * 100).toFixed(1);
+  const worth = lowest === highest ? percent(lowest) : `${percent(lowest)} to ${percent(highest)}`;
+  const weak = lowest < convincingCoverage ? `; below ${percent(convincingCoverage)} % nothing is concluded` : '';
+  return `its ${worth} % confidence interval${weak}`;
 }
 
 function signed(metric: MetricName, ratio: Interval | Missing): string {

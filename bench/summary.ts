@@ -96,8 +96,10 @@ export function comparedIn(
 }
 
 /** Five rounds cover the median with 94 %, four with 88 %. */
+export const convincingCoverage = 0.9;
+
 export function convinces({ coverage }: Interval): boolean {
-  return coverage >= 0.9;
+  return coverage >= convincingCoverage;
 }
 
 function judge(goal: GoalResult, scenario: ScenarioResult): JudgedGoal {

@@ -113,11 +113,24 @@ test('who was left out, what failed, versions, machine and pace are in the repor
     'stunnel: needs stunnel4 (full, resumed)',
     '`reload`: it has ended exit code 1',
     'nginx 1.22, openssl 3.0',
-    '2 × a CPU, 24 GiB',
+    '2 × a CPU avx2, 24 GiB',
     '5 rounds of 2 s, 16 clients',
     '93.8 % confidence interval',
   ])
     assert.ok(text.includes(expected), `${expected} is not in\n${text}`);
+});
+
+test('what the intervals are worth is said, also when it differs or is nothing', () => {
+  const said = (...rounds: readonly number[]) => {
+    const scenarios = rounds.map((count, index) =>
+      aScenario([aSubject('keygate', around(50).slice(0, count))], { name: `scenario ${index}` }),
+    );
+    return terminal(aResult(...scenarios)).match(/median \((.*)\)/)?.[1];
+  };
+  assert.equal(said(5, 5), 'its 93.8 % confidence interval');
+  assert.equal(said(3, 5), 'its 75.0 to 93.8 % confidence interval; below 90.0 % nothing is concluded');
+  assert.equal(said(1, 1), 'no interval: one round');
+  assert.equal(said(), 'no interval: nothing was measured');
 });
 
 test('failures are added up over all rounds', () => {
@@ -273,7 +286,7 @@ function whole(): Result {
             title: `relay of ${size} B`,
             workload: 'relay',
             metrics: ['relay_cpu_s_per_gib'],
-            parameters: { message_bytes: size, direction: 'up' },
+            parameters: { messageBytes: size, idleConnections: 1000 },
           },
         ),
       ),

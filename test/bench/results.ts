@@ -10,7 +10,14 @@ export function aResult(...scenarios: readonly ScenarioResult[]): Result {
   return {
     format: 2,
     started_at: '2026-11-24T09:00:00.000Z',
-    machine: { cpu: 'a CPU', cores: 2, memory_bytes: 24 * 2 ** 30, kernel: '6.1', load_average: [0.5, 1, 2] },
+    machine: {
+      cpu: 'a CPU',
+      cpu_flags: ['avx2'],
+      cores: 2,
+      memory_bytes: 24 * 2 ** 30,
+      kernel: '6.1',
+      load_average: [0.5, 1, 2],
+    },
     pace: { rounds: 5, seconds: 2, connections: 16 },
     versions: { keygate: { keygate: '0.1.0 (aaaaaaa)' }, nginx: { nginx: '1.22', openssl: '3.0' } },
     scenarios: [...scenarios],
