@@ -39,23 +39,56 @@ export interface HandshakesPlan extends ClientPlan {
   readonly exchange?: 'none' | 'line' | 'http';
 }
 
+export interface EchoPlan extends ClientPlan {
+  readonly connections?: number;
+  readonly seconds?: number;
+  readonly count?: number;
+  /**
+   * Messages per second on all connections together, at fixed spacing whatever the server does. Without it each connection
+   * sends when its last message has come back.
+   */
+  readonly rate?: number;
+  /** Of a message. */
+  readonly bytes?: number;
+}
+
+export interface RelayPlan extends ClientPlan {
+  readonly connections?: number;
+  readonly seconds?: number;
+  /** `up` needs a sink or a source for an upstream, the others a source; default both. */
+  readonly direction?: 'up' | 'down' | 'both';
+  /** Bytes that each write hands to TLS; a multiple of 8, 64 to 1 MiB. */
+  readonly message?: number;
+}
+
+export interface IdlePlan extends ClientPlan {
+  readonly connections?: number;
+  /** Connections begun per second; without it as fast as they go, 256 handshakes at a time. */
+  readonly rate?: number;
+}
+
 /** By kind (`connect`, `tls`, `not_begun`, ...); empty when there was none. */
 export type Failures = Readonly<Record<string, number>>;
 
-export interface HandshakesResult {
-  /** Connections that went as expected from connect to close. */
-  readonly handshakes: number;
-  /** Connections that were to begin: those that did, and with a rate those that were due and could not. */
-  readonly intended: number;
+/** What every client command prints. */
+export interface Outcome {
   readonly seconds: number;
   readonly failures: Failures;
   /** What was wrong with the first failure of kind `tls`. */
   readonly tlsError: string | null;
+  /** What the first handshake negotiated. */
+  readonly negotiated: Negotiated | null;
   /** Handshakes that negotiated something else than the first one. */
   readonly deviations: number;
+}
+
+export interface HandshakesResult extends Outcome {
+  /** Connections that went as expected from connect to close. */
+  readonly handshakes: number;
+  /** Connections that were to begin: those that did, and with a rate those that were due and could not. */
+  readonly intended: number;
   /** Session tickets that the server gave. */
   readonly tickets: number;
-  readonly negotiated: Negotiated | null;
   /** To the end of the handshake, from connect, and with a rate from when the connection was due. */
   readonly handshakeUs: Latency;
   /** To the close. */
@@ -68,6 +101,37 @@ export interface Negotiated {
   readonly cipherSuite: string;
   readonly group: string | null;
   readonly resumed: boolean;
+}
+
+/** Failures count messages. */
+export interface EchoResult extends Outcome {
+  /** Messages that came back as they were. */
+  readonly messages: number;
+  /** Messages that were due. */
+  readonly intended: number;
+  /** From when each message was due to its echo. */
+  readonly latencyUs: Latency;
+}
+
+/** Seconds are from the first byte to the last; failures count connections. */
+export interface RelayResult extends Outcome {
+  /** That the upstream has received, and found right. */
+  readonly upBytes: number;
+  /** That came here and were right. */
+  readonly downBytes: number;
+}
+
+/** How a crowd of idle connections is. Seconds are since the first began. */
+export interface IdleState extends Outcome {
+  /** Established and not lost. */
+  readonly open: number;
+  /** Established once, and closed by the server. */
+  readonly lost: number;
+}
+
+export interface IdleCheck {
+  readonly asked: number;
+  readonly answered: number;
 }
 
 /** Microseconds, within 0.1 %. The percentiles are null when there was no sample. */
@@ -137,4 +201,72 @@ export function runHandshakes(
   started: () => void = () => {},
 ): Promise<HandshakesResult> {
   return runProgram({ file: program, args: ['handshakes'] }, cores, { ...plan }, started);
+}
+
+/** As runHandshakes, for messages on connections that are established before the clock starts. The upstream is an echo. */
+export function runEcho(
+  program: string,
+  cores: readonly number[],
+  plan: EchoPlan,
+  started: () => void = () => {},
+): Promise<EchoResult> {
+  return runProgram({ file: program, args: ['echo'] }, cores, { ...plan }, started);
+}
+
+/** As runHandshakes, for bulk on connections that are established before the clock starts. The upstream is a sink or a source. */
+export function runRelay(
+  program: string,
+  cores: readonly number[],
+  plan: RelayPlan,
+  started: () => void = () => {},
+): Promise<RelayResult> {
+  return runProgram({ file: program, args: ['relay'] }, cores, { ...plan }, started);
+}
+
+/**
+ * Connections that say nothing. The upstream is an echo. They end with this process.
+ * @param started called before the first begins.
+ * @param progress called each second while they are being established.
+ * @returns when each is established or has failed.
+ */
+export async function startIdle(
+  program: string,
+  cores: readonly number[],
+  plan: IdlePlan,
+  started: () => void = () => {},
+  progress: (state: IdleState) => void = () => {},
+): Promise<IdleConnections> {
+  const talk = new Talk({ file: program, args: ['idle'] }, cores, { ...plan });
+  await talk.event('started');
+  started();
+  const held = await talk.event<IdleState>('holding', (event) => progress(event as unknown as IdleState));
+  return new IdleConnections(talk, held);
+}
+
+export class IdleConnections {
+  readonly #talk: Talk;
+  /** When the last was established. */
+  readonly held: IdleState;
+
+  constructor(talk: Talk, held: IdleState) {
+    this.#talk = talk;
+    this.held = held;
+  }
+
+  get pinned(): Pinned {
+    return this.#talk.pinned;
+  }
+
+  /** Sends a line on at most 1000 of them, evenly spread, and waits for the echoes. One check at a time. */
+  async check(): Promise<IdleCheck> {
+    this.pinned.child.stdin?.write('check\n');
+    return await this.#talk.event<IdleCheck>('checked');
+  }
+
+  async end(): Promise<IdleState> {
+    this.pinned.child.stdin?.end();
+    const state = await this.#talk.event<IdleState>('finished');
+    await this.#talk.exit;
+    return state;
+  }
 }

@@ -9,6 +9,7 @@ use mio::net::TcpStream;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustls::pki_types::ServerName;
 use rustls::{CipherSuite, ClientConfig, ClientConnection, HandshakeKind, NamedGroup, ProtocolVersion};
+use serde::Serialize;
 
 use crate::failure::{Failure, Fault};
 
@@ -27,13 +28,35 @@ pub enum Flow {
 }
 
 /// What was negotiated.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[serde(into = "NegotiatedWords")]
 pub struct Negotiated {
     pub version: ProtocolVersion,
     pub cipher_suite: CipherSuite,
     /// None when a TLS 1.2 session was resumed.
     pub group: Option<NamedGroup>,
     pub kind: HandshakeKind,
+}
+
+/// As it is printed, in rustls' words.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct NegotiatedWords {
+    protocol: String,
+    cipher_suite: String,
+    group: Option<String>,
+    resumed: bool,
+}
+
+impl From<Negotiated> for NegotiatedWords {
+    fn from(negotiated: Negotiated) -> Self {
+        Self {
+            protocol: format!("{:?}", negotiated.version),
+            cipher_suite: format!("{:?}", negotiated.cipher_suite),
+            group: negotiated.group.map(|group| format!("{group:?}")),
+            resumed: negotiated.kind == HandshakeKind::Resumed,
+        }
+    }
 }
 
 pub struct Connection {
@@ -73,6 +96,28 @@ impl Connection {
             group: self.tls.negotiated_key_exchange_group().map(|group| group.name()),
             kind: self.tls.handshake_kind()?,
         })
+    }
+
+    /// Whatever comes is read and must be nothing but TLS' own, such as session tickets. True when the handshake is over.
+    pub fn settle(&mut self, scratch: &mut [u8]) -> Result<bool, Fault> {
+        self.take_all(scratch, |_| Err(Failure::WrongAnswer))?;
+        Ok(self.flush()? && !self.is_handshaking())
+    }
+
+    /// Reads until the socket is dry. A close is a failure.
+    pub fn take_all(
+        &mut self,
+        scratch: &mut [u8],
+        mut take: impl FnMut(&[u8]) -> Result<(), Failure>,
+    ) -> Result<(), Fault> {
+        loop {
+            self.flush()?;
+            match self.receive(scratch, &mut take)? {
+                Flow::Dry => return Ok(()),
+                Flow::More => {}
+                Flow::Closed => return Err(self.closed().into()),
+            }
+        }
     }
 
     /// Hands plaintext to TLS. It goes out with `flush`.

@@ -20,6 +20,8 @@ pub enum Failure {
     WrongKind,
     WrongGroup,
     Deadline,
+    /// Closed or reset when it was established and should stay.
+    Lost,
     /// It was due, and as many as are allowed were in flight.
     NotBegun,
 }
@@ -50,6 +52,10 @@ impl Failures {
     pub fn add(&mut self, fault: Fault) {
         *self.counts.entry(fault.failure).or_default() += 1;
         self.first_detail = self.first_detail.take().or(fault.detail);
+    }
+
+    pub fn of(&self, failure: Failure) -> u64 {
+        self.counts.get(&failure).copied().unwrap_or_default()
     }
 
     pub fn total(&self) -> u64 {

@@ -210,7 +210,7 @@ impl<'plan> Fleet<'plan> {
                     self.handshake.observe(attempt.due.elapsed());
                     let first = *self.negotiated.get_or_insert(negotiated);
                     self.deviations += u64::from(negotiated != first);
-                    if let Some(failure) = self.misses(&negotiated, kind) {
+                    if let Some(failure) = self.plan.target.refuses(&negotiated, kind) {
                         self.fail(index, failure.into(), pace)?;
                     }
                 }
@@ -224,15 +224,6 @@ impl<'plan> Fleet<'plan> {
             }
         }
         Ok(())
-    }
-
-    fn misses(&self, negotiated: &Negotiated, kind: HandshakeKind) -> Option<Failure> {
-        let another = |group| group != self.plan.target.group;
-        match negotiated {
-            _ if negotiated.kind != kind => Some(Failure::WrongKind),
-            _ if negotiated.group.is_some_and(another) => Some(Failure::WrongGroup),
-            _ => None,
-        }
     }
 
     fn enforce_deadlines(&mut self, pace: &Pace) -> io::Result<()> {
@@ -277,12 +268,7 @@ impl<'plan> Fleet<'plan> {
             tls_error: self.failures.detail(),
             deviations: self.deviations,
             tickets: self.tickets_given() - self.tickets_before,
-            negotiated: self.negotiated.map(|negotiated| NegotiatedWords {
-                protocol: format!("{:?}", negotiated.version),
-                cipher_suite: format!("{:?}", negotiated.cipher_suite),
-                group: negotiated.group.map(|group| format!("{group:?}")),
-                resumed: negotiated.kind == HandshakeKind::Resumed,
-            }),
+            negotiated: self.negotiated,
             handshake_us: self.handshake.summary(),
             connection_us: self.whole.summary(),
         }
@@ -299,16 +285,7 @@ struct Finished<'fleet> {
     tls_error: Option<&'fleet str>,
     deviations: u64,
     tickets: u64,
-    negotiated: Option<NegotiatedWords>,
+    negotiated: Option<Negotiated>,
     handshake_us: Summary,
     connection_us: Summary,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct NegotiatedWords {
-    protocol: String,
-    cipher_suite: String,
-    group: Option<String>,
-    resumed: bool,
 }

@@ -14,8 +14,12 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::version::{TLS12, TLS13};
-use rustls::{ClientConfig, DigitallySignedStruct, NamedGroup, SignatureScheme, SupportedProtocolVersion};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, HandshakeKind, NamedGroup, SignatureScheme, SupportedProtocolVersion,
+};
 
+use crate::connection::Negotiated;
+use crate::failure::Failure;
 use crate::flags::Flags;
 use crate::tickets::Tickets;
 
@@ -33,7 +37,7 @@ pub struct Target {
     pub names: Vec<ServerName<'static>>,
     pub version: &'static SupportedProtocolVersion,
     /// Another one is a failure.
-    pub group: NamedGroup,
+    group: NamedGroup,
     /// Without any progress for so long, a connection has failed.
     pub deadline: Duration,
     provider: Arc<CryptoProvider>,
@@ -77,6 +81,15 @@ impl Target {
             .with_no_client_auth();
         config.resumption = Resumption::store(tickets);
         Ok(Arc::new(config))
+    }
+
+    /// Why this is not the handshake that was asked for.
+    pub fn refuses(&self, negotiated: &Negotiated, kind: HandshakeKind) -> Option<Failure> {
+        match negotiated {
+            _ if negotiated.kind != kind => Some(Failure::WrongKind),
+            _ if negotiated.group.is_some_and(|group| group != self.group) => Some(Failure::WrongGroup),
+            _ => None,
+        }
     }
 
     /// Connections are spread over addresses and names in turn.

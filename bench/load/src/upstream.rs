@@ -1,12 +1,15 @@
 //! Owns the upstream that every contender connects to: it costs as little as an upstream can, and the same for all.
 //! Knows not what its services say. One thread, one epoll.
 
+mod bulk;
+mod echo;
 mod http;
 mod line;
 
 use std::collections::HashMap;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token};
@@ -15,28 +18,45 @@ use serde::Serialize;
 use crate::connection::SCRATCH_BYTES;
 use crate::descriptors;
 use crate::flags::Flags;
+use crate::pattern::message_bytes;
 use crate::said::say;
 use crate::stdin::Stdin;
 
 const STDIN: Token = Token(usize::MAX - 1);
 const EVENTS_MAX: usize = 1024;
+/// In each direction: so that one busy connection lets the others have their turn.
+const TURN_BYTES: usize = 1024 * 1024;
 
 pub struct Plan {
     listen: Vec<SocketAddr>,
     serve: Serve,
+    message_bytes: usize,
 }
 
 #[derive(Clone, Copy)]
 enum Serve {
     Line,
     Http,
+    Echo,
+    Sink,
+    Source,
 }
 
 impl Plan {
     pub fn from_flags(flags: &mut Flags) -> Result<Self, String> {
         Ok(Self {
             listen: flags.loopback("listen", Some("127.0.0.1:0"))?,
-            serve: flags.choice("serve", &[("line", Serve::Line), ("http", Serve::Http)])?,
+            serve: flags.choice(
+                "serve",
+                &[
+                    ("line", Serve::Line),
+                    ("http", Serve::Http),
+                    ("echo", Serve::Echo),
+                    ("sink", Serve::Sink),
+                    ("source", Serve::Source),
+                ],
+            )?,
+            message_bytes: message_bytes(flags)?,
         })
     }
 }
@@ -64,7 +84,7 @@ pub fn run(plan: &Plan) -> io::Result<()> {
     say(&Listening { addresses: server.addresses()? })?;
     let mut events = Events::with_capacity(EVENTS_MAX);
     loop {
-        let timeout = (!server.unfinished.is_empty()).then_some(std::time::Duration::ZERO);
+        let timeout = (!server.unfinished.is_empty()).then_some(Duration::ZERO);
         match server.poll.poll(&mut events, timeout) {
             Err(error) if error.kind() == ErrorKind::Interrupted => continue,
             result => result?,
@@ -95,6 +115,7 @@ struct Listening {
 struct Server {
     poll: Poll,
     serve: Serve,
+    message_bytes: usize,
     /// Their tokens are their indices.
     listeners: Vec<TcpListener>,
     connections: HashMap<Token, (TcpStream, Box<dyn Service>)>,
@@ -117,6 +138,7 @@ impl Server {
         Ok(Self {
             poll,
             serve: plan.serve,
+            message_bytes: plan.message_bytes,
             next: listeners.len(),
             connections_max: descriptors::raise().saturating_sub(listeners.len()),
             listeners,
@@ -147,16 +169,17 @@ impl Server {
         let mut service: Box<dyn Service> = match self.serve {
             Serve::Line => Box::new(line::Line),
             Serve::Http => Box::new(http::Http::default()),
+            Serve::Echo => Box::new(echo::Echo::default()),
+            Serve::Sink => Box::new(bulk::Bulk::sink()),
+            Serve::Source => Box::new(bulk::Bulk::source(self.message_bytes)),
         };
         let _ = stream.set_nodelay(true);
         // Often the question is there already, and a short connection needs no epoll at all.
-        match service.turn(&mut stream, &mut self.scratch) {
-            Ok(Turn::Over) | Err(_) => return Ok(()),
-            Ok(Turn::Waiting | Turn::More) => {}
-        }
+        let turn = service.turn(&mut stream, &mut self.scratch);
+        let Ok(Turn::Waiting | Turn::More) = turn else { return Ok(()) };
         let token = Token(self.next);
         self.next += 1;
-        // Bytes that came before the registration are reported as well: epoll looks when it is told.
+        // What has come before the registration is told as well, so there is no need to know which of the two it was.
         self.poll.registry().register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
         self.connections.insert(token, (stream, service));
         Ok(())
@@ -178,7 +201,6 @@ impl Server {
 
 /// What reading once has found.
 fn read_once(stream: &mut TcpStream, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-    use std::io::Read;
     match stream.read(buffer) {
         Ok(read) => Ok(Some(read)),
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(None),
