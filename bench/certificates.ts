@@ -8,7 +8,7 @@ import { randomBytes, sign } from 'node:crypto';
 import type { KeyObject } from 'node:crypto';
 
 export interface SelfSigner {
-  /** For one DNS name and two days. */
+  /** For one DNS name. */
   readonly pem: (name: string) => string;
 }
 
@@ -16,7 +16,7 @@ export interface SelfSigner {
 export function selfSigner(privateKey: KeyObject, publicKey: KeyObject): SelfSigner {
   const { hash, algorithm } = signatureOf(privateKey);
   const spki = publicKey.export({ format: 'der', type: 'spki' });
-  const validity = sequence(utcTime(Date.now() - dayMs), utcTime(Date.now() + 2 * dayMs));
+  const validity = sequence(utcTime(Date.now() - dayMs), utcTime(Date.now() + validDays * dayMs));
   return {
     pem(name) {
       const distinguished = sequence(set(sequence(oids.commonName, tlv(tags.utf8String, Buffer.from(name)))));
@@ -88,6 +88,8 @@ function pemOf(der: Buffer): string {
   return ['-----BEGIN CERTIFICATE-----', ...lines, '-----END CERTIFICATE-----', ''].join('\n');
 }
 
+/** Longer than keygate warns before. */
+const validDays = 90;
 const dayMs = 86_400_000;
 
 const tags = {

@@ -94,7 +94,7 @@ export function makeKeys(kinds: readonly KeyKind[] = keyKinds): Keys {
 export function makeKeyFiles(directory: string, kind: KeyKind): KeyFiles {
   const files = keyFilesIn(directory, kind);
   const { privateKey, publicKey } = generators[kind]();
-  const keyPem = privateKey.export({ format: 'pem', type: 'pkcs8' }).toString();
+  const keyPem = privateKey.export({ format: 'pem', type: 'pkcs8' });
   const certificatePem = selfSigner(privateKey, publicKey).pem('localhost');
   writeFileSync(files.privateKey, keyPem, { mode: 0o600 });
   writeFileSync(files.certificate, certificatePem);

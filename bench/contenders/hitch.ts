@@ -12,6 +12,7 @@ import { backlog, filesOf, withManyFiles, write } from './contender.ts';
 import type { Contender, Place } from './contender.ts';
 import {
   cannotInOpenSsl,
+  cannotRefuseSessions,
   cannotReload,
   cannotServeMany,
   cannotWithFileKey,
@@ -27,6 +28,7 @@ export const hitchFile: Contender = {
     cannotWithFileKey(setting) ??
     cannotServeMany(setting) ??
     cannotReload(setting) ??
+    cannotRefuseSessions(setting) ??
     cannotInOpenSsl(hitchVersion()['openssl'] ?? '', setting),
   command,
 };

@@ -16,6 +16,7 @@ import type { Contender, Place } from './contender.ts';
 import type { NodeProxyPlan } from './node-proxy.ts';
 import {
   cannotInOpenSsl,
+  cannotRefuseSessions,
   cannotReload,
   cannotServeMany,
   cannotWithFileKey,
@@ -33,6 +34,7 @@ export const nodeFile: Contender = {
     cannotWithFileKey(setting) ??
     cannotServeMany(setting) ??
     cannotReload(setting) ??
+    cannotRefuseSessions(setting) ??
     cannotResumeAgain(setting) ??
     cannotInOpenSsl(nodeVersion()['openssl'] ?? '', setting),
   command,

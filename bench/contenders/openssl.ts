@@ -34,6 +34,11 @@ export function cannotServeMany({ certificates }: Setting): string | undefined {
   return certificates > 1 ? 'this benchmark configures many certificates for keygate and HAProxy only' : undefined;
 }
 
+/** Without a ticket, some give a TLS 1.2 session an identifier all the same, and the client comes back with it. */
+export function cannotRefuseSessions({ tls, resume }: Setting): string | undefined {
+  return tls === '1.2' && !resume ? 'it has no way not to offer the resumption of a TLS 1.2 session' : undefined;
+}
+
 /** A reload in them is a new set of processes, and CPU of processes that come and go is in no sum. */
 export function cannotReload({ reload }: Setting): string | undefined {
   return reload ? 'its reload replaces its processes, which cannot be measured as one' : undefined;

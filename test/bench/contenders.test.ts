@@ -94,7 +94,7 @@ for (const [name, contender] of Object.entries(contenders) as [ContenderName, Co
 }
 
 test('who cannot do something says why, and everybody can do the usual', () => {
-  for (const contender of Object.values(contenders) as Contender[]) {
+  for (const contender of Object.values(contenders)) {
     if (missingNeeds(contender).length === 0) assert.equal(contender.cannot(usual), undefined);
   }
   assert.match(contenders['nginx-file'].cannot({ ...usual, tokenLatencyMs: 2 }) ?? '', /no token that could be slow/);
