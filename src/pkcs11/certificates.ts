@@ -39,12 +39,19 @@ export const chainCertificatesMax = 10;
 /** Warn while there is still time to renew. */
 const expiryWarningDays = 14;
 
+/** Issuers that were met before, by their PEM block: thousands of chains have one intermediate in common. */
+export type KnownIssuers = Map<string, X509Certificate>;
+
 /** Reads and judges the chain as of `now`; never throws for what is wrong with the file. */
-export function readChain(config: CertificateConfig, now = new Date()): ChainReading {
+export function readChain(
+  config: CertificateConfig,
+  now = new Date(),
+  issuers: KnownIssuers = new Map<string, X509Certificate>(),
+): ChainReading {
   const report = new Report(config);
   const text = readBounded(config.chain, report);
   const blocks = text === undefined ? [] : pemBlocks(text, report);
-  const members = blocks.flatMap((block) => parseBlock(block, report) ?? []);
+  const members = blocks.flatMap((block, index) => parseBlock(block, report, index === 0 ? undefined : issuers) ?? []);
   const [leaf] = members;
   if (leaf === undefined) {
     if (report.problems.length === 0) report.problem(1, 'no certificate', 'a PEM certificate');
@@ -163,7 +170,7 @@ function pemBlocks(text: string, report: Report): Block[] {
   return blocks;
 }
 
-function parseBlock(block: Block, report: Report): Member | undefined {
+function parseBlock(block: Block, report: Report, known: KnownIssuers | undefined): Member | undefined {
   if (block.label.endsWith('PRIVATE KEY')) {
     report.problem(
       block.line,
@@ -178,7 +185,9 @@ function parseBlock(block: Block, report: Report): Member | undefined {
     return undefined;
   }
   try {
-    return { certificate: new X509Certificate(block.pem), line: block.line };
+    const certificate = known?.get(block.pem) ?? new X509Certificate(block.pem);
+    known?.set(block.pem, certificate);
+    return { certificate, line: block.line };
   } catch {
     report.problem(block.line, 'bytes that are no X.509 certificate', 'an X.509 certificate');
     return undefined;

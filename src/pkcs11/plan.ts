@@ -18,7 +18,7 @@ import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { ConfigError, formatProblem, KeygateError, TokenError } from '../errors.ts';
 import type { ErrorCode } from '../errors.ts';
 import { readChain } from './certificates.ts';
-import type { CertificateChain, ChainReading } from './certificates.ts';
+import type { CertificateChain, ChainReading, KnownIssuers } from './certificates.ts';
 import { failureReason, tokenFailure } from './failure.ts';
 import { formatKey, KeySearch, proveConfined, proveKey } from './keys.ts';
 import type { OpenToken, TokenKey } from './keys.ts';
@@ -104,9 +104,11 @@ export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
     keys: new Map(),
     warnings: [],
   }));
+  const now = new Date();
+  const issuers: KnownIssuers = new Map();
   const certificates = Object.values(config.certificates).map((certificate): CertificateState => ({
     config: certificate,
-    reading: readChain(certificate),
+    reading: readChain(certificate, now, issuers),
     keys: tokens
       .filter(({ config: { name } }) => certificate.tokens.includes(name))
       .map((token): KeyState => ({ shared: sharedKey(token, certificate.key) })),
