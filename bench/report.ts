@@ -55,6 +55,7 @@ export function terminalReport(result: Result): string {
     '',
     ...leftOut(result).map(({ title, reason, scenarios }) => `left out: ${title}: ${reason} (${scenarios.join(', ')})`),
     ...result.failed.map(({ name, reason }) => `${coloured('red', '✘')} NOT MEASURED: ${name}: ${oneLine(reason)}`),
+    ...noiseNotes(result),
     `Ratios are the first row ÷ this row, median (${coverageText(result)}). ▲ the first is ahead, ▼ behind, = a tie.`,
     '',
   ].join('\n');
@@ -255,8 +256,26 @@ function readingNotes(result: Result): string[] {
     '▲: the first is ahead; ▼: behind; =: a tie, the interval holds 1. A goal is *met* when the whole interval is within it, and *met by the median only* when the median alone is.',
     '“core used by it” well below 1 means that its rate is not its limit: the token, the load or others set the pace. CPU per handshake is right all the same.',
     'Failures are the sum of all rounds.',
+    ...noiseNotes(result),
   ].map((note) => `* ${note}`);
 }
+
+/** Of a machine that was not ours alone: why the intervals are wide. */
+function noiseNotes({ scenarios }: Result): string[] {
+  const shares = scenarios.flatMap(({ subjects }) =>
+    subjects.flatMap((subject) => {
+      const share = numberOf(subject, 'strangers_share');
+      return 'missing' in share ? [] : [share.median];
+    }),
+  );
+  const highest = Math.max(0, ...shares);
+  if (highest < noticedShare) return [];
+  return [
+    `Others used up to ${(highest * 100).toFixed(0)} % of the cores of who was measured (“by others”): the intervals are as wide as that makes them, rates and latencies are not what this machine can do.`,
+  ];
+}
+
+const noticedShare = 0.1;
 
 /** What the intervals are worth; some scenarios have fewer rounds. */
 function coverageText({ scenarios }: Result): string {

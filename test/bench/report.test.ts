@@ -10,6 +10,7 @@ import { join } from 'node:path';
 import { test } from 'node:test';
 import { stripVTControlCharacters } from 'node:util';
 import { pngOf } from '../../bench/charts.ts';
+import { numberText } from '../../bench/metrics.ts';
 import { plots } from '../../bench/plots.ts';
 import { markdownReport, terminalReport, writeReport } from '../../bench/report.ts';
 import { readResult } from '../../bench/result.ts';
@@ -131,6 +132,19 @@ test('what the intervals are worth is said, also when it differs or is nothing',
   assert.equal(said(3, 5), 'its 75.0 to 93.8 % confidence interval; below 90.0 % nothing is concluded');
   assert.equal(said(1, 1), 'no interval: one round');
   assert.equal(said(), 'no interval: nothing was measured');
+});
+
+test('a machine that others used meanwhile is said', () => {
+  const said = (share: number) =>
+    terminal(aResult(aScenario([aSubject('keygate', around(50), { strangers_share: share })])));
+  assert.match(said(0.5), /Others used up to 50 % of the cores/);
+  assert.doesNotMatch(said(0.01), /Others used/);
+});
+
+test('small numbers get more digits, as many as tell them apart', () => {
+  const text = numberText('relay_gib_per_second');
+  assert.deepEqual([0, 0.0072, 0.072, 0.72, 7.2].map(text), ['0.00', '0.0072', '0.072', '0.72', '7.20']);
+  assert.equal(numberText('handshake_cpu_us')(0.4), '0');
 });
 
 test('failures are added up over all rounds', () => {
