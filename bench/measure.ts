@@ -1,189 +1,184 @@
 /**
- * Owns: measuring the contenders in one scenario: started one after the other, then round by round in turn, so that whatever
+ * Owns: measuring the subjects of one scenario: started one after the other, then round by round in turn, so that whatever
  * else the machine does in between meets all of them.
- * Must not know: what the numbers mean, how they are shown.
+ * Must not know: what is measured, what the numbers mean, how they are shown.
  * Runs: in the benchmark's process, which is idle while a round runs.
  */
 import { mkdirSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Contender } from './contenders.ts';
+import { missingNeeds } from './contenders/contender.ts';
+import type { Contender } from './contenders/contender.ts';
+import { contenders } from './contenders/contenders.ts';
+import type { ContenderName } from './contenders/contenders.ts';
 import type { Keys } from './keys.ts';
-import { runLoad } from './load.ts';
-import type { LoadResult } from './load.ts';
-import { accepting, coreBusySeconds, cpuTime, freePort, Pinned } from './processes.ts';
-import type { CpuTime } from './processes.ts';
-import { negotiation, suiteOf } from './scenarios.ts';
-import type { Scenario } from './scenarios.ts';
+import { runHandshakes, startUpstream } from './load.ts';
+import type { Upstream } from './load.ts';
+import type { Sample } from './metrics.ts';
+import { accepting, freePort, Pinned } from './processes.ts';
+import type { ScenarioResult, SubjectResult } from './result.ts';
+import type { Scenario, Setting, Subject } from './scenarios.ts';
+import { reasons, sum, target } from './workloads/running.ts';
+import type { Cores, Pace, Running, Workload } from './workloads/workload.ts';
+import { workloads } from './workloads/workloads.ts';
 
-/** Two, so that the load takes nothing from who is measured. */
-export const cores = { contender: 0, load: 1 } as const;
-
-export interface Pace {
-  /** 1..100. */
-  readonly rounds: number;
-  /** Of each contender in each round, 0.1..60. */
-  readonly seconds: number;
-  /** Clients, each with one connection at a time, 1..4096. */
-  readonly connections: number;
-}
-
-/** One contender in one round. */
-export interface Round {
-  readonly handshakes: number;
-  readonly seconds: number;
-  /** User and system, of all its processes. */
-  readonly cpuSeconds: number;
-  /** What others used of its core, 0..1: the noise. */
-  readonly strangersShare: number;
-  readonly failures: Readonly<Record<string, number>>;
-  readonly handshakeUs: LoadResult['handshakeUs'];
-  readonly connectionUs: LoadResult['connectionUs'];
-}
-
-export interface Measured {
-  readonly contender: Contender;
-  readonly rounds: readonly Round[];
-}
-
-/** What all contenders share. */
+/** What all scenarios share. */
 export interface Bed {
   readonly loadProgram: string;
   readonly keys: Keys;
-  readonly upstreamPort: number;
+  /** Who may be measured; a scenario's other subjects are left out. */
+  readonly contenders: readonly ContenderName[];
 }
 
-/** @throws when a contender does not start, dies, or negotiates something else than the scenario says. */
+/** @throws when a subject does not start, dies, or does other work than the scenario says. */
 export async function measure(
   scenario: Scenario,
-  contenders: readonly Contender[],
   bed: Bed,
-  pace: Pace,
+  run: Pace,
   progress: (line: string) => void,
-): Promise<readonly Measured[]> {
-  const started: Started[] = [];
+): Promise<ScenarioResult> {
+  const pace = paceOf(scenario, run);
+  const workload = workloads[scenario.workload];
+  const wanted = scenario.subjects.filter(({ contender }) => bed.contenders.includes(contender));
+  const leftOut = wanted.flatMap((subject) => {
+    const reason = obstacle(subject, settingOf(scenario, subject));
+    return reason === undefined ? [] : [{ subject, title: titleOf(subject), reason }];
+  });
+  const upstream = await startUpstream(
+    bed.loadProgram,
+    coresOf(scenario.setting).load,
+    workload.upstream,
+    workload.upstreamPlan?.(scenario),
+  );
+  const started: Running[] = [];
   try {
     // One at a time: two programs that log in to SoftHSM at once can miss the token.
-    for (const contender of contenders) {
-      progress(`${scenario.name}: starting ${contender.name}`);
-      started.push(await start(contender, scenario, bed, pace));
+    for (const subject of wanted.filter((each) => !leftOut.some(({ subject: out }) => out === each))) {
+      progress(`${scenario.name}: starting ${titleOf(subject)}`);
+      started.push(await start(subject, started.length, scenario, workload, upstream, bed, pace));
     }
-    const rounds = started.map((): Round[] => []);
+    const rounds = started.map((): Sample[] => []);
     for (let round = 0; round < pace.rounds; round += 1) {
       for (let turn = 0; turn < started.length; turn += 1) {
         // Another one begins each round: whoever follows the heaviest one is not always the same.
         const index = (round + turn) % started.length;
-        const running = started[index] as Started;
-        const result = await measureRound(running, pace);
-        rounds[index]?.push(result);
-        progress(
-          `${scenario.name}: round ${round + 1}/${pace.rounds} ${running.contender.name} ${Math.round(result.handshakes / result.seconds)}/s`,
-        );
+        const running = started[index] as Running;
+        const sample = await workload.round(running, pace);
+        rounds[index]?.push(sample);
+        progress(`${scenario.name}: round ${round + 1}/${pace.rounds} ${running.title} ${brief(workload, sample)}`);
       }
     }
-    return started.map(({ contender }, index) => ({ contender, rounds: rounds[index] ?? [] }));
+    return {
+      name: scenario.name,
+      title: scenario.title,
+      workload: scenario.workload,
+      metrics: [...workload.metrics],
+      subjects: started.map((running, index): SubjectResult => ({
+        contender: running.contender,
+        title: running.title,
+        rounds: rounds[index] ?? [],
+      })),
+      left_out: leftOut.map(({ title, reason }) => ({ title, reason })),
+      goals: scenario.goals.map((goal) => ({ ...goal })),
+      parameters: { ...scenario.parameters },
+    };
   } finally {
-    await Promise.all(started.map(({ pinned }) => pinned.stop()));
+    await Promise.all([...started.map(({ pinned }) => pinned.stop()), upstream.pinned.stop()]);
   }
 }
 
-interface Started {
-  readonly contender: Contender;
-  readonly scenario: Scenario;
-  readonly bed: Bed;
-  readonly pinned: Pinned;
-  readonly port: number;
+/** Why a subject is not measured in a setting. */
+function obstacle(subject: Subject, setting: Setting): string | undefined {
+  const contender: Contender = contenders[subject.contender];
+  const missing = missingNeeds(contender);
+  return missing.length > 0 ? `needs ${missing.join(', ')}` : contender.cannot(setting);
 }
 
-async function start(contender: Contender, scenario: Scenario, bed: Bed, pace: Pace): Promise<Started> {
-  const { keys, upstreamPort } = bed;
-  const directory = join(keys.token.directory, scenario.name, contender.name);
+async function start(
+  subject: Subject,
+  index: number,
+  scenario: Scenario,
+  workload: Workload,
+  upstream: Upstream,
+  bed: Bed,
+  pace: Pace,
+): Promise<Running> {
+  const contender: Contender = contenders[subject.contender];
+  const setting = settingOf(scenario, subject);
+  const directory = join(bed.keys.token.directory, scenario.name, `${index}-${subject.contender}`);
   mkdirSync(directory, { recursive: true, mode: 0o700 });
-  const port = await freePort();
-  const pinned = new Pinned(
-    contender.name,
-    cores.contender,
-    contender.command({ scenario, keys, directory, port, upstreamPort }),
-  );
-  const started = { contender, scenario, bed, pinned, port };
+  const [port, adminPort] = [await freePort(), await freePort()];
+  const cores = coresOf(setting);
+  const title = titleOf(subject);
+  const command = contender.command({
+    setting,
+    keys: bed.keys,
+    token: bed.keys.access(setting.tokenLatencyMs),
+    directory,
+    port,
+    adminPort,
+    upstreams: upstream.addresses,
+    upstreamKind: workload.upstream,
+  });
+  const running: Running = {
+    title,
+    contender: subject.contender,
+    scenario,
+    setting,
+    pinned: new Pinned(title, cores.subject, command),
+    address: `127.0.0.1:${port}`,
+    adminAddress: subject.contender === 'keygate' ? `127.0.0.1:${adminPort}` : undefined,
+    cores,
+    keys: bed.keys,
+    loadProgram: bed.loadProgram,
+  };
   try {
-    await accepting(pinned, port);
-    // Also waits for the login: until then connections wait in the accept queue.
-    check(started, await load(started, { ...pace, seconds: Math.min(pace.seconds, warmUpSecondsMax) }));
+    await accepting(running.pinned, port);
+    await answering(running);
+    await workload.warmUp(running, pace);
   } catch (error) {
-    await pinned.stop();
-    throw new Error(`${contender.name} is not fit to be measured: ${String(error)}; ${pinned.obituary}`, {
+    await running.pinned.stop();
+    throw new Error(`${title} is not fit to be measured: ${String(error)}; ${running.pinned.obituary}`, {
       cause: error,
     });
   }
-  return started;
+  return running;
 }
 
-/** Caches, branch predictors, memory pools and just-in-time compilers have seen it all by then. */
-const warmUpSecondsMax = 1;
-
-async function measureRound(running: Started, pace: Pace): Promise<Round> {
-  const { pid } = running.pinned;
-  const before = { cpu: cpuTime(pid), core: coreBusySeconds(cores.contender) };
-  const result = await load(running, pace, () => {
-    // After the clients' warm-up, which is part of no number.
-    before.cpu = cpuTime(pid);
-    before.core = coreBusySeconds(cores.contender);
+/** Some listen long before they have logged in to their token or read their certificates. */
+async function answering(running: Running): Promise<void> {
+  const result = await runHandshakes(running.loadProgram, running.cores.load, {
+    ...target(running),
+    exchange: 'none',
+    connections: 1,
+    count: 1,
+    deadlineSeconds: startSeconds,
+    seconds: startSeconds,
   });
-  const after = { cpu: cpuTime(pid), core: coreBusySeconds(cores.contender) };
-  check(running, result);
-  const cpuSeconds = cpuUsed(running, before.cpu, after.cpu);
-  return {
-    handshakes: result.handshakes,
-    seconds: result.seconds,
-    cpuSeconds,
-    strangersShare: Math.max(0, after.core - before.core - cpuSeconds) / result.seconds,
-    failures: result.failures,
-    handshakeUs: result.handshakeUs,
-    connectionUs: result.connectionUs,
-  };
+  if (sum(result.failures) > 0) throw new Error(`no handshake: ${reasons(result)}`);
 }
 
-function load(
-  { scenario, port, bed }: Started,
-  { seconds, connections }: Pick<Pace, 'seconds' | 'connections'>,
-  started?: () => void,
-): Promise<LoadResult> {
-  const { certificate } = bed.keys.files[scenario.key];
-  return runLoad(bed.loadProgram, cores.load, { port, certificate, scenario, connections, seconds }, started);
+/** With 10,000 certificates on a machine that is busy otherwise. */
+const startSeconds = 120;
+
+/** Two cores, so that the load takes nothing from who is measured; with two workers there is no core left for it alone. */
+function coresOf({ workers }: Setting): Cores {
+  return workers === 1 ? { subject: [0], load: [1] } : { subject: [0, 1], load: [0, 1] };
 }
 
-function cpuUsed(running: Started, before: CpuTime, after: CpuTime): number {
-  if (before.pids.join() !== after.pids.join()) {
-    throw new Error(
-      `${running.contender.name}: processes ${before.pids.join()} became ${after.pids.join()} during a round: ${running.pinned.obituary}`,
-    );
-  }
-  return after.seconds - before.seconds;
+function paceOf({ connections, roundsMax = Infinity }: Scenario, run: Pace): Pace {
+  return { ...run, rounds: Math.min(run.rounds, roundsMax), connections: connections ?? run.connections };
 }
 
-/** A contender that does less work than the others must not win by it. */
-function check({ contender, scenario }: Started, result: LoadResult): void {
-  const found = {
-    protocol: result.negotiated?.protocol,
-    suite: result.negotiated?.cipherSuite,
-    group: result.negotiated?.group,
-    resumed: result.negotiated?.resumed,
-    deviations: result.deviations,
-    ticketsPerHandshake: Math.round((result.tickets / result.handshakes) * 100) / 100,
-  };
-  const expected = {
-    protocol: `TLSv1_${scenario.tls.slice(2)}`,
-    // rustls' own spelling of the suites of TLS 1.3.
-    suite: suiteOf(scenario).iana.replace(/^TLS_AES/, 'TLS13_AES'),
-    group: negotiation.group,
-    resumed: scenario.resume,
-    deviations: 0,
-    ticketsPerHandshake: scenario.tickets,
-  };
-  const wrong = Object.entries(expected).filter(([name, value]) => found[name as keyof typeof found] !== value);
-  if (wrong.length === 0) return;
-  const list = wrong.map(([name, value]) => `${name}: expected ${value}, found ${found[name as keyof typeof found]}`);
-  throw new Error(
-    `${contender.name} in ${scenario.name}: ${list.join('; ')}; failures ${JSON.stringify(result.failures)}`,
-  );
+function settingOf(scenario: Scenario, subject: Subject): Setting {
+  return { ...scenario.setting, ...subject.setting };
+}
+
+function titleOf(subject: Subject): string {
+  return subject.title ?? contenders[subject.contender].title;
+}
+
+function brief(workload: Workload, sample: Sample): string {
+  const [metric] = workload.metrics;
+  const value = metric === undefined ? undefined : sample[metric];
+  return value === undefined ? '' : `${metric} ${value.toPrecision(4)}`;
 }

@@ -1,5 +1,5 @@
 /**
- * Owns: child processes that are pinned to a core: starting, knowing why they died, how much CPU they used, ending them.
+ * Owns: child processes that are pinned to cores: starting, knowing why they died, how much CPU they used, ending them.
  * Must not know: what they are.
  * Runs: in the benchmark's process.
  */
@@ -24,10 +24,10 @@ export class Pinned {
   readonly child: ChildProcess;
   #said = '';
 
-  constructor(name: string, core: number, command: Command) {
+  constructor(name: string, cores: readonly number[], command: Command) {
     this.name = name;
     // taskset becomes the command, so the PID is the command's.
-    this.child = spawn('taskset', ['-c', String(core), command.file, ...command.args], {
+    this.child = spawn('taskset', ['-c', cores.join(','), command.file, ...command.args], {
       cwd: command.cwd,
       env: { ...process.env, ...command.env },
       stdio: ['pipe', 'pipe', 'pipe'],
@@ -80,21 +80,86 @@ export async function stopAll(): Promise<void> {
   await Promise.all([...running].map((pinned) => pinned.stop()));
 }
 
-/** CPU seconds, user and system, of a process and its descendants. */
-export interface CpuTime {
-  readonly seconds: number;
-  /** A process that came or went makes two readings incomparable. */
+/** What a subject and everybody else used of the subject's cores in a round. */
+export interface CpuUsed {
+  /** User and system, of all processes of the subject. */
+  readonly cpuSeconds: number;
+  /** Of the cores that it may use, 0..1. */
+  readonly coreShare: number;
+  readonly strangersShare: number;
+}
+
+/** Reads the clocks of a subject before and after. Resolution: one tick of the kernel, usually 10 ms. */
+export class CpuMeter {
+  readonly #pinned: Pinned;
+  readonly #cores: readonly number[];
+  #before: Reading;
+
+  constructor(pinned: Pinned, cores: readonly number[]) {
+    this.#pinned = pinned;
+    this.#cores = cores;
+    this.#before = reading(pinned.pid, cores);
+  }
+
+  start(): void {
+    this.#before = reading(this.#pinned.pid, this.#cores);
+  }
+
+  /** @throws when a process of the subject came or went: then the two readings do not belong together. */
+  stop(seconds: number): CpuUsed {
+    const [before, after] = [this.#before, reading(this.#pinned.pid, this.#cores)];
+    if (before.pids.join() !== after.pids.join())
+      throw new Error(
+        `processes ${before.pids.join()} became ${after.pids.join()} during a round: ${this.#pinned.obituary}`,
+      );
+    const cpuSeconds = after.cpuSeconds - before.cpuSeconds;
+    const available = seconds * this.#cores.length;
+    return {
+      cpuSeconds,
+      coreShare: cpuSeconds / available,
+      strangersShare: Math.max(0, after.busySeconds - before.busySeconds - cpuSeconds) / available,
+    };
+  }
+}
+
+interface Reading {
   readonly pids: readonly number[];
+  readonly cpuSeconds: number;
+  /** Whoever used the cores. */
+  readonly busySeconds: number;
 }
 
-/** @throws when a process is gone. */
-export function cpuTime(pid: number): CpuTime {
-  const pids = [pid, ...descendants(pid)].toSorted((left, right) => left - right);
-  return { seconds: pids.reduce((sum, each) => sum + ticksOf(each), 0) / ticksPerSecond(), pids };
+/** @throws when the process is gone. */
+function reading(pid: number, cores: readonly number[]): Reading {
+  const pids = familyOf(pid);
+  return {
+    pids,
+    cpuSeconds: pids.reduce((sum, each) => sum + ticksOf(each), 0) / ticksPerSecond(),
+    busySeconds: cores.reduce((sum, core) => sum + busySeconds(core), 0),
+  };
 }
 
-/** Seconds that a core was not idle since boot, whoever used it. */
-export function coreBusySeconds(core: number): number {
+/** A process and its descendants. @throws when it is gone. */
+export function familyOf(pid: number): readonly number[] {
+  return [pid, ...descendants(pid)].toSorted((left, right) => left - right);
+}
+
+/**
+ * Memory of a process and its descendants; pages that several of them share are counted once. What the kernel keeps for their
+ * sockets is not in it. proc_pid_smaps(5). @throws when it is gone, or belongs to somebody else.
+ */
+export function pssBytes(pid: number): number {
+  const kib = familyOf(pid).map((each) => {
+    const rollup = readFileSync(`/proc/${each}/smaps_rollup`, 'utf8');
+    const pss = rollup.match(/^Pss: +(\d+) kB$/m)?.[1];
+    if (pss === undefined) throw new Error(`/proc/${each}/smaps_rollup: no Pss`);
+    return Number(pss);
+  });
+  return kib.reduce((sum, each) => sum + each, 0) * 1024;
+}
+
+/** Seconds that a core was not idle since boot. */
+function busySeconds(core: number): number {
   const line = readFileSync('/proc/stat', 'utf8').match(new RegExp(`^cpu${core} (.*)$`, 'm'))?.[1];
   if (line === undefined) throw new Error(`/proc/stat: no core ${core}`);
   // proc_stat(5): user nice system idle iowait irq softirq steal

@@ -1,76 +1,367 @@
 /**
- * Owns: what is measured, one row each.
- * Must not know: who is measured, or how.
+ * Owns: what is measured, one row each, and what is expected of it.
+ * Must not know: how anything is measured, how a contender is configured.
  * Runs: in the benchmark's process.
  */
+import type { ContenderName } from './contenders/contenders.ts';
+import type { MetricName } from './metrics.ts';
+import type { WorkloadName } from './workloads/workload.ts';
 
-export const keyKinds = ['p256', 'rsa2048'] as const;
+export const keyKinds = ['p256', 'p384', 'rsa2048', 'rsa3072', 'ed25519'] as const;
 export type KeyKind = (typeof keyKinds)[number];
+export const groups = ['X25519', 'X25519MLKEM768'] as const;
+export type Group = (typeof groups)[number];
+export type TlsVersion = '1.2' | '1.3';
+
+/** What is the same for all who are measured, unless a subject says otherwise. */
+export interface Setting {
+  readonly key: KeyKind;
+  readonly tls: TlsVersion;
+  readonly group: Group;
+  /** Handshakes of the load resume, and servers give one session ticket in each; none otherwise. */
+  readonly resume: boolean;
+  /** What each C_Sign takes longer, milliseconds; 0: SoftHSM as it is. */
+  readonly tokenLatencyMs: 0 | 2 | 10;
+  readonly workers: 1 | 2;
+  /** Configured; the load asks for those of some of them in turn. */
+  readonly certificates: number;
+  /** The configuration is loaded again and again meanwhile. */
+  readonly reload: boolean;
+}
+
+/** One who is measured: a contender, in the scenario's setting or a variation of it. */
+export interface Subject {
+  readonly contender: ContenderName;
+  /** Of the subject in tables; the contender's, if it is in the scenario's own setting. */
+  readonly title?: string;
+  readonly setting?: Partial<Setting>;
+}
+
+/** What design.md asks for. A ratio is the first subject's number divided by that of `against`; without it the number itself. */
+export interface Goal {
+  readonly title: string;
+  readonly metric: MetricName;
+  readonly against?: ContenderName;
+  /** One of them. */
+  readonly max?: number;
+  readonly min?: number;
+}
 
 export interface Scenario {
   readonly name: string;
   readonly title: string;
-  readonly key: KeyKind;
-  readonly tls: '1.2' | '1.3';
-  readonly resume: boolean;
-  /** Session tickets that a server gives in each handshake. */
-  readonly tickets: 0 | 1;
-  /** The most that keygate's CPU per handshake may be of another contender's. */
-  readonly goals: readonly { readonly against: string; readonly cpuRatioMax: number }[];
+  readonly workload: WorkloadName;
+  readonly setting: Setting;
+  /** The first is compared with each of the others. */
+  readonly subjects: readonly Subject[];
+  readonly goals: readonly Goal[];
+  /** In the short run too, which takes about five minutes in all. */
+  readonly short: boolean;
+  /** Clients, where it is not as many as the run says. */
+  readonly connections?: number;
+  /** Fewer rounds than the run says, where one takes long. */
+  readonly roundsMax?: number;
+  readonly parameters?: Parameters;
 }
 
-/** Each connection is: connect, handshake, connect to the upstream, one line there and back, close. */
-export const scenarios: readonly Scenario[] = [
+/** What only some workloads read. */
+export interface Parameters {
+  /** Of each write. */
+  readonly messageBytes?: number;
+  /** At the end of the ramp. */
+  readonly idleConnections?: number;
+  /** On all connections together, whether answered or not. */
+  readonly echoesPerSecond?: number;
+  /** Handshakes begun, whether done or not. */
+  readonly stormPerSecond?: number;
+}
+
+const usual: Setting = {
+  key: 'p256',
+  tls: '1.3',
+  group: 'X25519',
+  resume: false,
+  tokenLatencyMs: 0,
+  workers: 1,
+  certificates: 1,
+  reload: false,
+};
+
+const all = (...names: readonly ContenderName[]): Subject[] => names.map((contender) => ({ contender }));
+
+const handshakeSubjects = all(
+  'keygate',
+  'nginx-softhsm',
+  'nginx-file',
+  'haproxy-file',
+  'hitch-file',
+  'stunnel-softhsm',
+  'node-file',
+);
+
+/** Goals of single handshakes, by key; the other kinds have none. */
+const handshakeGoals: Partial<Record<KeyKind, readonly Goal[]>> = {
+  p256: [
+    {
+      title: 'CPU per full TLS 1.3 handshake, P-256, key in SoftHSM',
+      metric: 'handshake_cpu_us',
+      against: 'nginx-softhsm',
+      max: 0.65,
+    },
+  ],
+  rsa2048: [
+    {
+      title: 'CPU per full TLS 1.3 handshake, RSA-2048, key in SoftHSM',
+      metric: 'handshake_cpu_us',
+      against: 'nginx-softhsm',
+      max: 0.9,
+    },
+  ],
+};
+
+const fullHandshakes: readonly Scenario[] = keyKinds.flatMap((key) =>
+  (['1.3', '1.2'] as const).flatMap((tls) =>
+    groups
+      // TLS 1.2 has no name for a post-quantum group.
+      .filter((group) => tls === '1.3' || group === 'X25519')
+      .map((group) => ({
+        name: `full-${key}-tls${tls}-${group}`.toLowerCase(),
+        title: `full TLS ${tls} handshake, ${key}, ${group}`,
+        workload: 'handshakes' as const,
+        setting: { ...usual, key, tls, group },
+        subjects: handshakeSubjects,
+        goals: tls === '1.3' && group === 'X25519' ? (handshakeGoals[key] ?? []) : [],
+        short: tls === '1.3' && group === 'X25519' && (key === 'p256' || key === 'rsa2048'),
+      })),
+  ),
+);
+
+const resumedHandshakes: readonly Scenario[] = [
   {
-    name: 'p256-full',
-    title: 'full TLS 1.3 handshake, EC P-256',
-    key: 'p256',
-    tls: '1.3',
-    resume: false,
-    tickets: 0,
-    goals: [{ against: 'nginx-softhsm', cpuRatioMax: 0.65 }],
-  },
-  {
-    name: 'rsa2048-full',
-    title: 'full TLS 1.3 handshake, RSA-2048',
-    key: 'rsa2048',
-    tls: '1.3',
-    resume: false,
-    tickets: 0,
-    goals: [{ against: 'nginx-softhsm', cpuRatioMax: 0.9 }],
-  },
-  {
-    name: 'p256-resumed',
+    name: 'resumed-tls1.3',
     title: 'resumed TLS 1.3 handshake',
-    key: 'p256',
-    tls: '1.3',
-    resume: true,
-    tickets: 1,
-    goals: [{ against: 'haproxy-file', cpuRatioMax: 0.65 }],
+    workload: 'handshakes',
+    setting: { ...usual, resume: true },
+    subjects: handshakeSubjects,
+    goals: [{ title: 'CPU per resumed handshake', metric: 'handshake_cpu_us', against: 'haproxy-file', max: 0.65 }],
+    short: true,
   },
   {
-    name: 'p256-full-tls12',
-    title: 'full TLS 1.2 handshake, EC P-256',
-    key: 'p256',
-    tls: '1.2',
-    resume: false,
-    tickets: 0,
+    name: 'resumed-tls1.2',
+    title: 'resumed TLS 1.2 handshake',
+    workload: 'handshakes',
+    setting: { ...usual, tls: '1.2', resume: true },
+    subjects: handshakeSubjects,
     goals: [],
+    short: false,
   },
 ];
 
-/** What every contender is told to negotiate, and what the load finds in every handshake. */
-export const negotiation = {
-  group: 'X25519',
-  suites: {
-    '1.3': { iana: 'TLS_AES_128_GCM_SHA256', openssl: 'TLS_AES_128_GCM_SHA256' },
-    '1.2': {
-      p256: { iana: 'TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256', openssl: 'ECDHE-ECDSA-AES128-GCM-SHA256' },
-      rsa2048: { iana: 'TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256', openssl: 'ECDHE-RSA-AES128-GCM-SHA256' },
-    },
-  },
-} as const;
+const slowToken: readonly Scenario[] = ([2, 10] as const).map((tokenLatencyMs) => ({
+  name: `slow-token-${tokenLatencyMs}ms`,
+  title: `full TLS 1.3 handshake, p256, token that takes ${tokenLatencyMs} ms longer`,
+  workload: 'handshake-rate',
+  setting: { ...usual, tokenLatencyMs },
+  subjects: all('keygate', 'nginx-softhsm', 'stunnel-softhsm'),
+  goals:
+    tokenLatencyMs === 2
+      ? [
+          {
+            title: 'handshakes/s of one worker with a token that takes 2 ms',
+            metric: 'handshakes_per_second',
+            against: 'nginx-softhsm',
+            min: 5,
+          },
+        ]
+      : [],
+  short: tokenLatencyMs === 2,
+  connections: 64,
+}));
 
-export function suiteOf(scenario: Scenario): { readonly iana: string; readonly openssl: string } {
-  return scenario.tls === '1.3' ? negotiation.suites['1.3'] : negotiation.suites['1.2'][scenario.key];
-}
+/** Two cores are all there are: from the gentle to what no worker with a blocking token can keep up with. */
+const storms: readonly Scenario[] = [200, 1000].map((stormPerSecond) => ({
+  name: `storm-${stormPerSecond}`,
+  title: `echo of 50 connections in a storm of ${stormPerSecond} handshakes/s, token that takes 2 ms longer`,
+  workload: 'storm',
+  setting: { ...usual, tokenLatencyMs: 2 },
+  subjects: all('keygate', 'nginx-softhsm'),
+  goals: [
+    {
+      title: "p99 of an established connection's echo in a storm, against its own before",
+      metric: 'storm_p99_ratio',
+      max: 2,
+    },
+  ],
+  short: stormPerSecond === 1000,
+  connections: 50,
+  parameters: { messageBytes: 64, echoesPerSecond: 1000, stormPerSecond },
+}));
+
+const saturation: readonly Scenario[] = (
+  [
+    ['p256', 0],
+    ['rsa2048', 0],
+    ['p256', 2],
+    ['p256', 10],
+  ] as const
+).map(([key, tokenLatencyMs]) => ({
+  name: `token-saturation-${key}-${tokenLatencyMs}ms`,
+  title: `handshakes as a share of what the token signs, ${key}, ${tokenLatencyMs} ms longer`,
+  workload: 'saturation',
+  setting: { ...usual, key, tokenLatencyMs },
+  subjects: all('keygate', 'nginx-softhsm'),
+  goals: [],
+  short: false,
+  connections: 64,
+}));
+
+const http: readonly Scenario[] = [
+  {
+    name: 'http-close',
+    title: 'handshake, one HTTP request, close',
+    workload: 'http-close',
+    setting: usual,
+    subjects: all('keygate', 'nginx-softhsm', 'nginx-file', 'haproxy-file'),
+    goals: [],
+    short: false,
+  },
+  {
+    name: 'http-keep-alive',
+    title: 'HTTP requests over connections that stay open (autocannon)',
+    workload: 'http-keep-alive',
+    setting: usual,
+    subjects: all('keygate', 'nginx-file', 'haproxy-file'),
+    goals: [],
+    short: true,
+  },
+];
+
+const largest = 1_048_576;
+
+const relays: readonly Scenario[] = (['up', 'down'] as const).flatMap((direction) =>
+  [64, 1024, 16_384, 1_048_576].map((messageBytes) => ({
+    name: `relay-${direction}-${messageBytes}`,
+    title: `${direction === 'up' ? 'to' : 'from'} the upstream in writes of ${messageBytes} bytes`,
+    workload: `relay-${direction}` as const,
+    setting: usual,
+    subjects: all('keygate', 'nginx-file', 'haproxy-file'),
+    goals:
+      messageBytes === largest
+        ? [
+            {
+              title: `CPU per GiB ${direction === 'up' ? 'to' : 'from'} the upstream`,
+              metric: 'relay_cpu_s_per_gib',
+              against: 'nginx-file',
+              max: 0.9,
+            },
+          ]
+        : [],
+    short: messageBytes === largest,
+    connections: 8,
+    parameters: { messageBytes },
+  })),
+);
+
+const echoes: readonly Scenario[] = [64, 16_384].map((messageBytes) => ({
+  name: `echo-${messageBytes}`,
+  title: `messages of ${messageBytes} bytes there and back`,
+  workload: 'echo',
+  setting: usual,
+  subjects: all('keygate', 'nginx-file', 'haproxy-file'),
+  goals: [],
+  short: false,
+  parameters: { messageBytes, echoesPerSecond: 10_000 },
+}));
+
+const idles: readonly Scenario[] = (
+  [
+    [2000, undefined],
+    [100_000, 2],
+  ] as const
+).map(([idleConnections, roundsMax]) => ({
+  name: `idle-${idleConnections}`,
+  title: `${idleConnections} idle connections`,
+  workload: 'idle',
+  setting: usual,
+  subjects: all('keygate', 'nginx-file', 'haproxy-file'),
+  goals: [
+    { title: 'memory per idle connection, bytes', metric: 'idle_connection_bytes', max: 12 * 1024 },
+    { title: 'memory per idle connection', metric: 'idle_connection_bytes', against: 'nginx-file', max: 1 },
+    { title: 'memory per idle connection', metric: 'idle_connection_bytes', against: 'haproxy-file', max: 1 },
+  ],
+  short: idleConnections === 2000,
+  ...(roundsMax === undefined ? {} : { roundsMax }),
+  parameters: { idleConnections },
+}));
+
+const others: readonly Scenario[] = [
+  {
+    name: 'overload',
+    title: 'twice as many new connections as it can take',
+    workload: 'overload',
+    setting: usual,
+    subjects: all('keygate', 'nginx-softhsm', 'haproxy-file'),
+    goals: [],
+    short: false,
+  },
+  {
+    name: 'reload',
+    title: 'full TLS 1.3 handshake while the configuration is loaded again and again',
+    workload: 'reload',
+    setting: usual,
+    subjects: [
+      { contender: 'keygate', title: 'keygate, reloading', setting: { reload: true } },
+      { contender: 'keygate', title: 'keygate, left alone' },
+    ],
+    goals: [{ title: 'connections lost while reloading', metric: 'failures', max: 0 }],
+    short: true,
+  },
+  {
+    // Two cores are all there are, and with two workers the load shares them: the CPU per handshake is what can be compared.
+    name: 'scaling',
+    title: 'full TLS 1.3 handshake, one and two workers (two share the cores with the load)',
+    workload: 'handshakes',
+    setting: usual,
+    subjects: [
+      { contender: 'keygate', title: 'keygate, 2 workers', setting: { workers: 2 } },
+      { contender: 'keygate', title: 'keygate, 1 worker' },
+      { contender: 'nginx-file', title: 'nginx, key in a file, 2 workers', setting: { workers: 2 } },
+      { contender: 'haproxy-file', title: 'HAProxy, key in a file, 2 threads', setting: { workers: 2 } },
+    ],
+    goals: [],
+    short: false,
+    connections: 32,
+  },
+  {
+    name: 'certificates',
+    title: 'full TLS 1.3 handshake, 10,000 certificates and one',
+    workload: 'handshakes',
+    setting: usual,
+    subjects: [
+      { contender: 'keygate', title: 'keygate, 10,000 certificates', setting: { certificates: 10_000 } },
+      { contender: 'keygate', title: 'keygate, 1 certificate' },
+    ],
+    goals: [
+      {
+        title: 'CPU per handshake with 10,000 certificates, against one',
+        metric: 'handshake_cpu_us',
+        against: 'keygate',
+        max: 1.05,
+      },
+    ],
+    short: false,
+  },
+];
+
+export const scenarios: readonly Scenario[] = [
+  ...fullHandshakes,
+  ...resumedHandshakes,
+  ...slowToken,
+  ...storms,
+  ...saturation,
+  ...http,
+  ...relays,
+  ...echoes,
+  ...idles,
+  ...others,
+];
