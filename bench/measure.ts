@@ -137,9 +137,10 @@ async function start(
     await workload.warmUp(running, pace);
   } catch (error) {
     await running.pinned.stop();
-    throw new Error(`${title} is not fit to be measured: ${String(error)}; ${running.pinned.obituary}`, {
-      cause: error,
-    });
+    const { message } = error as Error;
+    const { obituary } = running.pinned;
+    const last = message.includes(obituary) ? '' : `; ${obituary}`;
+    throw new Error(`${title} is not fit to be measured: ${message}${last}`, { cause: error });
   }
   return running;
 }
