@@ -67,9 +67,10 @@ export function write(place: Place, name: string, lines: readonly string[]): str
   return path;
 }
 
-/** With as many open files as this machine lets anybody have. */
-export function withManyFiles(command: Command): Command {
-  return { ...command, file: '/bin/sh', args: ['-c', `${raiseLimit}; exec "$0" "$@"`, command.file, ...command.args] };
+/** With as many open files as this machine lets anybody have; and it ends with the benchmark, however that ends. */
+export function launched(command: Command): Command {
+  const script = `${raiseLimit}; exec setpriv --pdeathsig TERM -- "$0" "$@"`;
+  return { ...command, file: '/bin/sh', args: ['-c', script, command.file, ...command.args] };
 }
 
 /** As many connections as the ports of the upstream's addresses and the open files allow: each takes two of these. */

@@ -8,7 +8,7 @@ import { fileURLToPath } from 'node:url';
 import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import { keygateVersion, softHsmVersion } from '../versions.ts';
-import { backlog, connectionsMax, filesOf, idleSeconds, withManyFiles, write } from './contender.ts';
+import { backlog, connectionsMax, filesOf, idleSeconds, launched, write } from './contender.ts';
 import type { Contender, Need, Place } from './contender.ts';
 import { softHsmNeed } from './openssl.ts';
 
@@ -52,7 +52,7 @@ function command(place: Place): Command {
     `    limits: { connections: ${connectionsMax(place)} }`,
     `    certificates: [${chains.map(({ name }) => name).join(', ')}]`,
   ]);
-  return withManyFiles({
+  return launched({
     file: join(root, 'bin/keygate'),
     args: ['serve', '-c', config],
     env: token.env,

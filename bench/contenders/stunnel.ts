@@ -8,7 +8,7 @@
 import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import { pkcs11EngineVersion, softHsmVersion, stunnelVersion } from '../versions.ts';
-import { filesOf, idleSeconds, withManyFiles, write } from './contender.ts';
+import { filesOf, idleSeconds, launched, write } from './contender.ts';
 import type { Contender, Place } from './contender.ts';
 import {
   cannotInLibp11,
@@ -57,7 +57,7 @@ function command(place: Place): Command {
     `options = ${setting.resume ? '-NO_TICKET' : 'NO_TICKET'}`,
     `config = NumTickets:${setting.resume ? 1 : 0}`,
   ]);
-  return withManyFiles({
+  return launched({
     file: '/usr/bin/stunnel4',
     args: [config],
     env: { ...token.env, ...opensslEnvironment(place, { engine: true }) },
