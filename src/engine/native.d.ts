@@ -254,3 +254,6 @@ export declare function probeAddress(address: string): void
 
 /** Refuses clients on a listening socket from now on, in every process that holds it. The descriptor stays open. */
 export declare function shutListener(fd: number): void
+
+/** Gives memory that is free inside this process back to the system. */
+export declare function trimMemory(): void

@@ -8,6 +8,7 @@ import { readFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import type { Config } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
+import { giveBackMemory } from '../engine/memory.ts';
 import { openLog } from '../log.ts';
 import type { Log } from '../log.ts';
 import { startAdmin } from './admin.ts';
@@ -91,6 +92,7 @@ export async function serve(config: Config): Promise<Service> {
     log.info({ event: 'ended', cut }, cut === 0 ? 'no worker is left' : 'connections were cut at the deadline');
   });
   await Promise.race([allReady.promise, end]);
+  giveBackMemory(engine());
   if (workers.unreadiness === undefined) {
     log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
   }

@@ -5,6 +5,7 @@
  */
 import type { Engine } from '../engine/native.d.ts';
 import { engine as loadEngine } from '../engine/binding.ts';
+import { giveBackMemory } from '../engine/memory.ts';
 import { readPin } from '../config/pin.ts';
 import { ConfigError, KeygateError } from '../errors.ts';
 import { openLog } from '../log.ts';
@@ -83,6 +84,8 @@ async function start({ config, sockets, ticketSecrets }: Extract<PrimaryMessage,
   engine = new native.Engine(settings);
   watch(engine);
   tell({ type: 'ready', warnings: proved.warnings });
+  // In a turn of its own, where nothing above refers to what was read any more.
+  setImmediate(() => giveBackMemory(native));
 }
 
 function watch(running: Engine): void {

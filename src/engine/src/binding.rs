@@ -444,6 +444,12 @@ pub fn harden() -> Result<()> {
     process::harden().map_err(|error| invalid(format!("prctl: {error}")))
 }
 
+/// Gives memory that is free inside this process back to the system.
+#[napi(catch_unwind)]
+pub fn trim_memory() {
+    process::trim_memory();
+}
+
 /// Ends this process, by SIGKILL, when the process that forked it has ended.
 #[napi(catch_unwind)]
 pub fn end_with_parent() -> Result<()> {
