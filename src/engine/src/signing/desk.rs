@@ -48,10 +48,11 @@ pub enum DownReason {
     Call(String),
 }
 
+/// Lanes sit on a stack: the one that sat down last is called first, because its stack, its arena and what the module
+/// keeps for its thread are still in the caches. At most one is on its way at a time: it calls the next when it finds more
+/// work than its own, so that of a burst only as many lanes wake up as find something to do.
 pub struct Desk {
     state: Mutex<State>,
-    /// Lanes wait here for work.
-    work: Condvar,
     /// `stop` waits here for the last lane.
     ended: Condvar,
     /// Copy of `state.down.is_none() && !state.stopping`, to be read without the mutex.
@@ -64,8 +65,12 @@ struct State {
     lanes_max: usize,
     /// Lanes whose thread runs or is about to.
     live: usize,
-    /// Lanes that wait for work.
+    /// Lanes that wait for work, those on their way included.
     idle: usize,
+    /// Lanes that can be called.
+    seats: Vec<Arc<Seat>>,
+    /// Lanes that were called and have not looked for work yet.
+    on_their_way: usize,
     lanes_started: usize,
     handles: Vec<JoinHandle<()>>,
     down: Option<Down>,
@@ -73,6 +78,12 @@ struct State {
     /// `stop` gave up waiting: the last lane must not touch the module any more, because the process is ending.
     abandoned: bool,
     all_ended: bool,
+}
+
+/// Where one lane waits for work; each has its own, so that the caller chooses who wakes up.
+#[derive(Default)]
+pub struct Seat {
+    called: Condvar,
 }
 
 struct Down {
@@ -100,6 +111,8 @@ impl Desk {
             lanes_max,
             live: 0,
             idle: 0,
+            seats: Vec::new(),
+            on_their_way: 0,
             lanes_started: 0,
             handles: Vec::new(),
             down: None,
@@ -107,13 +120,7 @@ impl Desk {
             abandoned: false,
             all_ended: false,
         };
-        Desk {
-            state: Mutex::new(state),
-            work: Condvar::new(),
-            ended: Condvar::new(),
-            up: AtomicBool::new(true),
-            stats,
-        }
+        Desk { state: Mutex::new(state), ended: Condvar::new(), up: AtomicBool::new(true), stats }
     }
 
     pub fn is_up(&self) -> bool {
@@ -124,7 +131,7 @@ impl Desk {
         self.lock().down.as_ref().map(|down| down.reason.clone())
     }
 
-    /// Queues the job and wakes one lane, or says that a new lane is wanted for it. Gives the job back when it cannot.
+    /// Queues the job and calls a lane, or says that a new lane is wanted for it. Gives the job back when it cannot.
     pub fn submit(&self, class: Class, job: Job) -> Result<Option<LaneWanted>, (Job, SignError)> {
         let now = job.submitted;
         let mut state = self.lock();
@@ -138,13 +145,11 @@ impl Desk {
             self.stats.shed_queue_full.add(1);
             return Err((job, SignError::QueueFull));
         }
-        let wake = state.idle > 0;
         let wanted = if state.queue.runnable() > state.idle { state.new_lane() } else { None };
+        let called = state.call_one();
         self.show(&state);
         drop(state);
-        if wake {
-            self.work.notify_one();
-        }
+        wake(called);
         Ok(wanted)
     }
 
@@ -180,8 +185,8 @@ impl Desk {
         true
     }
 
-    /// Blocks a lane until there is work. `None`: the token is stopping.
-    pub fn next(&self) -> Option<Work> {
+    /// Blocks a lane, on its own `seat`, until there is work. `None`: the token is stopping.
+    pub fn next(&self, seat: &Arc<Seat>) -> Option<Work> {
         let mut state = self.lock();
         loop {
             if state.stopping {
@@ -202,25 +207,24 @@ impl Desk {
                 None => {
                     self.shed_stale(&mut state, now);
                     if let Some((class, job)) = state.queue.take() {
-                        let more = state.idle > 0 && state.queue.runnable() > 0;
+                        let called = state.call_one();
                         self.show(&state);
                         drop(state);
-                        if more {
-                            self.work.notify_one();
-                        }
+                        wake(called);
                         return Some(Work::Sign(class, job));
                     }
                 }
             }
-            state.idle += 1;
+            state.sit_down(seat);
             self.show(&state);
             state = match wait_max {
-                Some(wait) => {
-                    self.work.wait_timeout(state, wait).map_or_else(|poison| poison.into_inner().0, |ok| ok.0)
-                }
-                None => self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(wait) => seat
+                    .called
+                    .wait_timeout(state, wait)
+                    .map_or_else(|poison| poison.into_inner().0, |ok| ok.0),
+                None => seat.called.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
-            state.idle -= 1;
+            state.stand_up(seat);
             self.show(&state);
         }
     }
@@ -247,9 +251,8 @@ impl Desk {
         self.up.store(false, Ordering::Relaxed);
         self.stats.went_down.add(1);
         self.turn_away(&mut state);
-        drop(state);
         // Idle lanes must learn when to probe.
-        self.work.notify_all();
+        state.call_all();
     }
 
     /// Closes the circuit, or plans the next probe. `Err(None)` keeps the reason and stops probing.
@@ -270,8 +273,7 @@ impl Desk {
             }
             Err(None) => down.probe_at = None,
         }
-        drop(state);
-        self.work.notify_all();
+        state.call_all();
     }
 
     /// No new work; waits for the lanes until `budget` is over. Returns the lanes that did not come back.
@@ -281,7 +283,7 @@ impl Desk {
         state.stopping = true;
         self.up.store(false, Ordering::Relaxed);
         self.turn_away(&mut state);
-        self.work.notify_all();
+        state.call_all();
         while !state.all_ended {
             if state.live == 0 && state.handles.is_empty() {
                 return 0; // no lane was ever started
@@ -352,5 +354,44 @@ impl State {
         self.live += 1;
         self.lanes_started += 1;
         Some(LaneWanted { number: self.lanes_started })
+    }
+
+    /// The lane to wake, when there is work and nobody is coming for it.
+    fn call_one(&mut self) -> Option<Arc<Seat>> {
+        if self.on_their_way > 0 || self.queue.runnable() == 0 {
+            return None;
+        }
+        let seat = self.seats.pop()?;
+        self.on_their_way += 1;
+        Some(seat)
+    }
+
+    /// For what every lane must know.
+    fn call_all(&mut self) {
+        self.on_their_way += self.seats.len();
+        for seat in self.seats.drain(..) {
+            seat.called.notify_one();
+        }
+    }
+
+    fn sit_down(&mut self, seat: &Arc<Seat>) {
+        self.idle += 1;
+        self.seats.push(seat.clone());
+    }
+
+    /// Called, or because the wait was over: then nobody has taken the seat off the stack.
+    fn stand_up(&mut self, seat: &Arc<Seat>) {
+        self.idle -= 1;
+        match self.seats.iter().position(|taken| Arc::ptr_eq(taken, seat)) {
+            Some(index) => drop(self.seats.remove(index)),
+            None => self.on_their_way -= 1,
+        }
+    }
+}
+
+/// After the mutex is free: who wakes up needs it first of all.
+fn wake(called: Option<Arc<Seat>>) {
+    if let Some(seat) = called {
+        seat.called.notify_one();
     }
 }

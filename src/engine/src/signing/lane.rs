@@ -26,7 +26,8 @@ pub(super) fn run(token: &Arc<Token>) {
     {
         return;
     }
-    while let Some(work) = token.desk().next() {
+    let seat = Arc::default();
+    while let Some(work) = token.desk().next(&seat) {
         match work {
             Work::Sign(class, job) => {
                 let _done = Done { token, class };

@@ -7,6 +7,8 @@ mod bystander;
 mod control;
 mod world;
 
+use std::collections::HashMap;
+use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
@@ -21,7 +23,7 @@ use keygate_engine::signing::{PrivateKey, SignError};
 use rustls::SignatureScheme;
 
 use control::{FOR_EVER, Function};
-use world::{Kind, World, answer, find, in_own_process, until};
+use world::{Kind, PrivateKeyOf, World, answer, find, in_own_process, until};
 
 macro_rules! token_tests {
     ($(fn $name:ident($world:ident: World) $body:block)*) => {$(
@@ -30,6 +32,36 @@ macro_rules! token_tests {
             in_own_process(stringify!($name), |$world: World| $body);
         }
     )*};
+}
+
+/// A token with so many lanes, all idle.
+fn idle_lanes(world: &World, lanes: usize) -> (Arc<Token>, Vec<PrivateKeyOf>) {
+    let (token, keys) = world.start(&[Kind::P256], |plan| plan.lanes = lanes);
+    world.sign().hang.store(1, SeqCst);
+    let pending: Vec<_> = (0..lanes).map(|_| keys[0].submit().unwrap()).collect();
+    until("every lane signs", || world.sign().in_flight.load(SeqCst) == lanes as u64);
+    world.sign().hang.store(0, SeqCst);
+    pending.into_iter().for_each(|signature| drop(answer(signature).unwrap()));
+    until("every lane is idle", || token.stats().lanes_idle.get() == lanes as i64);
+    (token, keys)
+}
+
+/// How often each lane of this process has gone to sleep, once all of them sleep (proc_pid_status(5)).
+fn sleeps_of_lanes() -> HashMap<String, u64> {
+    let lanes = || {
+        let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+        // A thread that is no lane may end meanwhile.
+        let status = tasks.filter_map(|task| fs::read_to_string(task.join("status")).ok());
+        status.filter(|status| status.starts_with("Name:\tlane-")).collect::<Vec<_>>()
+    };
+    until("every lane sleeps", || lanes().iter().all(|status| status.contains("State:\tS")));
+    let field = |status: &str, name: &str| {
+        status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned()
+    };
+    lanes()
+        .iter()
+        .map(|status| (field(status, "Name:"), field(status, "voluntary_ctxt_switches:").parse().unwrap()))
+        .collect()
 }
 
 const STOP_BUDGET: Duration = Duration::from_secs(10);
@@ -74,6 +106,32 @@ token_tests! {
         assert_eq!(token.stop(STOP_BUDGET), StopOutcome::Stopped(Release::Finalized));
         assert_eq!(world.calls(Function::Finalize), 1);
         assert_eq!(world.control.violations(), 0);
+    }
+
+    fn a_burst_calls_as_many_idle_lanes_as_there_are_requests(world: World) {
+        const LANES: usize = 4;
+        let (_token, keys) = idle_lanes(&world, LANES);
+        world.sign().hang.store(1, SeqCst);
+        let pending: Vec<_> = (0..LANES).map(|_| keys[0].submit().unwrap()).collect();
+        until("every lane signs", || world.sign().in_flight.load(SeqCst) == LANES as u64);
+        world.sign().hang.store(0, SeqCst);
+        pending.into_iter().for_each(|signature| drop(answer(signature).unwrap()));
+    }
+
+    fn one_request_at_a_time_wakes_one_lane_and_always_the_same(world: World) {
+        const LANES: usize = 4;
+        let (token, keys) = idle_lanes(&world, LANES);
+        keys[0].sign().unwrap();
+        until("the lane is idle again", || token.stats().lanes_idle.get() == LANES as i64);
+        let before = sleeps_of_lanes();
+        for _ in 0..20 {
+            keys[0].sign().unwrap();
+            until("the lane is idle again", || token.stats().lanes_idle.get() == LANES as i64);
+        }
+        let after = sleeps_of_lanes();
+        assert_eq!(before.len(), LANES);
+        let woken = before.iter().filter(|(lane, sleeps)| after[*lane] != **sleeps).count();
+        assert_eq!(woken, 1, "{before:?} {after:?}");
     }
 
     fn a_token_starts_again_after_it_was_stopped(world: World) {
