@@ -195,8 +195,11 @@ impl Relay<'_> {
             match self.to_upstream.state {
                 DirectionState::Finished => return Poll::Ready(Ok(())),
                 DirectionState::Ended => {
-                    // An upstream that is gone already has ended the other direction; that is where it is noticed.
-                    let _ = self.upstream.shutdown_write();
+                    // Closing says it as well, and that is next when the other direction has finished. An upstream that is gone
+                    // already has ended the other direction; that is where it is noticed.
+                    if self.to_client.state != DirectionState::Finished {
+                        let _ = self.upstream.shutdown_write();
+                    }
                     self.to_upstream.state = DirectionState::Finished;
                 }
                 DirectionState::Open | DirectionState::Refused => ready!(self.poll_read_client(context))?,
@@ -215,12 +218,6 @@ impl Relay<'_> {
                 DirectionState::Finished => return Poll::Ready(Ok(())),
                 // Not Refused: a client that takes nothing any more ends the connection.
                 DirectionState::Ended | DirectionState::Refused => {
-                    // After a reset nobody knows whether the answer was whole, so the client is not told that it was.
-                    if !self.upstream_reset && self.tls.close_notify().is_ok() {
-                        self.queue_own_records();
-                        ready!(self.to_client.poll_flush(context, self.client, &mut self.last_byte_at))
-                            .map_err(|_| self.client_reset())?;
-                    }
                     let _ = self.client.shutdown_write();
                     self.to_client.state = DirectionState::Finished;
                 }
@@ -254,7 +251,7 @@ impl Relay<'_> {
         if self.to_upstream.state == DirectionState::Open {
             self.last_byte_at = Instant::now();
             self.bytes.to_upstream.add(decrypted.len() as u64);
-            if self.to_upstream.write(self.upstream, decrypted, &[]).is_err() {
+            if self.to_upstream.write(self.upstream, decrypted, &[], false).is_err() {
                 self.refuse_to_upstream();
             }
         }
@@ -264,30 +261,38 @@ impl Relay<'_> {
         Poll::Ready(Ok(()))
     }
 
-    /// One read from the upstream, encrypted and offered to the client.
+    /// One read from the upstream, encrypted and offered to the client; with the end, when that is known already.
     fn poll_read_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
         let mut buffers = self.scratch.buffers.borrow_mut();
         let Buffers { ciphertext, from_upstream, .. } = &mut *buffers;
-        let received = match ready!(poll_read(context, self.upstream, from_upstream)) {
-            Ok(received) => received,
-            Err(_) => {
-                self.refuse_to_upstream();
-                0
-            }
-        };
-        if received == 0 {
-            self.first_ended.get_or_insert(Close::UpstreamRelayClosed);
-            self.to_client.state = DirectionState::Ended;
-            return Poll::Ready(Ok(()));
+        let (received, end) = ready!(poll_read_and_end(context, self.upstream, from_upstream));
+        let mut encrypted = 0;
+        if received > 0 {
+            self.last_byte_at = Instant::now();
+            encrypted = self
+                .tls
+                .encrypt(&from_upstream[..received], ciphertext)
+                .map_err(|_| Close::ClientRelayProtocolError)?;
+            self.bytes.to_client.add(received as u64);
         }
-        self.last_byte_at = Instant::now();
-        let encrypted = self
-            .tls
-            .encrypt(&from_upstream[..received], ciphertext)
-            .map_err(|_| Close::ClientRelayProtocolError)?;
-        self.bytes.to_client.add(received as u64);
+        match end {
+            None => {}
+            Some(SourceEnd::Closed) => {
+                self.first_ended.get_or_insert(Close::UpstreamRelayClosed);
+                self.to_client.state = DirectionState::Ended;
+                encrypted += self.tls.close_notify(&mut ciphertext[encrypted..]).unwrap_or(0);
+            }
+            // Nobody knows whether the answer was whole, so the client is not told that it was.
+            Some(SourceEnd::Reset) => {
+                self.refuse_to_upstream();
+                self.to_client.state = DirectionState::Ended;
+            }
+        }
         let own = self.tls.take_to_client();
-        self.to_client.write(self.client, &own, &ciphertext[..encrypted]).map_err(|_| self.client_reset())?;
+        let is_last = self.to_client.state == DirectionState::Ended;
+        self.to_client
+            .write(self.client, &own, &ciphertext[..encrypted], is_last)
+            .map_err(|_| self.client_reset())?;
         Poll::Ready(Ok(()))
     }
 
@@ -327,7 +332,7 @@ impl Relay<'_> {
     fn queue_own_records(&mut self) {
         let own = self.tls.take_to_client();
         // After close_notify there is nothing more to say (RFC 8446 6.1).
-        if !own.is_empty() && self.to_client.state != DirectionState::Finished {
+        if !own.is_empty() && self.to_client.state == DirectionState::Open {
             self.to_client.pending.extend_from_slice(&own);
         }
     }
@@ -386,7 +391,8 @@ impl Direction {
     }
 
     /// Offers `first` then `second` to the destination and keeps what it does not take. Nothing is pending before.
-    fn write(&mut self, destination: &Stream, first: &[u8], second: &[u8]) -> io::Result<()> {
+    /// `is_last`: `shutdown_write` follows as soon as nothing is pending.
+    fn write(&mut self, destination: &Stream, first: &[u8], second: &[u8], is_last: bool) -> io::Result<()> {
         let mut taken = 0;
         let whole = first.len() + second.len();
         while taken < whole {
@@ -395,7 +401,12 @@ impl Direction {
             } else {
                 (&second[taken - first.len()..], &[][..])
             };
-            match destination.try_write_vectored(&[io::IoSlice::new(rest), io::IoSlice::new(next)]) {
+            let slices = [io::IoSlice::new(rest), io::IoSlice::new(next)];
+            let offered = match is_last {
+                true => destination.try_write_last(&slices),
+                false => destination.try_write_vectored(&slices),
+            };
+            match offered {
                 Ok(written) => taken += written,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     self.pending.extend_from_slice(rest);
@@ -408,6 +419,31 @@ impl Direction {
         }
         Ok(())
     }
+}
+
+enum SourceEnd {
+    Closed,
+    Reset,
+}
+
+/// Reads once, and looks for the end behind it: what a server sends before it closes goes out in one segment with
+/// close_notify and the end, and the other two of three segments are spared. An error is kept until what came before it was handed on.
+fn poll_read_and_end(
+    context: &mut Context<'_>,
+    source: &Stream,
+    buffer: &mut [u8],
+) -> Poll<(usize, Option<SourceEnd>)> {
+    let mut received = 0;
+    while received < buffer.len() {
+        match poll_read(context, source, &mut buffer[received..]) {
+            Poll::Pending if received == 0 => return Poll::Pending,
+            Poll::Pending => break,
+            Poll::Ready(Ok(0)) => return Poll::Ready((received, Some(SourceEnd::Closed))),
+            Poll::Ready(Ok(more)) => received += more,
+            Poll::Ready(Err(_)) => return Poll::Ready((received, Some(SourceEnd::Reset))),
+        }
+    }
+    Poll::Ready((received, None))
 }
 
 /// Tries to read before it waits: level information is usually there, and a try is the way to clear a stale one.
@@ -518,6 +554,73 @@ mod tests {
         // SAFETY: TIOCOUTQ writes one int, and the descriptor is open.
         assert_eq!(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) }, 0);
         bytes
+    }
+
+    #[test]
+    fn the_last_bytes_and_the_end_come_in_one_segment() {
+        let (close, (answer, segments), ()) = relayed(
+            |mut client| {
+                let mut greeting = [0; 5];
+                client.read_exact(&mut greeting).expect("a greeting");
+                let before = segments_with_data(client.get_ref());
+                client.write_all(b"request").expect("established");
+                let mut answer = Vec::new();
+                client.read_to_end(&mut answer).expect("an end with close_notify");
+                (answer, segments_with_data(client.get_ref()) - before)
+            },
+            |mut upstream| {
+                upstream.write_all(b"hello").expect("open");
+                upstream.read_exact(&mut [0; 7]).expect("a request");
+                let flags = libc::MSG_MORE; // so that the relay sees both at once
+                socket2::SockRef::from(&upstream).send_with_flags(b"answer", flags).expect("room");
+                upstream.shutdown(Shutdown::Write).expect("open");
+            },
+            PATIENT,
+        );
+        assert_eq!((answer.as_slice(), segments), (&b"answer"[..], 1));
+        assert_eq!(close, Close::UpstreamRelayClosed);
+    }
+
+    /// `tcpi_data_segs_in` of linux/tcp.h, which libc does not know.
+    fn segments_with_data(socket: &std::net::TcpStream) -> u32 {
+        use std::os::fd::AsRawFd;
+        let mut info = [0_u32; 64];
+        let mut bytes = size_of_val(&info) as libc::socklen_t;
+        // SAFETY: `info` has room for `bytes` bytes and any bytes make it valid; the descriptor is open.
+        let got = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                info.as_mut_ptr().cast(),
+                &raw mut bytes,
+            )
+        };
+        assert!(got == 0 && bytes >= 156, "{bytes} bytes");
+        info[152 / 4]
+    }
+
+    #[test]
+    fn what_the_upstream_sent_before_its_reset_arrives_and_is_not_said_to_be_whole() {
+        let (reset, was_reset) = std::sync::mpsc::channel();
+        let (close, (answer, ended), ()) = relayed(
+            move |mut client| {
+                // The relay begins after the handshake, and finds both at once.
+                was_reset.recv().expect("an upstream");
+                let mut answer = Vec::new();
+                let ended = client.read_to_end(&mut answer).map_err(|error| error.kind());
+                (answer, ended)
+            },
+            move |mut upstream| {
+                upstream.write_all(b"half an ans").expect("open");
+                socket2::SockRef::from(&upstream).set_linger(Some(Duration::ZERO)).expect("open");
+                drop(upstream);
+                reset.send(()).expect("a client");
+            },
+            PATIENT,
+        );
+        assert_eq!((answer.as_slice(), ended), (&b"half an ans"[..], Err(ErrorKind::UnexpectedEof)));
+        assert_eq!(close, Close::UpstreamRelayReset);
     }
 
     #[test]

@@ -56,6 +56,16 @@ impl Stream {
         }
     }
 
+    /// As `try_write_vectored`, for the last bytes before `shutdown_write`: the kernel keeps what does not fill a segment, so
+    /// that it goes out in one segment with the end. Whoever does not shut down after all delays it by 200 ms (tcp(7)).
+    pub fn try_write_last(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let write = || self.socket().send_vectored_with_flags(slices, libc::MSG_MORE | libc::MSG_NOSIGNAL);
+        match self {
+            Stream::Tcp(tcp) => tcp.try_io(Interest::WRITABLE, write),
+            Stream::Unix(unix) => unix.try_io(Interest::WRITABLE, write),
+        }
+    }
+
     /// Ready when a read is worth a try: bytes, the peer's close, or an error. One task at a time may wait.
     pub fn poll_read_ready(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {

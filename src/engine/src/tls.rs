@@ -133,15 +133,13 @@ impl Tls {
         self.write_traffic(|traffic| traffic.encrypt(plaintext, out))
     }
 
-    /// Says to the client that nothing more comes (RFC 8446 6.1); the record is at the end of `take_to_client`.
+    /// Says to the client that nothing more comes (RFC 8446 6.1): into `out`, which has room for `ciphertext_max(0)` bytes;
+    /// returns how many it used. What is in `take_to_client` afterwards goes out first.
     ///
     /// # Errors
     /// The connection cannot send (any more).
-    pub fn close_notify(&mut self) -> Result<(), Error> {
-        let mut record = [0; RECORD_OVERHEAD_MAX];
-        let record_bytes = self.write_traffic(|traffic| traffic.queue_close_notify(&mut record))?;
-        self.to_client.extend_from_slice(&record[..record_bytes]);
-        Ok(())
+    pub fn close_notify(&mut self, out: &mut [u8]) -> Result<usize, Error> {
+        self.write_traffic(|traffic| traffic.queue_close_notify(out))
     }
 
     fn write_traffic(
@@ -331,8 +329,9 @@ pub(crate) mod tests {
         for version in ["1.2", "1.3"] {
             let (mut server, mut client) = pair(version, "X25519");
             shake_hands(&mut server, &mut client, usize::MAX);
-            server.close_notify().expect("an established connection");
-            give(&mut client, &server.take_to_client());
+            let mut out = vec![0; ciphertext_max(0)];
+            let written = server.close_notify(&mut out).expect("an established connection");
+            give(&mut client, &out[..written]);
             assert!(client.process_new_packets().expect("no error").peer_has_closed());
             let mut records = client_sends(&mut client, b"last words");
             let mut plaintext = Vec::new();
