@@ -7,21 +7,22 @@
 //!
 //! Whatever happens, a connection ends in one place with one reason: `Life::drop`.
 
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
 use aws_lc_rs::rand;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::close::Close;
-use crate::handshake::{Established, handshake, write_all};
+use crate::handshake::{Established, Leftover, handshake};
 use crate::listener::Listener;
 use crate::policy::openssl_name;
-use crate::proxy_header::{self, Endpoints, ProxyInfo, SslInfo};
-use crate::relay::{RelayDeadlines, relay};
+use crate::proxy_header::{self, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
+use crate::relay::{Opening, RelayDeadlines, relay};
 use crate::stream::Stream;
 use crate::tls::Tls;
-use crate::upstream::{ConnectError, Connected};
+use crate::upstream::ConnectError;
 
 const UNIQUE_ID_BYTES: usize = 16;
 
@@ -43,60 +44,73 @@ async fn run(life: &mut Life, client: &Stream, source: SocketAddr) -> Close {
     };
     life.handshake_done(&established.tls, accepted_at);
 
-    let connected = match Box::pin(connect(&listener, client, source, &established)).await {
+    let Established { tls, leftover, server_name } = established;
+    let mut opening = match opening(&listener, client, source, &tls, server_name, leftover) {
+        Ok(opening) => opening,
+        Err(error) => return close_for(&error.into()),
+    };
+    let connected = match Box::pin(listener.upstream.connect(&opening.bytes)).await {
         Ok(connected) => connected,
         Err(error) => return close_for(&error),
     };
+    opening.taken = connected.taken;
 
     let deadlines = RelayDeadlines {
         idle: listener.plan.idle_deadline,
         half_closed: listener.plan.half_closed_deadline,
         lifetime_until: listener.plan.lifetime_deadline.map(|lifetime| accepted_at + lifetime),
     };
-    let Established { tls, leftover, .. } = established;
-    relay(client, tls, leftover, &connected.stream, deadlines, &listener.scratch, &listener.stats.relay_bytes)
-        .await
+    let bytes = &listener.stats.relay_bytes;
+    relay(client, tls, opening, &connected.stream, deadlines, &listener.scratch, bytes).await
 }
 
-/// Connects to a server of the upstream and tells it who the client is.
-async fn connect(
+/// What the server hears first: who the client is, and what the client has said already.
+fn opening(
     listener: &Listener,
     client: &Stream,
     source: SocketAddr,
-    established: &Established,
-) -> Result<Connected, ConnectError> {
-    let plan = listener.upstream.plan();
-    let deadline = Instant::now() + plan.connect_deadline;
-    let connected = listener.upstream.connect().await?;
-    if let Some(version) = plan.proxy_protocol {
-        let mut header = Vec::new();
-        let mut unique_id = [0; UNIQUE_ID_BYTES];
-        let unique_id = rand::fill(&mut unique_id).ok().map(|()| &unique_id[..]);
-        let cipher = established.tls.cipher_suite().map(|suite| openssl_name(&suite));
-        let destination = client.local_addr()?;
-        proxy_header::write(
-            version,
-            &ProxyInfo {
-                endpoints: destination.map(|destination| Endpoints { source, destination }),
-                alpn: established.tls.alpn(),
-                authority: established.server_name.as_deref(),
-                ssl: Some(SslInfo {
-                    version: protocol_name(&established.tls),
-                    cipher: cipher.as_deref(),
-                    signature_algorithm: None,
-                    key_algorithm: None,
-                    client_certificate: None,
-                }),
-                unique_id,
-            },
-            &mut header,
-        );
-        // A header fits in any fresh socket's buffer; the deadline is for a server that is broken in some new way.
-        timeout_at(deadline, write_all(&connected.stream, &header))
-            .await
-            .map_err(|_| ConnectError::Deadline)??;
-    }
-    Ok(connected)
+    tls: &Tls,
+    server_name: Option<String>,
+    leftover: Leftover,
+) -> io::Result<Opening> {
+    let Leftover { plaintext, client_closed } = leftover;
+    let Some(version) = listener.upstream.plan().proxy_protocol else {
+        return Ok(Opening { bytes: plaintext, header_bytes: 0, taken: 0, client_closed });
+    };
+    let mut bytes = Vec::new();
+    write_proxy_header(version, client, source, tls, server_name.as_deref(), &mut bytes)?;
+    let header_bytes = bytes.len();
+    bytes.extend_from_slice(&plaintext);
+    Ok(Opening { bytes, header_bytes, taken: 0, client_closed })
+}
+
+fn write_proxy_header(
+    version: ProxyVersion,
+    client: &Stream,
+    source: SocketAddr,
+    tls: &Tls,
+    server_name: Option<&str>,
+    out: &mut Vec<u8>,
+) -> io::Result<()> {
+    let mut unique_id = [0; UNIQUE_ID_BYTES];
+    let unique_id = rand::fill(&mut unique_id).ok().map(|()| &unique_id[..]);
+    let cipher = tls.cipher_suite().map(|suite| openssl_name(&suite));
+    let destination = client.local_addr()?;
+    let info = ProxyInfo {
+        endpoints: destination.map(|destination| Endpoints { source, destination }),
+        alpn: tls.alpn(),
+        authority: server_name,
+        ssl: Some(SslInfo {
+            version: protocol_name(tls),
+            cipher: cipher.as_deref(),
+            signature_algorithm: None,
+            key_algorithm: None,
+            client_certificate: None,
+        }),
+        unique_id,
+    };
+    proxy_header::write(version, &info, out);
+    Ok(())
 }
 
 fn protocol_name(tls: &Tls) -> &'static str {

@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use crate::certificates::take_hello_seen;
 use crate::close::Close;
 use crate::fiber::{Abandoned, Progress, SignatureWanted, Step};
-use crate::relay::{Leftover, Scratch};
+use crate::relay::Scratch;
 use crate::signing::SignError;
 use crate::stream::Stream;
 use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX};
@@ -39,6 +39,13 @@ pub struct Established {
     pub tls: Tls,
     pub leftover: Leftover,
     pub server_name: Option<String>,
+}
+
+/// What the client's last packet of the handshake carried beyond it.
+pub struct Leftover {
+    pub plaintext: Vec<u8>,
+    /// close_notify followed: nothing more comes from the client.
+    pub client_closed: bool,
 }
 
 /// Takes `client` through the handshake.
@@ -204,7 +211,7 @@ async fn receive(client: &Stream, tls: &mut Tls, scratch: &Scratch) -> io::Resul
 ///
 /// # Errors
 /// The peer is gone.
-pub async fn write_all(stream: &Stream, mut bytes: &[u8]) -> io::Result<()> {
+async fn write_all(stream: &Stream, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match stream.try_write(bytes) {
             Ok(written) => bytes = &bytes[written..],

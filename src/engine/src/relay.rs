@@ -74,9 +74,15 @@ pub struct RelayBytes {
     pub to_client: Counter,
 }
 
-/// What the client's last packet of the handshake carried beyond it.
-pub struct Leftover {
-    pub plaintext: Vec<u8>,
+/// How a relay begins.
+#[derive(Default)]
+pub struct Opening {
+    /// For the upstream, before all that the client is still to send: the PROXY header, then what came with Finished.
+    pub bytes: Vec<u8>,
+    /// How many of `bytes` are the header, which is not the client's and not counted.
+    pub header_bytes: usize,
+    /// How many of `bytes` the upstream has already.
+    pub taken: usize,
     /// close_notify followed: nothing more comes from the client.
     pub client_closed: bool,
 }
@@ -85,27 +91,27 @@ pub struct Leftover {
 pub async fn relay(
     client: &Stream,
     tls: Tls,
-    leftover: Leftover,
+    opening: Opening,
     upstream: &Stream,
     deadlines: RelayDeadlines,
     scratch: &Scratch,
     bytes: &RelayBytes,
 ) -> Close {
-    bytes.to_upstream.add(leftover.plaintext.len() as u64);
+    bytes.to_upstream.add((opening.bytes.len() - opening.header_bytes) as u64);
     let mut relay = Relay {
         client,
         upstream,
         tls,
         scratch,
         bytes,
-        to_upstream: Direction { pending: leftover.plaintext, ..Direction::default() },
+        to_upstream: Direction { pending: opening.bytes, written: opening.taken, ..Direction::default() },
         to_client: Direction::default(),
         client_truncated: false,
         upstream_reset: false,
         first_ended: None,
         last_byte_at: Instant::now(),
     };
-    if leftover.client_closed {
+    if opening.client_closed {
         relay.end_to_upstream(Close::ClientRelayClosed);
     }
     let mut timer = pin!(sleep_until(relay.deadline(deadlines).0));
@@ -503,7 +509,7 @@ mod tests {
             let close = relay(
                 &client_here,
                 established.tls,
-                established.leftover,
+                Opening { bytes: established.leftover.plaintext, ..Opening::default() },
                 &upstream_here,
                 deadlines,
                 &scratch,

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use crate::proxy_header::ProxyVersion;
 use crate::stats::{Counter, Gauge, Histogram};
 use crate::stream::Stream;
-use server::Server;
+use server::{Opened, Server};
 
 pub use server::Lease;
 
@@ -146,7 +146,9 @@ impl Upstream {
     /// Connects to a server, with TCP_NODELAY; when that fails, to the next one, until `connect_attempts_max` or
     /// `connect_deadline`. Every attempt gets an equal share of the time that is left, so a server that answers nothing
     /// leaves time for the others. The error is the last attempt's. Dropping the future ends the attempt.
-    pub async fn connect(&self) -> Result<Connected, ConnectError> {
+    ///
+    /// `first` is what the caller writes first; `Connected::taken` says how much of it the server has already.
+    pub async fn connect(&self, first: &[u8]) -> Result<Connected, ConnectError> {
         let deadline = Instant::now() + self.plan.connect_deadline;
         let mut attempts_left = self.plan.connect_attempts_max.max(1);
         let mut error = ConnectError::NoServer;
@@ -156,12 +158,14 @@ impl Upstream {
             let candidates = self.servers.iter().filter(|server| is_candidate(server, &tried)).count();
             attempts_left = attempts_left.min(candidates);
             let share = deadline.saturating_duration_since(Instant::now()) / attempts_left.max(1) as u32;
-            let opened = lease.server().connect(share).await;
+            let opened = lease.server().connect(first, share).await;
             if let Some(up) = lease.server().conclude(&opened, &self.plan.passive) {
                 self.tell(lease.server(), up, ChangeCause::Connections);
             }
             match opened {
-                Ok(stream) => return Ok(Connected { stream, server: lease.server().index, lease }),
+                Ok(Opened { stream, taken }) => {
+                    return Ok(Connected { stream, taken, server: lease.server().index, lease });
+                }
                 Err(failed) => error = failed,
             }
             attempts_left -= 1;
@@ -225,6 +229,8 @@ fn random_fraction() -> f64 {
 #[derive(Debug)]
 pub struct Connected {
     pub stream: Stream,
+    /// How many of the first bytes the server has taken.
+    pub taken: usize,
     /// Index into `UpstreamPlan::servers` and `UpstreamStats::servers`.
     pub server: usize,
     /// Counts as open until dropped; to be kept as long as the stream, also when the two are taken apart.

@@ -2,10 +2,13 @@
 //! to connect. Knows nothing of the other servers. Runs on the I/O thread.
 
 use std::cell::Cell;
+use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 
@@ -65,11 +68,11 @@ impl Server {
         Lease(self.clone())
     }
 
-    /// One attempt for a client, counted.
-    pub async fn connect(&self, deadline_in: Duration) -> Result<Stream, ConnectError> {
+    /// One attempt for a client, counted. Otherwise as `open`.
+    pub async fn connect(&self, first: &[u8], deadline_in: Duration) -> Result<Opened, ConnectError> {
         let started = Instant::now();
         let mut attempt = Attempt { stats: self.stats(), outcome: "cancelled" };
-        let opened = self.open(deadline_in).await;
+        let opened = self.open(first, deadline_in).await;
         attempt.outcome = opened.as_ref().map_or_else(ConnectError::reason, |_| "ok");
         if opened.is_ok() {
             self.stats().connect_latency.observe(started.elapsed());
@@ -77,23 +80,21 @@ impl Server {
         opened
     }
 
-    /// One attempt, not counted.
-    pub async fn open(&self, deadline_in: Duration) -> Result<Stream, ConnectError> {
+    /// One attempt, not counted. `first` is what will be written at the beginning.
+    pub async fn open(&self, first: &[u8], deadline_in: Duration) -> Result<Opened, ConnectError> {
         let open = async {
             match &self.address {
-                ServerAddress::Tcp(address) => {
-                    let tcp = TcpStream::connect(address).await?;
-                    tcp.set_nodelay(true)?;
-                    Ok(Stream::Tcp(tcp))
+                ServerAddress::Tcp(address) => Ok(open_tcp(*address, first).await?),
+                ServerAddress::Unix(path) => {
+                    Ok(Opened { stream: Stream::Unix(UnixStream::connect(path).await?), taken: 0 })
                 }
-                ServerAddress::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
             }
         };
         timeout(deadline_in, open).await.unwrap_or(Err(ConnectError::Deadline))
     }
 
     /// Learns from a client's attempt. Some(up) when that changed the server's standing.
-    pub fn conclude(&self, opened: &Result<Stream, ConnectError>, passive: &PassivePlan) -> Option<bool> {
+    pub fn conclude(&self, opened: &Result<Opened, ConnectError>, passive: &PassivePlan) -> Option<bool> {
         let before = self.is_up();
         match opened {
             Ok(_) => {
@@ -140,6 +141,43 @@ impl Server {
     fn stats(&self) -> &ServerStats {
         &self.stats.servers[self.index]
     }
+}
+
+/// A connection to a server.
+pub struct Opened {
+    pub stream: Stream,
+    /// How many of the first bytes it has taken already.
+    pub taken: usize,
+}
+
+/// Connects with TCP_NODELAY. With `first` in hand the acknowledgement that ends TCP's handshake is left to them, and where
+/// the server is so near that it has answered already, they are written without waiting for the event that says so.
+async fn open_tcp(address: SocketAddr, first: &[u8]) -> io::Result<Opened> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    if !first.is_empty() {
+        // For this one acknowledgement; the kernel returns to quick ones by itself (tcp(7)).
+        socket.set_tcp_quickack(false)?;
+    }
+    match socket.connect(&address.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        _ => {}
+    }
+    let taken = match first {
+        [] => 0,
+        first => match socket.send_with_flags(first, libc::MSG_NOSIGNAL) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            taken => taken?,
+        },
+    };
+    let tcp = TcpStream::from_std(socket.into())?;
+    if taken == 0 {
+        tcp.writable().await?;
+        if let Some(error) = tcp.take_error()? {
+            return Err(error);
+        }
+    }
+    Ok(Opened { stream: Stream::Tcp(tcp), taken })
 }
 
 /// One connection, open or being opened, in the server's count.
