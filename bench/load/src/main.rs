@@ -43,7 +43,8 @@ idle        N connections (default 1000) that say nothing, each second R more of
             Ends when its standard input does.
 echo        On N connections (default 16) messages of B bytes (default 64), each of which must come back: one at a time on each
             connection, or R per second at fixed spacing, and then latency counts from when each was due.
-relay       On N connections (default 4) messages of BYTES (default 16384) as fast as they go, to a sink or a source.
+relay       On N connections (default 4) messages of BYTES (default 16384) as fast as they go, to a sink or a source. Each is
+            handed to TLS by itself; small ones go to the socket together.
 upstream    What a proxy connects to. line: one line, one answer, close; http: HTTP/1.1 with keep-alive; echo; sink: checks what
             comes and says how much it was; source: the same, and sends messages of BYTES from the first word that comes.
             Prints {\"event\":\"listening\",\"addresses\":[...]}. Ends when its standard input does.
