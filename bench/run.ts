@@ -18,6 +18,7 @@ import { terminalReport } from './report.ts';
 import type { Result, ScenarioResult } from './result.ts';
 import { scenarios } from './scenarios.ts';
 import type { Scenario } from './scenarios.ts';
+import { buildTokenRate } from './token-rate.ts';
 import { machine } from './versions.ts';
 import type { Pace } from './workloads/workload.ts';
 
@@ -39,6 +40,10 @@ export async function benchmark(
   if (availableParallelism() < 2) throw new Error('two cores are needed: one for who is measured, one for the load');
   progress('building the load generator');
   const loadProgram = await buildLoad();
+  if (plan.scenarios.some(({ workload }) => workload === 'saturation')) {
+    progress('building the loop that signs');
+    await buildTokenRate();
+  }
   progress('making keys and a token');
   const keys = makeKeys(
     plan.scenarios.flatMap(({ setting, subjects }) => [

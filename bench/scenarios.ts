@@ -194,7 +194,7 @@ const storms: readonly Scenario[] = [200, 1000].map((stormPerSecond) => ({
   ],
   short: stormPerSecond === 1000,
   connections: 50,
-  parameters: { messageBytes: 64, echoesPerSecond: 1000, stormPerSecond },
+  parameters: { messageBytes: 64, echoesPerSecond: 2000, stormPerSecond },
 }));
 
 const saturation: readonly Scenario[] = (

@@ -22,7 +22,7 @@ const skip = availableParallelism() < 2 && 'needs two cores';
 const directory = mkdtempSync(join(tmpdir(), 'keygate-smoke-'));
 /** Installed wherever the tests run; one other is enough to see that they take turns. */
 const other = 'haproxy-file';
-const withOther = ['handshakes', 'relay-down', 'idle'];
+const withOther = ['full-p256-tls1.3-x25519', 'relay-down-64', 'idle-2000'];
 const few: Required<Parameters> = { messageBytes: 1024, idleConnections: 40, echoesPerSecond: 200, stormPerSecond: 40 };
 const certificatesMax = 20;
 /** Every workload once, and the rows that differ in more than numbers. */
@@ -106,9 +106,7 @@ function small(scenario: Scenario): Scenario {
     connections: 4,
     parameters: Object.fromEntries(names.map((name) => [name, few[name]])),
     subjects: subjects
-      .filter(
-        ({ contender }) => contender === 'keygate' || (contender === other && withOther.includes(scenario.workload)),
-      )
+      .filter(({ contender }) => contender === 'keygate' || (contender === other && withOther.includes(scenario.name)))
       .map(lessOf),
   };
 }
