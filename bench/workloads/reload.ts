@@ -59,7 +59,7 @@ async function reloadUntil(running: Running, over: () => boolean): Promise<reado
 async function reloadOnce({ title, adminAddress }: Running): Promise<number> {
   if (adminAddress === undefined) throw new Error(`${title} cannot reload: it has no admin server`);
   const startedAt = performance.now();
-  const response = await fetch(`http://${adminAddress}/reload`, { method: 'POST' });
+  const response = await fetch(`http://${adminAddress}/reload`, { method: 'POST', headers: { 'x-keygate': '1' } });
   const text = await response.text();
   if (!response.ok) throw new Error(`${title}: POST /reload: expected success, found ${response.status}: ${text}`);
   return performance.now() - startedAt;
