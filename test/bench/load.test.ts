@@ -10,7 +10,7 @@ import { once } from 'node:events';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { get, Agent } from 'node:http';
 import type { IncomingMessage } from 'node:http';
-import { connect } from 'node:net';
+import { connect, createServer as createTcpServer } from 'node:net';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -140,6 +140,15 @@ for (const kind of ['p384', 'ed25519', 'rsa2048'] as const) {
     });
   }
 }
+
+test('a wrong signature is noticed', async (context) => {
+  const port = await serve(context, (socket) => socket.once('data', () => socket.end(answer)));
+  // Of TLS 1.2, because there the signature is not encrypted.
+  const result = await handshakes(await forgeSignatures(context, port), { tls: '1.2', verifyEvery: 1 });
+  assert.deepEqual([result.handshakes, result.failures], [0, { tls: count }]);
+  // Unverified it would show only in Finished, as an alert of the server.
+  assert.match(result.tlsError ?? '', /BadSignature/);
+});
 
 test('several names are used in turn, and each must get its own certificate', async (context) => {
   const contexts = new Map(['a.test', 'host0.test', 'host1.test'].map((name) => [name, contextFor(name)]));
@@ -405,6 +414,34 @@ async function offload(
     client.pipe(changing(up)).pipe(server);
     server.pipe(changing(down)).pipe(client);
   });
+}
+
+/** In front of a TLS server: changes the last byte of each ServerKeyExchange, which is of its signature (RFC 5246 7.4.3). */
+async function forgeSignatures(context: TestContext, port: number): Promise<number> {
+  const [recordHeadBytes, handshakeRecord, serverKeyExchange] = [5, 22, 12];
+  const server = createTcpServer((client) => {
+    const upstream = connect(port, '127.0.0.1');
+    client.on('error', () => {}).on('close', () => upstream.destroy());
+    upstream.on('error', () => {}).on('close', () => client.destroy());
+    client.pipe(upstream);
+    let pending = Buffer.alloc(0);
+    upstream.on('data', (data: Buffer) => {
+      pending = Buffer.concat([pending, data]);
+      while (pending.length >= recordHeadBytes) {
+        const end = recordHeadBytes + pending.readUInt16BE(3);
+        if (pending.length < end) return;
+        const record = Buffer.from(pending.subarray(0, end));
+        pending = pending.subarray(end);
+        const isSigned = record[0] === handshakeRecord && record[recordHeadBytes] === serverKeyExchange;
+        if (isSigned) record.writeUInt8(record.readUInt8(end - 1) ^ 1, end - 1);
+        client.write(record);
+      }
+    });
+  });
+  server.listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  context.after(() => server.close());
+  return (server.address() as AddressInfo).port;
 }
 
 type Change = (data: Buffer) => Buffer;
