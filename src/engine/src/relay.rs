@@ -6,7 +6,7 @@
 //! destination told; or, when the upstream has reset the connection, `Open -> Refused -> Finished`. A direction reads only when it has nothing left to write, so a slow reader stops its sender.
 //! Buffers belong to the worker (`Scratch`), not to the connection: only what a peer does not take at once is kept.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io::{self, ErrorKind};
 use std::pin::pin;
@@ -20,14 +20,21 @@ use crate::stats::Counter;
 use crate::stream::Stream;
 use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX, ciphertext_max};
 
-/// Read from a socket at once. Four full records: larger reads no longer save system calls worth having.
-const READ_BYTES: usize = 64 * 1024;
-/// Reads in one direction before other connections get their turn.
-const READS_PER_TURN_MAX: usize = 8;
+/// Read from a socket at once, at first.
+const READ_BYTES_MIN: usize = 64 * 1024;
+/// The same for a direction that has shown it can use it. A read acknowledges, and a write wakes the peer: that is most of what
+/// bulk data costs, and a quarter of it goes when there are eight times fewer of them.
+const READ_BYTES_MAX: usize = 512 * 1024;
+/// Read in one direction before other connections get their turn.
+const TURN_BYTES_MAX: usize = READ_BYTES_MAX;
+/// Kept for peers that do not take it, in all connections of a worker, before every read is as small as at first. Without
+/// it, slow readers would hold the largest read each.
+const KEPT_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// The worker's shared buffers; borrowed only inside one poll.
+/// What a worker's connections share: buffers, borrowed only inside one poll, and how much they all keep for slow peers.
 pub struct Scratch {
     buffers: RefCell<Buffers>,
+    kept_bytes: Cell<usize>,
 }
 
 struct Buffers {
@@ -39,13 +46,14 @@ struct Buffers {
 
 impl Default for Scratch {
     fn default() -> Self {
-        let ciphertext = vec![0; ciphertext_max(READ_BYTES).max(UNPROCESSED_MAX + READ_BYTES)];
+        let ciphertext = vec![0; ciphertext_max(READ_BYTES_MAX).max(UNPROCESSED_MAX + READ_BYTES_MAX)];
         Self {
             buffers: RefCell::new(Buffers {
                 ciphertext,
-                from_upstream: vec![0; READ_BYTES],
+                from_upstream: vec![0; READ_BYTES_MAX],
                 decrypted: Vec::new(),
             }),
+            kept_bytes: Cell::new(0),
         }
     }
 }
@@ -53,7 +61,11 @@ impl Default for Scratch {
 impl Scratch {
     /// Lends the larger buffer for one read that does not wait.
     pub fn with_ciphertext<T>(&self, read: impl FnOnce(&mut [u8]) -> T) -> T {
-        read(&mut self.buffers.borrow_mut().ciphertext[..READ_BYTES])
+        read(&mut self.buffers.borrow_mut().ciphertext[..READ_BYTES_MIN])
+    }
+
+    fn read_bytes(&self, direction: &Direction) -> usize {
+        if self.kept_bytes.get() < KEPT_BYTES_MAX { direction.read_bytes } else { READ_BYTES_MIN }
     }
 }
 
@@ -110,13 +122,16 @@ pub async fn relay(
         upstream_reset: false,
         first_ended: None,
         last_byte_at: Instant::now(),
+        kept_bytes: 0,
     };
     if opening.client_closed {
         relay.end_to_upstream(Close::ClientRelayClosed);
     }
     let mut timer = pin!(sleep_until(relay.deadline(deadlines).0));
     poll_fn(|context| {
-        if let Poll::Ready(close) = relay.poll(context) {
+        let polled = relay.poll(context);
+        relay.account();
+        if let Poll::Ready(close) = polled {
             return Poll::Ready(close);
         }
         // The timer is moved only when it fires: a busy connection never touches the timer wheel.
@@ -150,19 +165,28 @@ struct Relay<'a> {
     upstream_reset: bool,
     first_ended: Option<Close>,
     last_byte_at: Instant,
+    /// This connection's part of `Scratch::kept_bytes`.
+    kept_bytes: usize,
 }
 
-#[derive(Default)]
 struct Direction {
     state: DirectionState,
     /// What the destination has not taken yet, from `written` on. Empty and without memory most of the time.
     pending: Vec<u8>,
     written: usize,
+    /// Doubled by a turn in which the source had that much all the time and the destination took it; halved when the
+    /// destination did not.
+    read_bytes: usize,
 }
 
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+impl Default for Direction {
+    fn default() -> Self {
+        Self { state: DirectionState::Open, pending: Vec::new(), written: 0, read_bytes: READ_BYTES_MIN }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum DirectionState {
-    #[default]
     Open,
     /// The source has ended; `pending` and the end itself are still to be handed on.
     Ended,
@@ -194,7 +218,8 @@ impl Relay<'_> {
     }
 
     fn poll_to_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
-        for _ in 0..READS_PER_TURN_MAX {
+        let mut received = 0;
+        while received < TURN_BYTES_MAX {
             if ready!(self.to_upstream.poll_flush(context, self.upstream, &mut self.last_byte_at)).is_err() {
                 self.refuse_to_upstream();
             }
@@ -208,15 +233,19 @@ impl Relay<'_> {
                     }
                     self.to_upstream.state = DirectionState::Finished;
                 }
-                DirectionState::Open | DirectionState::Refused => ready!(self.poll_read_client(context))?,
+                DirectionState::Open | DirectionState::Refused => {
+                    received += ready!(self.poll_read_client(context))?;
+                }
             }
         }
+        self.to_upstream.read_more();
         context.waker().wake_by_ref();
         Poll::Pending
     }
 
     fn poll_to_client(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
-        for _ in 0..READS_PER_TURN_MAX {
+        let mut received = 0;
+        while received < TURN_BYTES_MAX {
             self.queue_own_records();
             ready!(self.to_client.poll_flush(context, self.client, &mut self.last_byte_at))
                 .map_err(|_| self.client_reset())?;
@@ -227,24 +256,26 @@ impl Relay<'_> {
                     let _ = self.client.shutdown_write();
                     self.to_client.state = DirectionState::Finished;
                 }
-                DirectionState::Open => ready!(self.poll_read_upstream(context))?,
+                DirectionState::Open => received += ready!(self.poll_read_upstream(context))?,
             }
         }
+        self.to_client.read_more();
         context.waker().wake_by_ref();
         Poll::Pending
     }
 
-    /// One read from the client, decrypted and offered to the upstream.
-    fn poll_read_client(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
+    /// One read from the client, decrypted and offered to the upstream; how many bytes it was.
+    fn poll_read_client(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, Close>> {
+        let read_bytes = self.scratch.read_bytes(&self.to_upstream);
         let mut buffers = self.scratch.buffers.borrow_mut();
         let Buffers { ciphertext, decrypted, .. } = &mut *buffers;
         let kept = self.tls.unprocessed().len();
-        let received = ready!(poll_read(context, self.client, &mut ciphertext[kept..kept + READ_BYTES]))
+        let received = ready!(poll_read(context, self.client, &mut ciphertext[kept..kept + read_bytes]))
             .map_err(|_| self.client_reset())?;
         if received == 0 {
             self.client_truncated = true;
             self.end_to_upstream(Close::ClientRelayTruncated);
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(Ok(0));
         }
         ciphertext[..kept].copy_from_slice(self.tls.unprocessed());
         decrypted.clear();
@@ -264,14 +295,17 @@ impl Relay<'_> {
         if phase == TlsPhase::ClientClosed {
             self.end_to_upstream(Close::ClientRelayClosed);
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(received))
     }
 
     /// One read from the upstream, encrypted and offered to the client; with the end, when that is known already.
-    fn poll_read_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
+    /// How many bytes it was.
+    fn poll_read_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, Close>> {
+        let read_bytes = self.scratch.read_bytes(&self.to_client);
         let mut buffers = self.scratch.buffers.borrow_mut();
         let Buffers { ciphertext, from_upstream, .. } = &mut *buffers;
-        let (received, end) = ready!(poll_read_and_end(context, self.upstream, from_upstream));
+        let (received, end) =
+            ready!(poll_read_and_end(context, self.upstream, &mut from_upstream[..read_bytes]));
         let mut encrypted = 0;
         if received > 0 {
             self.last_byte_at = Instant::now();
@@ -299,7 +333,7 @@ impl Relay<'_> {
         self.to_client
             .write(self.client, &own, &ciphertext[..encrypted], is_last)
             .map_err(|_| self.client_reset())?;
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(received))
     }
 
     /// The client has ended its direction.
@@ -343,6 +377,13 @@ impl Relay<'_> {
         }
     }
 
+    /// Keeps `Scratch::kept_bytes` true.
+    fn account(&mut self) {
+        let kept_bytes = self.to_upstream.pending.capacity() + self.to_client.pending.capacity();
+        self.scratch.kept_bytes.update(|all| all - self.kept_bytes + kept_bytes);
+        self.kept_bytes = kept_bytes;
+    }
+
     fn client_reset(&self) -> Close {
         if self.client_truncated { Close::ClientRelayTruncated } else { Close::ClientRelayReset }
     }
@@ -363,6 +404,12 @@ impl Relay<'_> {
             Some(until) if until < quiet.0 => (until, Close::ProxyRelayLifetimeDeadline),
             _ => quiet,
         }
+    }
+}
+
+impl Drop for Relay<'_> {
+    fn drop(&mut self) {
+        self.scratch.kept_bytes.update(|all| all - self.kept_bytes);
     }
 }
 
@@ -391,6 +438,11 @@ impl Direction {
         Poll::Ready(Ok(()))
     }
 
+    /// After a turn that ended only because others must have theirs.
+    fn read_more(&mut self) {
+        self.read_bytes = (self.read_bytes * 2).min(READ_BYTES_MAX);
+    }
+
     fn forget_pending(&mut self) {
         self.pending = Vec::new();
         self.written = 0;
@@ -417,6 +469,7 @@ impl Direction {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     self.pending.extend_from_slice(rest);
                     self.pending.extend_from_slice(next);
+                    self.read_bytes = (self.read_bytes / 2).max(READ_BYTES_MIN);
                     break;
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -516,6 +569,7 @@ mod tests {
                 &bytes,
             )
             .await;
+            assert_eq!(scratch.kept_bytes.get(), 0, "what an ended connection kept is still accounted for");
             (close, client, upstream)
         });
         (close, client.join().expect("a client"), upstream.join().expect("an upstream"))
@@ -552,6 +606,35 @@ mod tests {
         );
         assert_eq!(received, ANSWER_BYTES);
         assert!(matches!(close, Close::UpstreamRelayReset | Close::ClientRelayTruncated), "{close:?}");
+    }
+
+    #[test]
+    fn reads_grow_while_the_destination_takes_them_and_shrink_when_it_does_not() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            let (_there, here) = connected().await;
+            let scratch = Scratch::default();
+            let mut direction = Direction::default();
+            assert_eq!(scratch.read_bytes(&direction), READ_BYTES_MIN);
+            for _ in 0..10 {
+                direction.read_more();
+            }
+            assert_eq!(scratch.read_bytes(&direction), READ_BYTES_MAX);
+            while direction.pending.is_empty() {
+                direction.write(&here, &[0; READ_BYTES_MAX], &[], false).expect("connected");
+            }
+            assert_eq!(scratch.read_bytes(&direction), READ_BYTES_MAX / 2);
+        });
+    }
+
+    #[test]
+    fn when_slow_peers_hold_much_memory_every_read_is_small() {
+        let scratch = Scratch::default();
+        let direction = Direction { read_bytes: READ_BYTES_MAX, ..Direction::default() };
+        scratch.kept_bytes.set(KEPT_BYTES_MAX - 1);
+        assert_eq!(scratch.read_bytes(&direction), READ_BYTES_MAX);
+        scratch.kept_bytes.set(KEPT_BYTES_MAX);
+        assert_eq!(scratch.read_bytes(&direction), READ_BYTES_MIN);
     }
 
     fn unacknowledged_bytes(socket: &std::net::TcpStream) -> i32 {
