@@ -6,7 +6,7 @@
 import { execFileSync, spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
-import { readFileSync, readdirSync } from 'node:fs';
+import { existsSync, readFileSync, readdirSync } from 'node:fs';
 import { createServer, connect } from 'node:net';
 import type { AddressInfo } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
@@ -75,6 +75,21 @@ const saidCharactersMax = 2000;
 const stopMs = 10_000;
 const running = new Set<Pinned>();
 
+/** With as many open files as this machine lets anybody have. */
+export function withManyFiles(command: Command): Command {
+  return { ...command, file: '/bin/sh', args: ['-c', `${raiseLimit}; exec "$0" "$@"`, command.file, ...command.args] };
+}
+
+/** What `withManyFiles` gives. */
+export function openFilesMax(): number {
+  filesMax ??= Number(execFileSync('/bin/sh', ['-c', `${raiseLimit}; ulimit -n`], { encoding: 'utf8' }));
+  return filesMax;
+}
+
+/** To what the kernel allows at most, or else, without the right to raise it, to the hard limit. */
+const raiseLimit = 'ulimit -n "$(cat /proc/sys/fs/nr_open)" 2>/dev/null || ulimit -n "$(ulimit -H -n)"';
+let filesMax: number | undefined;
+
 /** Everything that is still there, for the way out after an error. */
 export async function stopAll(): Promise<void> {
   await Promise.all([...running].map((pinned) => pinned.stop()));
@@ -122,6 +137,11 @@ export class CpuMeter {
   }
 }
 
+/** CPU that a process and its descendants have used since they began; what ended is in it no more. @throws when it is gone. */
+export function cpuSecondsSinceStart(pid: number): number {
+  return cpuSecondsOf(familyOf(pid));
+}
+
 interface Reading {
   readonly pids: readonly number[];
   readonly cpuSeconds: number;
@@ -134,9 +154,13 @@ function reading(pid: number, cores: readonly number[]): Reading {
   const pids = familyOf(pid);
   return {
     pids,
-    cpuSeconds: pids.reduce((sum, each) => sum + ticksOf(each), 0) / ticksPerSecond(),
+    cpuSeconds: cpuSecondsOf(pids),
     busySeconds: cores.reduce((sum, core) => sum + busySeconds(core), 0),
   };
+}
+
+function cpuSecondsOf(pids: readonly number[]): number {
+  return pids.reduce((sum, each) => sum + ticksOf(each), 0) / ticksPerSecond();
 }
 
 /** A process and its descendants. @throws when it is gone. */
@@ -205,8 +229,18 @@ function accepts(port: number): Promise<boolean> {
 
 function descendants(pid: number): number[] {
   return readdirSync(`/proc/${pid}/task`)
-    .flatMap((thread) => readFileSync(`/proc/${pid}/task/${thread}/children`, 'utf8').split(' '))
+    .flatMap((thread) => childrenOf(pid, thread).split(' '))
     .flatMap((text) => (text.trim() === '' ? [] : [Number(text), ...descendants(Number(text))]));
+}
+
+/** The children of a thread that has just ended belong to another one by now. */
+function childrenOf(pid: number, thread: string): string {
+  try {
+    return readFileSync(`/proc/${pid}/task/${thread}/children`, 'utf8');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT' && existsSync(`/proc/${pid}`)) return '';
+    throw error;
+  }
 }
 
 /** utime + stime, proc_pid_stat(5); the name before them may contain blanks and brackets. */
