@@ -17,6 +17,17 @@ export function giveBackMemory(native: Pick<EngineBinding, 'trimMemory'>): void 
   native.trimMemory();
 }
 
+/** Reloads come in bursts, from whatever renews certificates: once after the last is enough. */
+const quietMs = 5_000;
+
+let pending: NodeJS.Timeout | undefined;
+
+/** The same, when nobody has asked for it for a while. */
+export function giveBackMemorySoon(native: Pick<EngineBinding, 'trimMemory'>): void {
+  clearTimeout(pending);
+  pending = setTimeout(() => giveBackMemory(native), quietMs).unref();
+}
+
 type Collect = (how: { readonly type: 'major'; readonly execution: 'sync'; readonly flavor: 'last-resort' }) => void;
 
 let collect: Collect | undefined;

@@ -34,10 +34,29 @@ export interface ConnectSnapshot {
 export declare class Engine {
   /**
    * Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
+   * `ticket_secrets`: as for `set_ticket_secrets`.
    *
    * Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
    */
-  constructor(settings: EngineSettings)
+  constructor(settings: EngineSettings, ticketSecrets: Array<Buffer>)
+  /**
+   * Makes another configuration ready beside the one that serves, which notices nothing of it. Logs in to new tokens
+   * and finds the keys of new certificates. In place of what was prepared before.
+   *
+   * Throws as the constructor does; then nothing is prepared.
+   */
+  prepare(settings: EngineSettings): void
+  /**
+   * What was prepared serves from now on; connections that are there go on with what they began with. `retired`
+   * sockets are accepted from no more, except for what waits in their queues: the caller may close them now.
+   *
+   * Throws when nothing is prepared.
+   */
+  commit(retired: Array<number>): void
+  /** Forgets what was prepared, if anything was. */
+  discard(): void
+  /** Frees what no handshake uses any more of former configurations. To be called now and then. */
+  letGo(): void
   /** Accepts also from a socket of a sibling that is gone. An unknown listener is ignored. */
   accept(listener: string, socket: number): void
   /** Leaves a socket to the sibling that is back. */
@@ -60,8 +79,6 @@ export interface EngineSettings {
   upstreams: Array<UpstreamSettings>
   listeners: Array<ListenerSettings>
   ticketLifetimeMs: number
-  /** 32 bytes for each epoch, the current one first. Overwritten with zeros. */
-  ticketSecrets: Array<Buffer>
 }
 
 export interface EngineSnapshot {
@@ -71,6 +88,13 @@ export interface EngineSnapshot {
   upstreams: Array<UpstreamSnapshot>
   closes: Array<CloseSnapshot>
   tokens: Array<TokenSnapshot>
+}
+
+export interface HandoverChannel {
+  /** The primary's end. */
+  primary: number
+  /** The end that one worker inherits. */
+  worker: number
 }
 
 export interface HandshakeSnapshot {
@@ -234,11 +258,17 @@ export declare function closeReasons(): Array<CloseReason>
 /** Ends this process, by SIGKILL, when the process that forked it has ended. */
 export declare function endWithParent(): void
 
+/** Puts sockets into the channel, for the worker to take when it hears of the reload. */
+export declare function handOver(channel: number, reload: number, fds: Array<number>): void
+
 /** No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN. */
 export declare function harden(): void
 
 /** Upper bounds of every latency histogram, in microseconds. */
 export declare function latencyBoundsUs(): Array<number>
+
+/** Opens a channel through which a running worker is handed sockets. Both ends are the caller's to close. */
+export declare function openHandover(): HandoverChannel
 
 /**
  * Opens a listening socket at an address and port.
@@ -252,8 +282,14 @@ export declare function preloadModule(path: string, isolate: boolean): void
 /** Throws if somebody already listens at the address, or if it cannot be bound. */
 export declare function probeAddress(address: string): void
 
+/** Sets the length of a listening socket's accept queue, also of one that has waiting connections. */
+export declare function setBacklog(fd: number, backlog: number): void
+
 /** Refuses clients on a listening socket from now on, in every process that holds it. The descriptor stays open. */
 export declare function shutListener(fd: number): void
+
+/** Takes the sockets of this reload out of the channel, in their order; those of others are closed. The caller's to close. */
+export declare function takeOver(channel: number, reload: number): Array<number>
 
 /** Gives memory that is free inside this process back to the system. */
 export declare function trimMemory(): void

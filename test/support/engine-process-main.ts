@@ -6,7 +6,7 @@
 import { X509Certificate } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { engine as loadEngine } from '../../src/engine/binding.ts';
-import type { Engine } from '../../src/engine/native.d.ts';
+import type { Engine, EngineSettings } from '../../src/engine/native.d.ts';
 
 export interface EngineParameters {
   readonly module: string;
@@ -69,7 +69,7 @@ process.on('message', (order: EngineOrder) => {
 
 function start(sockets: number[]): Engine {
   const { raw, publicKey } = new X509Certificate(readFileSync(parameters.chain));
-  return new native.Engine({
+  const settings: EngineSettings = {
     tokens: [
       {
         name: 'hsm',
@@ -127,8 +127,8 @@ function start(sockets: number[]): Engine {
       },
     ],
     ticketLifetimeMs: 3_600_000,
-    ticketSecrets: [Buffer.alloc(32, 1)],
-  });
+  };
+  return new native.Engine(settings, [Buffer.alloc(32, 1)]);
 }
 
 function answer(message: EngineAnswer): void {

@@ -2,6 +2,7 @@
 //! No panic crosses it, and nothing calls back: JavaScript asks. JavaScript thread only.
 
 use std::net::SocketAddr;
+use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,24 +10,25 @@ use std::time::Duration;
 use napi::bindgen_prelude::Buffer;
 use napi::{Error, Result, Status};
 use napi_derive::napi;
+use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::certificates::{Certificate, Certificates, UnknownName};
 use crate::close::CLOSE_REASONS;
-use crate::io_thread::IoThread;
-use crate::listener;
+use crate::generation::{self, Generation, LoadFault};
+use crate::handover;
+use crate::io_thread::{IoPlan, IoThread};
+use crate::listener::{ListenerPlan, ListenerStats};
 use crate::policy::Policy;
 use crate::process;
 use crate::proxy_header::ProxyVersion;
-use crate::signing::PrivateKey;
 use crate::signing::login_lock;
 use crate::signing::pkcs11::Module;
 use crate::signing::token::{Token, TokenPlan};
 use crate::signing::token_error::TokenError;
-use crate::signing::token_key::KeyPlan;
 use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
-use crate::tickets::{EpochSecret, Ticketer};
+use crate::tickets::{self, EpochSecret, Ticketer};
 use crate::upstream::{Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
 
 /// A token and how to use it. Durations are milliseconds.
@@ -131,8 +133,6 @@ pub struct EngineSettings {
     pub upstreams: Vec<UpstreamSettings>,
     pub listeners: Vec<ListenerSettings>,
     pub ticket_lifetime_ms: u32,
-    /// 32 bytes for each epoch, the current one first. Overwritten with zeros.
-    pub ticket_secrets: Vec<Buffer>,
 }
 
 /// Not cumulative; bucket i counts what is above bound i-1 and at most bound i, the last one what is above all bounds.
@@ -246,49 +246,85 @@ pub struct EngineSnapshot {
 #[napi]
 pub struct Engine {
     io: IoThread,
-    tokens: Vec<Arc<Token>>,
+    current: Generation,
+    /// Replaced by reloads; handshakes may still use them.
+    former: Vec<Generation>,
+    prepared: Option<Generation>,
     ticketer: Ticketer,
 }
 
 #[napi]
 impl Engine {
     /// Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
+    /// `ticket_secrets`: as for `set_ticket_secrets`.
     ///
     /// Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
     #[napi(constructor, catch_unwind)]
-    pub fn new(settings: EngineSettings) -> Result<Self> {
-        let EngineSettings { tokens, certificates, upstreams, listeners, .. } = settings;
-        let ticketer = Ticketer::new(ms(settings.ticket_lifetime_ms));
-        let sign_deadlines: Vec<_> =
-            tokens.iter().map(|token| (token.name.clone(), ms(token.sign_deadline_ms))).collect();
-        // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
-        let plans: Vec<_> = tokens.into_iter().map(token_plan).collect();
-        rotate(&ticketer, settings.ticket_secrets)?;
+    pub fn new(settings: EngineSettings, ticket_secrets: Vec<Buffer>) -> Result<Self> {
+        let ticketer = Ticketer::new(tickets::LIFETIME_MAX);
+        rotate(&ticketer, ticket_secrets)?;
         // Before the first lane: exit must not run a module's destructors under it.
         process::engine_runs(true);
-        let started = start_tokens(plans).inspect_err(|_| process::engine_runs(false))?;
-        let built = certificates
-            .into_iter()
-            .map(|settings| certificate(settings, &started, &sign_deadlines))
-            .collect::<Result<Vec<_>>>()
-            .and_then(|certificates| {
-                for token in &started {
-                    token.keys_are_found();
+        let nothing = Generation::default();
+        let started =
+            build(settings, &nothing, &ticketer).and_then(|(current, plan)| match IoThread::start(plan) {
+                Ok(io) => Ok((current, io)),
+                Err(error) => {
+                    current.stop_unless_in(&[], STOP_BUDGET);
+                    Err(invalid(error.to_string()))
                 }
-                let listeners = listeners
-                    .into_iter()
-                    .map(|settings| listener_plan(settings, &certificates, &ticketer))
-                    .collect::<Result<Vec<_>>>()?;
-                let upstreams = upstreams.into_iter().map(upstream_plan).collect::<Result<Vec<_>>>()?;
-                IoThread::start(listeners, upstreams).map_err(|error| invalid(error.to_string()))
             });
-        match built {
-            Ok(io) => Ok(Self { io, tokens: started, ticketer }),
-            Err(error) => {
-                process::engine_runs(false);
-                stop_tokens(&started, STOP_BUDGET);
-                Err(error)
-            }
+        let (current, io) = started.inspect_err(|_| process::engine_runs(false))?;
+        Ok(Self { io, current, former: Vec::new(), prepared: None, ticketer })
+    }
+
+    /// Makes another configuration ready beside the one that serves, which notices nothing of it. Logs in to new tokens
+    /// and finds the keys of new certificates. In place of what was prepared before.
+    ///
+    /// Throws as the constructor does; then nothing is prepared.
+    #[napi(catch_unwind)]
+    pub fn prepare(&mut self, settings: EngineSettings) -> Result<()> {
+        self.discard();
+        let (next, plan) = build(settings, &self.current, &self.ticketer)?;
+        if let Err(error) = self.io.prepare(plan) {
+            self.stop_tokens_of(&next);
+            return Err(invalid(error.to_string()));
+        }
+        self.prepared = Some(next);
+        Ok(())
+    }
+
+    /// What was prepared serves from now on; connections that are there go on with what they began with. `retired`
+    /// sockets are accepted from no more, except for what waits in their queues: the caller may close them now.
+    ///
+    /// Throws when nothing is prepared.
+    #[napi(catch_unwind)]
+    pub fn commit(&mut self, retired: Vec<i32>) -> Result<()> {
+        let next =
+            self.prepared.take().ok_or_else(|| invalid("expected a prepared configuration, found none"))?;
+        self.io.commit(retired).map_err(|error| invalid(error.to_string()))?;
+        self.former.push(std::mem::replace(&mut self.current, next));
+        self.let_go();
+        Ok(())
+    }
+
+    /// Forgets what was prepared, if anything was.
+    #[napi(catch_unwind)]
+    pub fn discard(&mut self) {
+        self.io.discard();
+        if let Some(next) = self.prepared.take() {
+            self.stop_tokens_of(&next);
+        }
+    }
+
+    /// Frees what no handshake uses any more of former configurations. To be called now and then.
+    #[napi(catch_unwind)]
+    pub fn let_go(&mut self) {
+        let (used, unused) = std::mem::take(&mut self.former).into_iter().partition(Generation::is_in_use);
+        self.former = used;
+        let unused: Vec<Generation> = unused;
+        for generation in &unused {
+            self.stop_tokens_of(generation);
         }
     }
 
@@ -321,7 +357,9 @@ impl Engine {
     #[napi(catch_unwind)]
     pub fn stop(&mut self, budget_ms: u32) {
         let io_ended = self.io.stop(ms(budget_ms));
-        stop_tokens(&self.tokens, ms(budget_ms));
+        for generation in self.former.iter().chain(&self.prepared).chain([&self.current]) {
+            generation.stop_unless_in(&[], ms(budget_ms));
+        }
         process::engine_runs(!io_ended);
     }
 
@@ -379,13 +417,47 @@ impl Engine {
                     count: signed(count),
                 })
                 .collect(),
-            tokens: self.tokens.iter().map(|token| token_snapshot(token)).collect(),
+            tokens: self.current.tokens().map(|token| token_snapshot(token)).collect(),
         }
+    }
+
+    fn stop_tokens_of(&self, unused: &Generation) {
+        let used: Vec<_> = self.former.iter().chain(&self.prepared).chain([&self.current]).collect();
+        unused.stop_unless_in(&used, STOP_BUDGET);
     }
 }
 
-/// How long tokens may take to stop after a failed start.
+/// How long a token may take to stop after a failed start, or when a reload has removed it. A lane that takes longer is
+/// left behind: it stays inside its module.
 const STOP_BUDGET: Duration = Duration::from_millis(200);
+
+/// All of it or nothing: no token stays started when something is wrong.
+fn build(settings: EngineSettings, former: &Generation, ticketer: &Ticketer) -> Result<(Generation, IoPlan)> {
+    let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms } = settings;
+    // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
+    let plans = tokens.into_iter().map(token_plan).collect();
+    let mut next =
+        Generation::with_tokens(former, plans, STOP_BUDGET).map_err(|error| token_error(&error))?;
+    let ticketer = ticketer.with_lifetime(ms(ticket_lifetime_ms));
+    let planned = load_certificates(&mut next, certificates).and_then(|()| {
+        let plan = IoPlan {
+            listeners: listeners
+                .into_iter()
+                .map(|settings| listener_plan(settings, &next, &ticketer))
+                .collect::<Result<_>>()?,
+            upstreams: upstreams.into_iter().map(upstream_plan).collect::<Result<_>>()?,
+        };
+        next.tls_configs = plan.listeners.iter().map(|(_, tls_config)| tls_config.clone()).collect();
+        Ok(plan)
+    });
+    match planned {
+        Ok(plan) => Ok((next, plan)),
+        Err(error) => {
+            next.stop_unless_in(&[former], STOP_BUDGET);
+            Err(error)
+        }
+    }
+}
 
 /// Upper bounds of every latency histogram, in microseconds.
 #[napi(catch_unwind)]
@@ -438,6 +510,40 @@ pub fn probe_address(address: String) -> Result<()> {
     process::probe_address(parsed).map_err(|error| listen_error(&address, &error))
 }
 
+/// Sets the length of a listening socket's accept queue, also of one that has waiting connections.
+#[napi(catch_unwind)]
+pub fn set_backlog(fd: i32, backlog: u32) -> Result<()> {
+    process::set_backlog(fd, backlog).map_err(|error| invalid(format!("listen: {error}")))
+}
+
+#[napi(object)]
+pub struct HandoverChannel {
+    /// The primary's end.
+    pub primary: i32,
+    /// The end that one worker inherits.
+    pub worker: i32,
+}
+
+/// Opens a channel through which a running worker is handed sockets. Both ends are the caller's to close.
+#[napi(catch_unwind)]
+pub fn open_handover() -> Result<HandoverChannel> {
+    let (primary, worker) = handover::open().map_err(|error| invalid(format!("socketpair: {error}")))?;
+    Ok(HandoverChannel { primary: primary.into_raw_fd(), worker: worker.into_raw_fd() })
+}
+
+/// Puts sockets into the channel, for the worker to take when it hears of the reload.
+#[napi(catch_unwind)]
+pub fn hand_over(channel: i32, reload: u32, fds: Vec<i32>) -> Result<()> {
+    handover::send(channel, reload, &fds).map_err(|error| invalid(format!("sendmsg: {error}")))
+}
+
+/// Takes the sockets of this reload out of the channel, in their order; those of others are closed. The caller's to close.
+#[napi(catch_unwind)]
+pub fn take_over(channel: i32, reload: u32) -> Result<Vec<i32>> {
+    let fds = handover::receive(channel, reload).map_err(|error| invalid(format!("recvmsg: {error}")))?;
+    Ok(handover::into_raw(fds))
+}
+
 /// No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN.
 #[napi(catch_unwind)]
 pub fn harden() -> Result<()> {
@@ -487,10 +593,11 @@ impl LoginLock {
     }
 }
 
-fn token_plan(mut settings: TokenSettings) -> TokenPlan {
+/// Also how long a handshake waits for a signature by the token.
+fn token_plan(mut settings: TokenSettings) -> (TokenPlan, Duration) {
     let pin = Zeroizing::new(settings.pin.to_vec());
     settings.pin.as_mut().zeroize();
-    TokenPlan {
+    let plan = TokenPlan {
         name: settings.name,
         module: settings.module.into(),
         label: settings.label,
@@ -503,22 +610,8 @@ fn token_plan(mut settings: TokenSettings) -> TokenPlan {
         isolate: settings.isolate,
         verify_rsa_every: settings.verify_rsa_every,
         verify_ec_every: settings.verify_ec_every,
-    }
-}
-
-/// All tokens or none.
-fn start_tokens(plans: Vec<TokenPlan>) -> Result<Vec<Arc<Token>>> {
-    let mut started = Vec::with_capacity(plans.len());
-    for plan in plans {
-        match Token::start(plan) {
-            Ok(token) => started.push(token),
-            Err(error) => {
-                stop_tokens(&started, STOP_BUDGET);
-                return Err(token_error(&error));
-            }
-        }
-    }
-    Ok(started)
+    };
+    (plan, ms(settings.sign_deadline_ms))
 }
 
 /// `token_fault <code>: <message>`: the code says whether another try could cost one of the PIN's few.
@@ -526,54 +619,39 @@ fn token_error(error: &TokenError) -> Error {
     Error::new(Status::GenericFailure, format!("token_fault {}: {error}", error.problem.code()))
 }
 
-fn stop_tokens(tokens: &[Arc<Token>], budget: Duration) {
-    for token in tokens {
-        token.stop(budget);
-    }
-}
-
-fn certificate(
-    settings: CertificateSettings,
-    tokens: &[Arc<Token>],
-    sign_deadlines: &[(String, Duration)],
-) -> Result<(String, Arc<Certificate>)> {
-    let name = settings.name;
-    let mut keys = Vec::with_capacity(settings.keys.len());
-    let mut sign_deadline = Duration::ZERO;
-    for place in settings.keys {
-        let token = tokens.iter().find(|token| **token.name() == *place.token).ok_or_else(|| {
-            invalid(format!("certificate {name}: expected one of the tokens, found {:?}", place.token))
+fn load_certificates(next: &mut Generation, certificates: Vec<CertificateSettings>) -> Result<()> {
+    for CertificateSettings { name, names, chain, public_key, keys } in certificates {
+        let places = keys
+            .into_iter()
+            .map(|KeyPlace { token, id, label }| generation::KeyPlace {
+                token,
+                id: id.map(|id| id.to_vec()),
+                label,
+            })
+            .collect();
+        let chain = chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
+        let make = |key, sign_deadline| Certificate { names, chain, key, sign_deadline };
+        next.load(name, &public_key, places, make).map_err(|fault| match fault {
+            LoadFault::Token(error) => token_error(&error),
+            LoadFault::Settings(what) => invalid(what),
         })?;
-        let found = token.find_key(KeyPlan {
-            id: place.id.map(|id| id.to_vec()),
-            label: place.label,
-            spki: settings.public_key.to_vec(),
-            name: name.clone(),
-        });
-        keys.push(found.map_err(|error| token_error(&error))?);
-        let deadline = sign_deadlines.iter().find(|(token, _)| *token == place.token);
-        sign_deadline = sign_deadline.max(deadline.map_or(Duration::ZERO, |(_, deadline)| *deadline));
     }
-    let key = PrivateKey::new(keys).map_err(|error| invalid(format!("certificate {name}: {error}")))?;
-    let chain = settings.chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
-    Ok((name, Arc::new(Certificate { names: settings.names, chain, key, sign_deadline })))
+    next.loaded();
+    Ok(())
 }
 
 fn listener_plan(
     settings: ListenerSettings,
-    certificates: &[(String, Arc<Certificate>)],
+    generation: &Generation,
     ticketer: &Ticketer,
-) -> Result<listener::ListenerPlan> {
+) -> Result<(ListenerPlan, Arc<ServerConfig>)> {
     let name = settings.name;
     let fault = |what: String| invalid(format!("listener {name}: {what}"));
     let mut chosen = Vec::with_capacity(settings.certificates.len());
     for wanted in &settings.certificates {
-        let found = certificates.iter().find(|(name, _)| name == wanted);
-        chosen.push(
-            found
-                .map(|(_, certificate)| certificate.clone())
-                .ok_or_else(|| fault(format!("expected one of the certificates, found {wanted:?}")))?,
-        );
+        let found = generation.certificate(wanted).cloned();
+        chosen
+            .push(found.ok_or_else(|| fault(format!("expected one of the certificates, found {wanted:?}")))?);
     }
     if chosen.is_empty() {
         return Err(fault("expected at least one certificate, found none".into()));
@@ -588,8 +666,7 @@ fn listener_plan(
             .map_err(fault)?
             .server_config(Arc::new(Certificates::new(&chosen, unknown_name)), &settings.alpn, ticketer)
             .map_err(|error| fault(error.to_string()))?;
-    Ok(listener::ListenerPlan {
-        tls_config,
+    let plan = ListenerPlan {
         upstream: settings.upstream,
         handshake_deadline: ms(settings.handshake_deadline_ms),
         idle_deadline: ms(settings.idle_deadline_ms),
@@ -599,7 +676,8 @@ fn listener_plan(
         handshakes_max: settings.handshakes_max as usize,
         sockets: settings.sockets,
         name,
-    })
+    };
+    Ok((plan, tls_config))
 }
 
 fn upstream_plan(settings: UpstreamSettings) -> Result<UpstreamPlan> {
@@ -669,7 +747,7 @@ fn parse_address(address: &str) -> Result<SocketAddr> {
     address.parse().map_err(|_| invalid(format!("expected an IP address and port, found {address:?}")))
 }
 
-fn handshake_snapshots(stats: &listener::ListenerStats) -> Vec<HandshakeSnapshot> {
+fn handshake_snapshots(stats: &ListenerStats) -> Vec<HandshakeSnapshot> {
     [(false, false), (false, true), (true, false), (true, true)]
         .map(|(tls13, resumed)| HandshakeSnapshot {
             protocol: if tls13 { "TLSv1.3" } else { "TLSv1.2" }.into(),

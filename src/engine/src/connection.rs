@@ -10,8 +10,10 @@
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use aws_lc_rs::rand;
+use rustls::ServerConfig;
 use tokio::time::Instant;
 
 use crate::close::Close;
@@ -27,16 +29,15 @@ use crate::upstream::ConnectError;
 const UNIQUE_ID_BYTES: usize = 16;
 
 /// Runs one accepted connection to its end.
-pub async fn serve(mut life: Life, client: Stream, source: SocketAddr) {
-    let close = run(&mut life, &client, source).await;
+pub async fn serve(mut life: Life, tls_config: Arc<ServerConfig>, client: Stream, source: SocketAddr) {
+    let close = run(&mut life, tls_config, &client, source).await;
     life.end(close);
 }
 
-async fn run(life: &mut Life, client: &Stream, source: SocketAddr) -> Close {
+async fn run(life: &mut Life, tls_config: Arc<ServerConfig>, client: &Stream, source: SocketAddr) -> Close {
     let listener = life.listener.clone();
     let accepted_at = Instant::now();
     let deadline = accepted_at + listener.plan.handshake_deadline;
-    let tls_config = listener.plan.tls_config.clone();
     // Boxed so that a relaying connection does not keep the room of its handshake.
     let established = match Box::pin(handshake(client, tls_config, deadline, &listener.scratch)).await {
         Ok(established) => established,

@@ -1,25 +1,39 @@
 //! Owns the worker's I/O thread: its runtime, the listeners on it, and the few orders that the JavaScript thread gives.
 //! Knows nothing of Node-API.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::RawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustls::ServerConfig;
+use tokio::net::TcpListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
 
 use crate::close::CloseCounters;
-use crate::listener::{Listener, ListenerPlan, ListenerStats, accept_from};
+use crate::listener::{
+    CurrentOffer, Listener, ListenerPlan, ListenerStats, Offer, accept_from, accept_waiting, socket_of,
+};
 use crate::relay::Scratch;
 use crate::upstream::{Upstream, UpstreamPlan, UpstreamStats};
 
 /// How often a joining thread is looked at: `JoinHandle` has no join with a deadline.
 const JOIN_POLL: Duration = Duration::from_millis(1);
+/// The I/O thread waits for nobody, so an answer that takes longer will not come.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What a configuration is to this thread.
+pub struct IoPlan {
+    pub listeners: Vec<(ListenerPlan, Arc<ServerConfig>)>,
+    pub upstreams: Vec<UpstreamPlan>,
+}
 
 /// The running I/O thread, as the JavaScript thread holds it.
 pub struct IoThread {
@@ -31,6 +45,7 @@ pub struct IoThread {
 /// Everything the I/O thread measures, shared for reading.
 #[derive(Clone)]
 pub struct IoStats {
+    /// Also those that a reload has removed, until the reload after their last connection has ended.
     pub listeners: Vec<(String, Arc<ListenerStats>)>,
     pub upstreams: Vec<Arc<UpstreamStats>>,
     pub closes: Arc<CloseCounters>,
@@ -47,6 +62,15 @@ enum Order {
     StopAccepting {
         fd: RawFd,
     },
+    Prepare {
+        plan: IoPlan,
+        answer: mpsc::Sender<io::Result<()>>,
+    },
+    Commit {
+        retired: Vec<RawFd>,
+        answer: mpsc::Sender<IoStats>,
+    },
+    Discard,
     Drain,
     Stop,
 }
@@ -56,12 +80,12 @@ impl IoThread {
     ///
     /// # Errors
     /// The thread or its runtime cannot be made, or a descriptor is not a listening socket.
-    pub fn start(listeners: Vec<ListenerPlan>, upstreams: Vec<UpstreamPlan>) -> io::Result<Self> {
+    pub fn start(plan: IoPlan) -> io::Result<Self> {
         let (orders, inbox) = unbounded_channel();
-        let (started, start) = std::sync::mpsc::channel();
+        let (started, start) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("keygate-io".into())
-            .spawn(move || run(listeners, upstreams, inbox, &started))?;
+            .spawn(move || run(plan, inbox, &started))?;
         let stats = start.recv().map_err(|_| io::Error::other("the I/O thread ended while it started"))??;
         Ok(Self { orders, thread: Some(thread), stats })
     }
@@ -72,6 +96,29 @@ impl IoThread {
 
     pub fn stop_accepting(&self, fd: RawFd) {
         self.order(Order::StopAccepting { fd });
+    }
+
+    /// Makes everything of a plan that can fail, beside what serves. In place of what was prepared before.
+    ///
+    /// # Errors
+    /// A descriptor is not a listening socket, an upstream is not there, or the thread drains.
+    pub fn prepare(&self, plan: IoPlan) -> io::Result<()> {
+        self.ask(|answer| Order::Prepare { plan, answer })?
+    }
+
+    /// What was prepared serves from now on; connections that are there go on with what they began with. From the
+    /// sockets of `retired` what waits is accepted, then nothing more: the caller may close them.
+    ///
+    /// # Errors
+    /// The thread has ended. (Nothing else can fail: without a prepared plan, nothing changes.)
+    pub fn commit(&mut self, retired: Vec<RawFd>) -> io::Result<()> {
+        self.stats = self.ask(|answer| Order::Commit { retired, answer })?;
+        Ok(())
+    }
+
+    /// Forgets what was prepared.
+    pub fn discard(&self) {
+        self.order(Order::Discard);
     }
 
     /// Accepts nothing any more; what is established goes on. `connections_open` tells when the last one has ended.
@@ -99,21 +146,22 @@ impl IoThread {
     fn order(&self, order: Order) {
         let _ = self.orders.send(order);
     }
+
+    fn ask<T>(&self, order: impl FnOnce(mpsc::Sender<T>) -> Order) -> io::Result<T> {
+        let (answer, answered) = mpsc::channel();
+        self.order(order(answer));
+        answered.recv_timeout(ANSWER_DEADLINE).map_err(|_| io::Error::other("the I/O thread does not answer"))
+    }
 }
 
-fn run(
-    listeners: Vec<ListenerPlan>,
-    upstreams: Vec<UpstreamPlan>,
-    inbox: UnboundedReceiver<Order>,
-    started: &std::sync::mpsc::Sender<io::Result<IoStats>>,
-) {
+fn run(plan: IoPlan, inbox: UnboundedReceiver<Order>, started: &mpsc::Sender<io::Result<IoStats>>) {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build() {
         Ok(runtime) => runtime,
         Err(error) => return drop(started.send(Err(error))),
     };
     let tasks = LocalSet::new();
     tasks.block_on(&runtime, async {
-        match Io::start(listeners, upstreams) {
+        match Io::start(plan) {
             Err(error) => drop(started.send(Err(error))),
             Ok(io) => {
                 let _ended = MarkEnded(io.running.clone());
@@ -126,71 +174,82 @@ fn run(
 }
 
 struct Io {
-    listeners: HashMap<String, Rc<Listener>>,
-    upstreams: Vec<Rc<Upstream>>,
+    listeners: HashMap<String, CurrentOffer>,
+    /// Removed by reloads.
+    departed: HashMap<String, Arc<ListenerStats>>,
+    upstreams: Vec<CheckedUpstream>,
+    accepting: HashMap<RawFd, Accepting>,
+    prepared: Option<Prepared>,
+    draining: bool,
+    scratch: Rc<Scratch>,
     closes: Arc<CloseCounters>,
-    accepting: HashMap<RawFd, AbortHandle>,
     running: Arc<AtomicBool>,
 }
 
+struct CheckedUpstream {
+    upstream: Rc<Upstream>,
+    checks: AbortHandle,
+}
+
+struct Accepting {
+    offer: CurrentOffer,
+    task: AbortHandle,
+}
+
+struct Prepared {
+    plan: IoPlan,
+    /// Those that are not accepted from yet, or for another listener.
+    sockets: Vec<(String, RawFd, TcpListener)>,
+}
+
 impl Io {
-    fn start(plans: Vec<ListenerPlan>, upstream_plans: Vec<UpstreamPlan>) -> io::Result<Self> {
-        let scratch = Rc::new(Scratch::default());
-        let closes = Arc::new(CloseCounters::default());
-        let upstreams: Vec<_> = upstream_plans.into_iter().map(Upstream::new).collect();
+    fn start(plan: IoPlan) -> io::Result<Self> {
         let mut io = Self {
             listeners: HashMap::new(),
-            closes: closes.clone(),
+            departed: HashMap::new(),
+            upstreams: Vec::new(),
             accepting: HashMap::new(),
+            prepared: None,
+            draining: false,
+            scratch: Rc::new(Scratch::default()),
+            closes: Arc::new(CloseCounters::default()),
             running: Arc::new(AtomicBool::new(true)),
-            upstreams,
         };
-        for plan in plans {
-            let upstream = io.upstreams.iter().find(|upstream| upstream.plan().name == plan.upstream);
-            let upstream = upstream.cloned().ok_or_else(|| {
-                io::Error::other(format!("listener {}: no upstream {}", plan.name, plan.upstream))
-            })?;
-            let name = plan.name.clone();
-            let sockets = plan.sockets.clone();
-            let listener = Rc::new(Listener {
-                plan,
-                upstream,
-                scratch: scratch.clone(),
-                stats: Arc::new(ListenerStats::default()),
-                closes: closes.clone(),
-            });
-            io.listeners.insert(name.clone(), listener);
-            for fd in sockets {
-                io.accept(&name, fd)?;
-            }
-        }
-        for upstream in &io.upstreams {
-            spawn_local(upstream.clone().check_health());
-        }
+        io.prepare(plan)?;
+        io.commit(&[]);
         Ok(io)
     }
 
     fn stats(&self) -> IoStats {
+        let listeners = self
+            .listeners
+            .iter()
+            .map(|(name, offer)| (name.clone(), offer.borrow().listener.stats.clone()))
+            .chain(self.departed.iter().map(|(name, stats)| (name.clone(), stats.clone())));
         IoStats {
-            listeners: self
-                .listeners
-                .iter()
-                .map(|(name, listener)| (name.clone(), listener.stats.clone()))
-                .collect(),
-            upstreams: self.upstreams.iter().map(|upstream| upstream.stats()).collect(),
+            listeners: listeners.collect(),
+            upstreams: self.upstreams.iter().map(|checked| checked.upstream.stats()).collect(),
             closes: self.closes.clone(),
             running: self.running.clone(),
         }
     }
 
     async fn obey(mut self, mut inbox: UnboundedReceiver<Order>) {
+        // Who asked and does not listen any more has given up this thread.
         while let Some(order) = inbox.recv().await {
             match order {
                 // A socket that cannot be adopted is the sibling's again when it is back; nothing is lost meanwhile.
-                Order::Accept { listener, fd } => drop(self.accept(&listener, fd)),
+                Order::Accept { listener, fd } => drop(self.adopt(&listener, fd)),
                 Order::StopAccepting { fd } => self.stop_accepting(fd),
+                Order::Prepare { plan, answer } => drop(answer.send(self.prepare(plan))),
+                Order::Commit { retired, answer } => {
+                    self.commit(&retired);
+                    drop(answer.send(self.stats()));
+                }
+                Order::Discard => self.prepared = None,
                 Order::Drain => {
-                    for (_, task) in self.accepting.drain() {
+                    self.draining = true;
+                    for (_, Accepting { task, .. }) in self.accepting.drain() {
                         task.abort();
                     }
                 }
@@ -199,19 +258,128 @@ impl Io {
         }
     }
 
-    fn accept(&mut self, listener: &str, fd: RawFd) -> io::Result<()> {
-        let listener = self
-            .listeners
-            .get(listener)
-            .ok_or_else(|| io::Error::other(format!("no listener {listener}")))?;
-        if let std::collections::hash_map::Entry::Vacant(vacant) = self.accepting.entry(fd) {
-            vacant.insert(accept_from(listener.clone(), fd)?);
+    fn prepare(&mut self, plan: IoPlan) -> io::Result<()> {
+        self.prepared = None;
+        if self.draining {
+            return Err(io::Error::other("the worker drains"));
+        }
+        let mut sockets = Vec::new();
+        for (listener, _) in &plan.listeners {
+            let ListenerPlan { name, upstream, .. } = listener;
+            if !plan.upstreams.iter().any(|plan| plan.name == *upstream) {
+                return Err(io::Error::other(format!("listener {name}: no upstream {upstream}")));
+            }
+            for fd in &listener.sockets {
+                if !self.accepts_for(name, *fd) {
+                    sockets.push((name.clone(), *fd, socket_of(*fd)?));
+                }
+            }
+        }
+        self.prepared = Some(Prepared { plan, sockets });
+        Ok(())
+    }
+
+    fn accepts_for(&self, listener: &str, fd: RawFd) -> bool {
+        self.accepting
+            .get(&fd)
+            .is_some_and(|accepting| accepting.offer.borrow().listener.plan.name == listener)
+    }
+
+    fn commit(&mut self, retired: &[RawFd]) {
+        let Some(Prepared { plan, sockets }) = self.prepared.take() else { return };
+        self.replace_upstreams(plan.upstreams);
+        self.replace_listeners(plan.listeners);
+        if self.draining {
+            return;
+        }
+        for (name, fd, socket) in sockets {
+            self.stop_accepting(fd);
+            self.accept(&name, fd, socket);
+        }
+        for fd in retired {
+            if let Some(Accepting { offer, task }) = self.accepting.remove(fd) {
+                task.abort();
+                // It was accepted from a moment ago, so it is a socket; out of descriptors, those who wait are reset.
+                drop(accept_waiting(&offer, *fd));
+            }
+        }
+    }
+
+    fn replace_upstreams(&mut self, plans: Vec<UpstreamPlan>) {
+        let mut former = std::mem::take(&mut self.upstreams);
+        for plan in plans {
+            let known = former.iter().position(|checked| checked.upstream.plan().name == plan.name);
+            let known = known.map(|index| former.swap_remove(index));
+            let upstream = match &known {
+                Some(known) => Upstream::succeeding(&known.upstream, plan),
+                None => Upstream::new(plan),
+            };
+            let checked = match known {
+                Some(known) if Rc::ptr_eq(&known.upstream, &upstream) => known,
+                known => {
+                    former.extend(known);
+                    let checks = spawn_local(upstream.clone().check_health()).abort_handle();
+                    CheckedUpstream { upstream, checks }
+                }
+            };
+            self.upstreams.push(checked);
+        }
+        for replaced in former {
+            replaced.checks.abort();
+        }
+    }
+
+    fn replace_listeners(&mut self, plans: Vec<(ListenerPlan, Arc<ServerConfig>)>) {
+        self.departed.retain(|_, stats| stats.connections_open.get() > 0);
+        let mut former = std::mem::take(&mut self.listeners);
+        for (plan, tls_config) in plans {
+            let name = plan.name.clone();
+            let known = former.remove(&name);
+            let stats = match &known {
+                Some(offer) => offer.borrow().listener.stats.clone(),
+                None => self.departed.remove(&name).unwrap_or_default(),
+            };
+            // `prepare` has refused a plan that lacks one.
+            let Some(checked) = self.upstreams.iter().find(|it| it.upstream.plan().name == plan.upstream)
+            else {
+                continue;
+            };
+            let upstream = checked.upstream.clone();
+            let (scratch, closes) = (self.scratch.clone(), self.closes.clone());
+            let listener = Rc::new(Listener { plan, upstream, scratch, stats, closes });
+            let offer = Offer { listener, tls_config };
+            let current = match known {
+                Some(current) => {
+                    current.replace(offer);
+                    current
+                }
+                None => Rc::new(RefCell::new(offer)),
+            };
+            self.listeners.insert(name, current);
+        }
+        for (name, offer) in former {
+            self.departed.insert(name, offer.borrow().listener.stats.clone());
+        }
+    }
+
+    /// Accepts also from a sibling's socket.
+    fn adopt(&mut self, listener: &str, fd: RawFd) -> io::Result<()> {
+        if !self.accepting.contains_key(&fd) {
+            self.accept(listener, fd, socket_of(fd)?);
         }
         Ok(())
     }
 
+    /// An unknown listener is ignored.
+    fn accept(&mut self, listener: &str, fd: RawFd, socket: TcpListener) {
+        if let Some(offer) = self.listeners.get(listener).cloned() {
+            let task = accept_from(offer.clone(), socket);
+            self.accepting.insert(fd, Accepting { offer, task });
+        }
+    }
+
     fn stop_accepting(&mut self, fd: RawFd) {
-        if let Some(task) = self.accepting.remove(&fd) {
+        if let Some(Accepting { task, .. }) = self.accepting.remove(&fd) {
             task.abort();
         }
     }
@@ -242,7 +410,6 @@ mod tests {
         let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
         let listener = ListenerPlan {
             name: "https".into(),
-            tls_config: configured("1.3", "X25519").0,
             upstream: "web".into(),
             handshake_deadline: SHORT,
             idle_deadline: SHORT,
@@ -262,7 +429,8 @@ mod tests {
             health: None,
             passive: PassivePlan { failures_max: 0, ejection: SHORT },
         };
-        let io = IoThread::start(vec![listener], vec![upstream]).expect("a thread");
+        let listeners = vec![(listener, configured("1.3", "X25519").0)];
+        let io = IoThread::start(IoPlan { listeners, upstreams: vec![upstream] }).expect("a thread");
         (io, fd, address)
     }
 

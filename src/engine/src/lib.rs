@@ -5,6 +5,8 @@ mod certificates;
 mod close;
 mod connection;
 mod fiber;
+mod generation;
+mod handover;
 mod handshake;
 mod io_thread;
 mod listener;

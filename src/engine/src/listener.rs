@@ -2,15 +2,17 @@
 //! the primary and are shared with it and the sibling workers: nothing here may change their flags or shut them down.
 //! I/O thread only.
 
+use std::cell::RefCell;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
-use tokio::net::TcpListener;
-use tokio::task::spawn_local;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::sleep;
 
 use crate::close::{Close, CloseCounters};
@@ -23,10 +25,12 @@ use crate::upstream::Upstream;
 /// How long accepting rests when the process or the host is out of file descriptors or memory.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
+/// More than any queue holds: what waits is accepted in one go, and a flood must not make that endless.
+const BACKLOG_MAX: usize = 65_536;
+
 /// A listener's settings, checked.
 pub struct ListenerPlan {
     pub name: String,
-    pub tls_config: Arc<ServerConfig>,
     pub upstream: String,
     pub handshake_deadline: Duration,
     pub idle_deadline: Duration,
@@ -40,6 +44,7 @@ pub struct ListenerPlan {
     pub sockets: Vec<RawFd>,
 }
 
+/// What a connection keeps from accept to close, also when a reload has replaced it.
 pub struct Listener {
     pub plan: ListenerPlan,
     pub upstream: Rc<Upstream>,
@@ -47,6 +52,17 @@ pub struct Listener {
     pub stats: Arc<ListenerStats>,
     pub closes: Arc<CloseCounters>,
 }
+
+/// What a listener offers to those who come now. The TLS configuration, with its certificates, is given to a handshake
+/// and to nothing that lives longer: connections stay for days, and must not keep a former configuration in memory.
+#[derive(Clone)]
+pub struct Offer {
+    pub listener: Rc<Listener>,
+    pub tls_config: Arc<ServerConfig>,
+}
+
+/// A reload puts another offer in its place; who accepts looks for each connection.
+pub type CurrentOffer = Rc<RefCell<Offer>>;
 
 #[derive(Default)]
 pub struct ListenerStats {
@@ -66,45 +82,76 @@ impl ListenerStats {
     }
 }
 
-/// Accepts from a listening socket until the task is aborted. The socket itself stays open: it is the primary's.
+/// A listening socket as this thread sees it. The socket itself is the primary's, and stays open when this is dropped.
 ///
 /// # Errors
 /// `fd` is not a listening TCP socket.
-pub fn accept_from(listener: Rc<Listener>, fd: RawFd) -> io::Result<tokio::task::AbortHandle> {
+pub fn socket_of(fd: RawFd) -> io::Result<TcpListener> {
+    TcpListener::from_std(duplicate(fd)?)
+}
+
+/// Accepts from a listening socket until the task is aborted.
+pub fn accept_from(offer: CurrentOffer, socket: TcpListener) -> AbortHandle {
+    spawn_local(accept(offer, socket)).abort_handle()
+}
+
+/// Accepts what waits in the queue of a socket that is about to be closed, and would be reset.
+///
+/// # Errors
+/// `fd` is not a socket.
+pub fn accept_waiting(offer: &CurrentOffer, fd: RawFd) -> io::Result<()> {
+    let socket = duplicate(fd)?;
+    for _ in 0..BACKLOG_MAX {
+        match socket.accept() {
+            Ok((client, source)) => {
+                client.set_nonblocking(true)?;
+                welcome(offer, TcpStream::from_std(client)?, source);
+            }
+            Err(error) if is_of_the_connection(&error) => {}
+            Err(_) => break,
+        }
+    }
+    Ok(())
+}
+
+fn duplicate(fd: RawFd) -> io::Result<std::net::TcpListener> {
     if fd < 0 {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    // SAFETY: not negative; inherited for the life of the process, and nobody closes it. A number that is not open makes
-    // the duplication fail.
-    let socket = unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?;
-    let socket = TcpListener::from_std(socket.into())?;
-    Ok(spawn_local(accept(listener, socket)).abort_handle())
+    // SAFETY: not negative; the JavaScript thread closes a socket only after it had this thread retire it. A number that
+    // is not open makes the duplication fail.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?.into())
 }
 
-async fn accept(listener: Rc<Listener>, socket: TcpListener) {
+async fn accept(offer: CurrentOffer, socket: TcpListener) {
     loop {
         match socket.accept().await {
-            Ok((client, source)) => {
-                listener.stats.accepted.add(1);
-                match listener.over_limit() {
-                    // Counted now and not when the task first runs, so that a burst meets the limits.
-                    None => {
-                        drop(spawn_local(serve(Life::begin(listener.clone()), Stream::Tcp(client), source)))
-                    }
-                    Some(close) => {
-                        // A reset costs neither side a wait, and no TIME_WAIT here.
-                        Stream::Tcp(client).abort();
-                        listener.closes.count(close);
-                    }
-                }
-            }
+            Ok((client, source)) => welcome(&offer, client, source),
             // The primary has shut it: the order to drain is on its way.
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
-            Err(error) if is_of_the_connection(&error) => listener.closes.count(Close::ClientAcceptReset),
+            Err(error) if is_of_the_connection(&error) => {
+                offer.borrow().listener.closes.count(Close::ClientAcceptReset);
+            }
             Err(_) => {
-                listener.stats.accept_failures.add(1);
+                offer.borrow().listener.stats.accept_failures.add(1);
                 sleep(ACCEPT_BACKOFF).await;
             }
+        }
+    }
+}
+
+fn welcome(offer: &CurrentOffer, client: TcpStream, source: SocketAddr) {
+    let Offer { listener, tls_config } = offer.borrow().clone();
+    listener.stats.accepted.add(1);
+    match listener.over_limit() {
+        // Counted now and not when the task first runs, so that a burst meets the limits.
+        None => {
+            drop(spawn_local(serve(Life::begin(listener), tls_config, Stream::Tcp(client), source)));
+        }
+        Some(close) => {
+            // A reset costs neither side a wait, and no TIME_WAIT here.
+            Stream::Tcp(client).abort();
+            listener.closes.count(close);
         }
     }
 }

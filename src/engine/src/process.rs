@@ -41,6 +41,18 @@ pub fn shut_listener(fd: RawFd) -> io::Result<()> {
     }
 }
 
+/// Sets the length of a listening socket's accept queue; what waits there stays.
+///
+/// # Errors
+/// As listen(2).
+pub fn set_backlog(fd: RawFd, backlog: u32) -> io::Result<()> {
+    // SAFETY: listen takes two integers and touches no memory; on a descriptor that is no socket it fails.
+    match unsafe { libc::listen(fd, i32::try_from(backlog).unwrap_or(i32::MAX)) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Whether somebody else already listens at the address: SO_REUSEPORT alone would let us share it silently with another
 /// process of the same user.
 ///

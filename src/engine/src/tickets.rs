@@ -48,6 +48,11 @@ impl Ticketer {
         Self { keys: Arc::new(RwLock::new(None)), lifetime: lifetime.min(LIFETIME_MAX) }
     }
 
+    /// The same keys, also after later rotations: sessions survive a reload.
+    pub fn with_lifetime(&self, lifetime: Duration) -> Self {
+        Self { keys: self.keys.clone(), lifetime: lifetime.min(LIFETIME_MAX) }
+    }
+
     pub fn rotate(&self, current: &EpochSecret, others: &[EpochSecret]) {
         let derived =
             EpochKey::derive(current).zip(others.iter().map(EpochKey::derive).collect::<Option<Vec<_>>>());

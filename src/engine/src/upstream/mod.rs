@@ -8,6 +8,7 @@ mod server;
 mod tests;
 
 use std::cell::{Cell, OnceCell};
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -26,7 +27,7 @@ use server::{Opened, Server};
 pub use server::Lease;
 
 /// Where a server listens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum ServerAddress {
     Tcp(SocketAddr),
     Unix(PathBuf),
@@ -51,7 +52,7 @@ pub enum Balance {
 }
 
 /// Active checks: a connection is opened and closed again.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthPlan {
     /// From the end of one check to the begin of the next, give or take an eighth.
     pub interval: Duration,
@@ -64,7 +65,7 @@ pub struct HealthPlan {
 }
 
 /// What a worker concludes from the connections it makes anyway.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PassivePlan {
     /// Failed connects in a row that eject a server. 0 ejects never.
     pub failures_max: u32,
@@ -72,7 +73,7 @@ pub struct PassivePlan {
     pub ejection: Duration,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UpstreamPlan {
     pub name: String,
     pub servers: Vec<ServerAddress>,
@@ -130,9 +131,28 @@ pub enum ChangeCause {
 
 impl Upstream {
     pub fn new(plan: UpstreamPlan) -> Rc<Self> {
-        let stats = Arc::new(UpstreamStats::of(&plan));
-        let servers: Vec<_> =
-            (0..plan.servers.len()).map(|index| Rc::new(Server::new(index, &plan, stats.clone()))).collect();
+        Self::replacing(None, plan)
+    }
+
+    /// After a reload. Servers that stay keep what is known about them, and their measurements go on; without a change
+    /// it is `former` itself.
+    pub fn succeeding(former: &Rc<Self>, plan: UpstreamPlan) -> Rc<Self> {
+        if former.plan == plan { former.clone() } else { Self::replacing(Some(former), plan) }
+    }
+
+    fn replacing(former: Option<&Rc<Self>>, plan: UpstreamPlan) -> Rc<Self> {
+        let known: HashMap<_, _> = former
+            .iter()
+            .flat_map(|former| &former.servers)
+            .map(|server| (&server.address, server.as_ref()))
+            .collect();
+        let servers: Vec<_> = (0..plan.servers.len())
+            .map(|index| Rc::new(Server::new(index, &plan, known.get(&plan.servers[index]).copied())))
+            .collect();
+        let stats = Arc::new(UpstreamStats {
+            name: plan.name.clone(),
+            servers: servers.iter().map(|server| server.stats().clone()).collect(),
+        });
         let next = Cell::new((random_fraction() * servers.len() as f64) as usize);
         Rc::new(Upstream { plan, servers, next, stats, on_change: OnceCell::new() })
     }
@@ -301,7 +321,7 @@ impl std::error::Error for ConnectError {}
 pub struct UpstreamStats {
     pub name: String,
     /// In the plan's order.
-    pub servers: Vec<ServerStats>,
+    pub servers: Vec<Arc<ServerStats>>,
 }
 
 #[derive(Debug)]
@@ -321,20 +341,17 @@ pub struct ServerStats {
 pub const CONNECT_OUTCOMES: [&str; 7] =
     ["ok", "cancelled", "refused", "deadline", "unreachable", "reset", "other"];
 
-impl UpstreamStats {
-    fn of(plan: &UpstreamPlan) -> Self {
-        let server = |address: &ServerAddress| ServerStats {
+impl ServerStats {
+    fn of(address: &ServerAddress) -> Self {
+        ServerStats {
             address: address.to_string(),
             up: Gauge::default(),
             connections_open: Gauge::default(),
             connects: Default::default(),
             connect_latency: Histogram::default(),
-        };
-        UpstreamStats { name: plan.name.clone(), servers: plan.servers.iter().map(server).collect() }
+        }
     }
-}
 
-impl ServerStats {
     /// Attempts that ended with `outcome`, one of `CONNECT_OUTCOMES`; None for any other word.
     pub fn connects(&self, outcome: &str) -> Option<&Counter> {
         CONNECT_OUTCOMES.iter().position(|known| *known == outcome).map(|index| &self.connects[index])

@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 
-use super::{ConnectError, HealthPlan, PassivePlan, ServerAddress, ServerStats, UpstreamPlan, UpstreamStats};
+use super::{ConnectError, HealthPlan, PassivePlan, ServerAddress, ServerStats, UpstreamPlan};
 use crate::stream::Stream;
 
 pub struct Server {
@@ -26,22 +26,31 @@ pub struct Server {
     failures: Cell<u32>,
     /// Invariant: Some exactly while ejected. Once it has passed, one connection may try, which moves it on.
     ejected_until: Cell<Option<Instant>>,
-    stats: Arc<UpstreamStats>,
+    stats: Arc<ServerStats>,
 }
 
 impl Server {
-    /// A server is taken as up until something shows otherwise: a start need not wait for the first checks.
-    pub fn new(index: usize, plan: &UpstreamPlan, stats: Arc<UpstreamStats>) -> Self {
-        stats.servers[index].up.set(1);
-        Server {
+    /// A server is taken as up until something shows otherwise: a start need not wait for the first checks. What its
+    /// `former` self has shown holds for it too, but a server that nothing checks any more cannot stay down.
+    pub fn new(index: usize, plan: &UpstreamPlan, former: Option<&Server>) -> Self {
+        let address = plan.servers[index].clone();
+        let stats = former.map_or_else(|| Arc::new(ServerStats::of(&address)), |former| former.stats.clone());
+        let server = Server {
             index,
-            address: plan.servers[index].clone(),
-            down: Cell::new(false),
+            address,
+            down: Cell::new(former.is_some_and(Server::is_down) && plan.health.is_some()),
             contradictions: Cell::new(0),
-            failures: Cell::new(0),
-            ejected_until: Cell::new(None),
+            failures: Cell::new(former.map_or(0, |former| former.failures.get())),
+            ejected_until: Cell::new(former.and_then(|former| former.ejected_until.get())),
             stats,
-        }
+        };
+        server.stats.up.set(i64::from(server.is_up()));
+        server
+    }
+
+    /// Shared with its successors.
+    pub fn stats(&self) -> &Arc<ServerStats> {
+        &self.stats
     }
 
     pub fn is_down(&self) -> bool {
@@ -136,10 +145,6 @@ impl Server {
         let up = self.is_up();
         self.stats().up.set(i64::from(up));
         (up != before).then_some(up)
-    }
-
-    fn stats(&self) -> &ServerStats {
-        &self.stats.servers[self.index]
     }
 }
 

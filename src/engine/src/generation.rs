@@ -1,0 +1,155 @@
+//! Owns what a configuration holds beside the I/O thread: tokens, the certificates' keys, the TLS configurations. Makes
+//! the next one beside the one that serves, out of what the two have in common, and lets go of former ones.
+//! Must not know Node-API, nor what a connection is. JavaScript thread only: it may wait for tokens, and freeing thousands
+//! of certificates must not hold up the I/O thread.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::ServerConfig;
+
+use crate::certificates::Certificate;
+use crate::signing::PrivateKey;
+use crate::signing::token::{Token, TokenPlan};
+use crate::signing::token_error::TokenError;
+use crate::signing::token_key::KeyPlan;
+
+/// One configuration.
+#[derive(Default)]
+pub struct Generation {
+    tokens: Vec<StartedToken>,
+    certificates: HashMap<String, Arc<Certificate>>,
+    /// Handshakes hold them for as long as they last.
+    pub tls_configs: Vec<Arc<ServerConfig>>,
+}
+
+struct StartedToken {
+    identity: TokenIdentity,
+    sign_deadline: Duration,
+    token: Arc<Token>,
+}
+
+/// What cannot change without being another token.
+#[derive(PartialEq, Eq)]
+struct TokenIdentity {
+    name: String,
+    module: PathBuf,
+    label: String,
+    serial: Option<String>,
+    isolate: bool,
+}
+
+/// Where a token holds a private key. At least one of id and label.
+pub struct KeyPlace {
+    /// Name in the configuration.
+    pub token: String,
+    pub id: Option<Vec<u8>>,
+    pub label: Option<String>,
+}
+
+impl Generation {
+    /// With the tokens of `plans`: those of `former` where they are the same, the others started. All or none; each PIN
+    /// is tried once, and not at all where the process is logged in.
+    pub fn with_tokens(
+        former: &Generation,
+        plans: Vec<(TokenPlan, Duration)>,
+        stop_budget: Duration,
+    ) -> Result<Self, TokenError> {
+        let mut generation = Self::default();
+        for (plan, sign_deadline) in plans {
+            let identity = TokenIdentity::of(&plan);
+            let known = former.tokens.iter().find(|started| started.identity == identity);
+            let token = match known {
+                Some(known) => known.token.clone(),
+                None => {
+                    Token::start(plan).inspect_err(|_| generation.stop_unless_in(&[former], stop_budget))?
+                }
+            };
+            generation.tokens.push(StartedToken { identity, sign_deadline, token });
+        }
+        Ok(generation)
+    }
+
+    /// Finds the certificate's key in its tokens. One that is in use already needs no search.
+    ///
+    /// # Errors
+    /// What is wrong with the first place that cannot be used.
+    pub fn load(
+        &mut self,
+        name: String,
+        public_key: &[u8],
+        places: Vec<KeyPlace>,
+        make: impl FnOnce(Arc<PrivateKey>, Duration) -> Certificate,
+    ) -> Result<(), LoadFault> {
+        let mut keys = Vec::with_capacity(places.len());
+        let mut sign_deadline = Duration::ZERO;
+        for KeyPlace { token, id, label } in places {
+            let started =
+                self.tokens.iter().find(|started| started.identity.name == token).ok_or_else(|| {
+                    LoadFault::Settings(format!(
+                        "certificate {name}: expected one of the tokens, found {token:?}"
+                    ))
+                })?;
+            let plan = KeyPlan { id, label, spki: public_key.to_vec(), name: name.clone() };
+            keys.push(started.token.find_key(plan).map_err(LoadFault::Token)?);
+            sign_deadline = sign_deadline.max(started.sign_deadline);
+        }
+        let key = PrivateKey::new(keys)
+            .map_err(|error| LoadFault::Settings(format!("certificate {name}: {error}")))?;
+        self.certificates.insert(name, Arc::new(make(key, sign_deadline)));
+        Ok(())
+    }
+
+    /// Every certificate is loaded.
+    pub fn loaded(&self) {
+        for token in self.tokens() {
+            token.keys_are_found();
+        }
+    }
+
+    pub fn certificate(&self, name: &str) -> Option<&Arc<Certificate>> {
+        self.certificates.get(name)
+    }
+
+    pub fn tokens(&self) -> impl Iterator<Item = &Arc<Token>> {
+        self.tokens.iter().map(|started| &started.token)
+    }
+
+    /// Whether a handshake may still want a signature by its keys.
+    pub fn is_in_use(&self) -> bool {
+        self.tls_configs.iter().any(|tls_config| Arc::strong_count(tls_config) > 1)
+    }
+
+    /// Stops the tokens that none of `others` has too.
+    pub fn stop_unless_in(&self, others: &[&Generation], budget: Duration) {
+        for token in self.tokens() {
+            if !others.iter().any(|other| other.has(token)) {
+                token.stop(budget);
+            }
+        }
+    }
+
+    fn has(&self, token: &Arc<Token>) -> bool {
+        self.tokens().any(|own| Arc::ptr_eq(own, token))
+    }
+}
+
+/// Why a certificate cannot be served.
+pub enum LoadFault {
+    Token(TokenError),
+    Settings(String),
+}
+
+impl TokenIdentity {
+    fn of(plan: &TokenPlan) -> Self {
+        Self {
+            name: plan.name.clone(),
+            module: plan.module.clone(),
+            label: plan.label.clone(),
+            serial: plan.serial.clone(),
+            isolate: plan.isolate,
+        }
+    }
+}
