@@ -53,6 +53,7 @@ export const errorCodes = {
   config_unsupported: 'not supported by this version',
   config_secret: 'secret in the configuration',
   config_certificate: 'unusable certificate file',
+  config_restart: 'cannot change by a reload',
 
   // TokenError, exit 69
   pin_unavailable: 'the PIN cannot be read from its source',
@@ -76,6 +77,7 @@ export const errorCodes = {
   privileges: 'privileges cannot be dropped',
   upstream_unresolved: 'the name of an upstream server has no address',
   worker_failed: 'a worker ended or never became ready',
+  reload_busy: 'another reload is under way',
   demo_failed: 'the demo cannot be set up',
   output_failed: 'a result cannot be written',
 } as const;

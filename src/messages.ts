@@ -7,11 +7,11 @@ import type { Config } from './config/config.ts';
 import type { EngineSnapshot } from './engine/native.d.ts';
 import type { ErrorCode, Problem } from './errors.ts';
 
-/** A listening socket as a worker inherits it. */
-export interface InheritedSocket {
+/** A listening socket has the same number in the primary and in every worker, whatever its descriptor is there. */
+export interface SocketUse {
+  readonly socket: number;
+  /** For whom it accepts. */
   readonly listener: string;
-  /** File descriptor in the worker. */
-  readonly fd: number;
 }
 
 export type PrimaryMessage =
@@ -19,14 +19,33 @@ export type PrimaryMessage =
   | {
       readonly type: 'start';
       readonly config: Config;
-      readonly sockets: readonly InheritedSocket[];
+      /** All sockets of all workers, as the worker inherits them from descriptor `firstFd` on. */
+      readonly sockets: readonly number[];
+      readonly firstFd: number;
+      /** The channel through which sockets come later. */
+      readonly handoverFd: number;
+      /** Those of the worker's own slot. */
+      readonly accept: readonly SocketUse[];
       readonly ticketSecrets: readonly Uint8Array[];
     }
   /** The epoch has changed. */
   | { readonly type: 'tickets'; readonly ticketSecrets: readonly Uint8Array[] }
   /** Accept from a sibling's sockets too, until it is back. */
-  | { readonly type: 'adopt'; readonly sockets: readonly InheritedSocket[] }
-  | { readonly type: 'release'; readonly sockets: readonly InheritedSocket[] }
+  | { readonly type: 'adopt'; readonly accept: readonly SocketUse[] }
+  | { readonly type: 'release'; readonly sockets: readonly number[] }
+  /** First phase of a reload: make this ready aside, and answer with `prepared` or `refused`. */
+  | {
+      readonly type: 'prepare';
+      readonly reload: number;
+      readonly config: Config;
+      /** New ones, in the order in which the handover channel has them. */
+      readonly sockets: readonly number[];
+      readonly accept: readonly SocketUse[];
+    }
+  /** Second phase: what was prepared serves from now on; answer with `committed`. */
+  | { readonly type: 'commit'; readonly reload: number; readonly retired: readonly number[] }
+  /** Or not. */
+  | { readonly type: 'discard'; readonly reload: number }
   /** Accept nothing any more, let connections end, close the rest at the deadline, exit 0. */
   | { readonly type: 'drain'; readonly deadlineMs: number }
   /** What the worker measured last is known. */
@@ -35,12 +54,16 @@ export type PrimaryMessage =
   | { readonly type: 'observe'; readonly id: number };
 
 export type WorkerMessage =
-  /** Said before each step of the start that can hang: "proving the tokens hsm-a, hsm-b". */
+  /** Said before each step of a start or a reload that can hang: "proving the tokens hsm-a, hsm-b". */
   | { readonly type: 'doing'; readonly what: string }
   /** The tokens are logged in, the keys proved, connections accepted. */
   | { readonly type: 'ready'; readonly warnings: readonly string[] }
   /** The worker cannot serve and exits. */
   | { readonly type: 'failed'; readonly failure: WorkerFailure }
+  | { readonly type: 'prepared'; readonly reload: number; readonly warnings: readonly string[] }
+  /** The worker goes on with what it has. */
+  | { readonly type: 'refused'; readonly reload: number; readonly failure: WorkerFailure }
+  | { readonly type: 'committed'; readonly reload: number }
   /** Every connection has ended; the worker waits for `leave`. */
   | { readonly type: 'ended'; readonly snapshot: EngineSnapshot }
   | { readonly type: 'snapshot'; readonly id: number; readonly snapshot: EngineSnapshot };

@@ -18,6 +18,8 @@ export interface Config {
   readonly group: string | undefined;
   /** Connections that are still open this long after a drain began are closed. */
   readonly drainDeadlineMs: number;
+  /** A reload that a worker has not prepared by then is rolled back. */
+  readonly reloadDeadlineMs: number;
   readonly log: LogConfig;
   readonly admin: AdminConfig | undefined;
   /** At least one. This and the four below: by name, without a prototype. */

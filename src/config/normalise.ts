@@ -28,6 +28,7 @@ export function normalise(document: Document, file: string, directory: string): 
     user: document.user,
     group: document.group,
     drainDeadlineMs: document.drainDeadline,
+    reloadDeadlineMs: document.reloadDeadline,
     log: document.log,
     admin: document.admin,
     tokens,

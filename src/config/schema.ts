@@ -236,6 +236,9 @@ export const documentSchema = z.strictObject(
     drainDeadline: duration(0, 86_400_000, '30s').describe(
       'Connections still open this long after a drain began are closed.',
     ),
+    reloadDeadline: duration(100, 3_600_000, '1m').describe(
+      'A reload that a worker has not prepared by then is rolled back.',
+    ),
     log: z
       .strictObject({
         level: oneOf(['debug', 'info', 'warn', 'error'], 'info').describe('The least severe level that is logged.'),

@@ -17,6 +17,8 @@ import type { AdminConfig, UnixAddress } from '../config/config.ts';
 import { ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import { metricsContentType } from './metrics.ts';
+import { shown } from './reload.ts';
+import type { ReloadReport } from './reload.ts';
 import { statusPage, statusScript, statusStyle } from './status-page.ts';
 
 const connectionsMax = 64;
@@ -39,6 +41,7 @@ export interface AdminView {
   readonly unreadiness: string | undefined;
   /** What `/status.json` says. */
   status(): Promise<object>;
+  reload(): Promise<ReloadReport>;
   drain(): void;
 }
 
@@ -98,18 +101,26 @@ function routesOf(view: AdminView, log: Log): ReadonlyMap<string, Route> {
     view.drain();
     return text(202, 'draining');
   };
+  const reload = async (request: IncomingMessage): Promise<Answer> => {
+    const refusal = crossSiteRefusal(request);
+    if (refusal !== undefined) return text(403, refusal);
+    log.info({ event: 'reload_requested' }, 'reload requested through the admin server');
+    // It has a deadline of its own, and says nothing until it has ended.
+    request.socket.setTimeout(0);
+    const report = await view.reload();
+    request.socket.setTimeout(idleDeadlineMs);
+    return json(statusOf(report), { ...report, changes: shown(report.changes) });
+  };
   return new Map<string, Route>([
     ['/metrics', { GET: async () => ({ status: 200, type: metricsContentType, body: await metrics() }) }],
     // That this is answered at all says that the primary's loop turns.
     ['/live', { GET: () => text(200, 'live') }],
     ['/ready', { GET: () => (view.unreadiness === undefined ? text(200, 'ready') : text(503, view.unreadiness)) }],
-    [
-      '/status.json',
-      { GET: async () => ({ status: 200, type: 'application/json', body: `${JSON.stringify(await status())}\n` }) },
-    ],
+    ['/status.json', { GET: async () => json(200, await status()) }],
     ['/status', { GET: () => ({ status: 200, type: 'text/html; charset=utf-8', body: statusPage }) }],
     ['/status.css', { GET: () => ({ status: 200, type: 'text/css; charset=utf-8', body: statusStyle }) }],
     ['/status.js', { GET: () => ({ status: 200, type: 'text/javascript; charset=utf-8', body: statusScript }) }],
+    ['/reload', { POST: reload }],
     ['/drain', { POST: drain }],
   ]);
 }
@@ -170,6 +181,16 @@ function crossSiteRefusal({ headers }: IncomingMessage): string | undefined {
   if (headers.origin !== undefined && headers.origin !== `http://${headers.host}`)
     return 'requests from other sites are refused';
   return undefined;
+}
+
+/** 422: the file must be corrected; 409: it may be right, and the moment was wrong. */
+function statusOf({ outcome, reasons }: ReloadReport): number {
+  if (outcome === 'committed') return 200;
+  return outcome === 'rolled_back' || reasons.some(({ code }) => code === 'reload_busy') ? 409 : 422;
+}
+
+function json(status: number, value: object): Answer {
+  return { status, type: 'application/json', body: `${JSON.stringify(value)}\n` };
 }
 
 function text(status: number, line: string): Answer {

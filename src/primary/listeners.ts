@@ -1,56 +1,139 @@
 /**
- * Owns: the listening sockets, opened once for all workers and kept for the life of the primary, so that connections
- * waiting in a dead worker's accept queue are never lost.
+ * Owns: the listening sockets: opened once for all workers and kept as long as the configuration has them, so that
+ * connections waiting in a dead worker's accept queue are never lost; what a reload opens and retires.
  * Must not know: TLS, tokens, who accepts.
  * Runs: main thread of the primary.
  */
+import { closeSync } from 'node:fs';
+import { isIPv6 } from 'node:net';
 import { formatAddress } from '../config/address.ts';
-import type { Config, ListenerConfig } from '../config/config.ts';
+import type { Config, ListenerConfig, TcpAddress } from '../config/config.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { ServiceError } from '../errors.ts';
-import type { InheritedSocket } from '../messages.ts';
-
-/** cluster gives a worker its sockets from this descriptor on: 0, 1, 2 are standard, 3 is the channel to the primary. */
-const firstInheritedFd = 4;
+import type { SocketUse } from '../messages.ts';
 
 export interface Listeners {
-  /** Descriptors in the primary, in the order in which workers inherit them. */
-  readonly fds: readonly number[];
-  /** What the worker in each slot accepts from, as descriptors in the worker. */
-  readonly bySlot: readonly (readonly InheritedSocket[])[];
+  /** In the order in which workers inherit them. */
+  readonly sockets: readonly ListeningSocket[];
   /** Where each listener listens, with the port that was chosen for port 0. */
   readonly addresses: Readonly<Record<string, readonly string[]>>;
 }
 
+/** One address of a listener has one socket for each worker slot (SO_REUSEPORT). */
+export interface ListeningSocket extends SocketUse {
+  readonly fd: number;
+  readonly slot: number;
+  readonly backlog: number;
+  /** As the listener has it. */
+  readonly wanted: TcpAddress;
+  readonly bound: string;
+}
+
+/** What becomes of the listeners when the configuration does. */
+export interface NextListeners extends Listeners {
+  /** Not in `former`. */
+  readonly opened: readonly ListeningSocket[];
+  /** Only in `former`. */
+  readonly retired: readonly ListeningSocket[];
+  /** In both, with another backlog. */
+  readonly resized: readonly ListeningSocket[];
+}
+
+export const noListeners: Listeners = { sockets: [], addresses: {} };
+
 /**
- * Opens one socket per address and worker slot (SO_REUSEPORT).
- * @throws ServiceError `bind_failed`, naming listener and address
+ * Opens what `former` lacks. A socket stays what it is when its address does, even if the listener's name changes: nobody
+ * who waits in its queue notices.
+ * @throws ServiceError `bind_failed`, naming listener and address; then nothing stays open.
  */
-export function openListeners(config: Config, slots: number, native: EngineBinding): Listeners {
-  const fds: number[] = [];
-  const bySlot: InheritedSocket[][] = Array.from({ length: slots }, () => []);
+export function openListeners(
+  former: Listeners,
+  config: Pick<Config, 'listeners'>,
+  slots: number,
+  native: EngineBinding,
+): NextListeners {
+  const kept = Map.groupBy(former.sockets, identity);
+  const sockets: ListeningSocket[] = [];
+  const opened: ListeningSocket[] = [];
   const addresses: Record<string, string[]> = {};
-  for (const listener of Object.values(config.listeners)) {
-    const bound: string[] = [];
-    for (const wanted of listener.bind) {
-      let address = formatAddress(wanted);
-      attempt(listener, address, () => native.probeAddress(address));
-      for (const sockets of bySlot) {
-        const opened = attempt(listener, address, () => native.openListener(address, listener.backlog));
-        address = opened.address; // the slots share the port that the first was given
-        sockets.push({ listener: listener.name, fd: firstInheritedFd + fds.length });
-        fds.push(opened.fd);
-      }
-      bound.push(address);
+  try {
+    for (const listener of Object.values(config.listeners)) {
+      addresses[listener.name] = listener.bind.map((wanted) => {
+        const use = { listener: listener.name, backlog: listener.backlog, wanted };
+        const same = takeOne(kept.get(identity(use)), slots);
+        if (same === undefined) opened.push(...openAddress(use, listener, slots, former, native));
+        const group = same?.map((socket) => ({ ...socket, ...use })) ?? opened.slice(-slots);
+        sockets.push(...group);
+        return group[0]?.bound ?? formatAddress(wanted);
+      });
     }
-    addresses[listener.name] = bound;
+  } catch (error) {
+    closeSockets(opened);
+    throw error;
   }
-  return { fds, bySlot, addresses };
+  const next = new Map(sockets.map((own) => [own.socket, own]));
+  return {
+    sockets,
+    addresses,
+    opened,
+    retired: former.sockets.filter(({ socket }) => !next.has(socket)),
+    resized: former.sockets.flatMap(({ socket, backlog }) => {
+      const own = next.get(socket);
+      return own === undefined || own.backlog === backlog ? [] : [own];
+    }),
+  };
 }
 
 /** Clients are refused from now on, so that they turn to another host; what no worker has accepted is reset. */
-export function shutListeners({ fds }: Listeners, native: EngineBinding): void {
-  for (const fd of fds) native.shutListener(fd);
+export function shutListeners({ sockets }: Listeners, native: EngineBinding): void {
+  for (const { fd } of sockets) native.shutListener(fd);
+}
+
+/** For the primary; who inherited or was handed one has it still. */
+export function closeSockets(sockets: readonly ListeningSocket[]): void {
+  for (const { fd } of sockets) closeSync(fd);
+}
+
+/** Port 0 is another port each time, so there the listener says which is meant; else the address does. */
+function identity({ listener, wanted }: Pick<ListeningSocket, 'listener' | 'wanted'>): string {
+  return wanted.port === 0 ? `${listener} ${formatAddress(wanted)}` : formatAddress(wanted);
+}
+
+/** The sockets of one address; a listener may have several at port 0. */
+function takeOne(group: ListeningSocket[] | undefined, slots: number): ListeningSocket[] | undefined {
+  return group === undefined || group.length === 0 ? undefined : group.splice(0, slots);
+}
+
+let numbered = 0;
+
+function openAddress(
+  use: Pick<ListeningSocket, 'listener' | 'backlog' | 'wanted'>,
+  listener: ListenerConfig,
+  slots: number,
+  former: Listeners,
+  native: EngineBinding,
+): ListeningSocket[] {
+  let bound = formatAddress(use.wanted);
+  // Beside sockets of our own, which SO_REUSEPORT allows, the question whether another process is there has no answer.
+  if (!former.sockets.some((own) => isBeside(own, use.wanted))) {
+    attempt(listener, bound, () => native.probeAddress(bound));
+  }
+  const sockets: ListeningSocket[] = [];
+  try {
+    for (let slot = 0; slot < slots; slot++) {
+      const { fd, address } = attempt(listener, bound, () => native.openListener(bound, use.backlog));
+      bound = address; // the slots share the port that the first was given
+      sockets.push({ ...use, socket: numbered++, fd, slot, bound });
+    }
+    return sockets;
+  } catch (error) {
+    closeSockets(sockets);
+    throw error;
+  }
+}
+
+function isBeside({ wanted }: ListeningSocket, { host, port }: TcpAddress): boolean {
+  return wanted.port === port && port !== 0 && isIPv6(wanted.host) === isIPv6(host);
 }
 
 function attempt<T>(listener: ListenerConfig, address: string, open: () => T): T {

@@ -13,6 +13,8 @@ import { AggregatorRegistry, Registry, collectDefaultMetrics } from 'prom-client
 import { engine } from '../engine/binding.ts';
 import type { EngineSnapshot, LatencySnapshot } from '../engine/native.d.ts';
 import { version } from '../version.ts';
+import { reloadOutcomes } from './reload.ts';
+import type { Reloads } from './reload.ts';
 import type { SlotStatus } from './workers.ts';
 
 export const metricsContentType = Registry.PROMETHEUS_CONTENT_TYPE;
@@ -22,6 +24,7 @@ export interface Measurements {
   readonly snapshot: EngineSnapshot;
   readonly workers: readonly SlotStatus[];
   readonly certificates: readonly { readonly name: string; readonly notAfterMs: number }[];
+  readonly reloads: Pick<Reloads, 'counts' | 'last'>;
 }
 
 /** A scrape in Prometheus' text format 0.0.4. */
@@ -212,6 +215,18 @@ const families: readonly Family[] = [
     'When the certificate expires, in Unix time.',
     ['certificate'],
     ({ certificates }) => certificates.map(({ name, notAfterMs }) => [[name], notAfterMs / 1000]),
+  ),
+  counter('reloads_total', 'Reloads of the configuration, by outcome.', ['outcome'], ({ reloads }) =>
+    reloadOutcomes.map((outcome) => [[outcome], reloads.counts[outcome]]),
+  ),
+  gauge('reload_seconds', 'How long the last reload took, from reading the file to its outcome.', [], ({ reloads }) =>
+    reloads.last === undefined ? [] : [[[], reloads.last.seconds]],
+  ),
+  gauge(
+    'config_last_reload_successful',
+    '0 when the last reload came to nothing: the configuration that is served is not the one in the file.',
+    [],
+    ({ reloads: { last } }) => [[[], Number(last === undefined || last.outcome === 'committed')]],
   ),
   gauge('build_info', 'Always 1; the labels say which keygate and which Node.js run.', ['version', 'node'], () => [
     [[version, process.versions.node], 1],

@@ -1,10 +1,8 @@
 /**
- * Owns: the life of the primary: open the listeners, give up root, start the workers, watch over them, drain, leave.
+ * Owns: the life of the primary: open the listeners, give up root, start the workers, watch over them, reload, drain, leave.
  * Must not know: TLS, tokens, HTTP details. Never loads a PKCS#11 module, never starts the engine.
  * Runs: main thread of the primary.
  */
-import { X509Certificate } from 'node:crypto';
-import { readFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import type { Config } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
@@ -13,10 +11,11 @@ import { openLog } from '../log.ts';
 import type { Log } from '../log.ts';
 import { startAdmin } from './admin.ts';
 import type { Admin } from './admin.ts';
-import { openListeners, shutListeners } from './listeners.ts';
+import { noListeners, openListeners, shutListeners } from './listeners.ts';
 import type { Listeners } from './listeners.ts';
 import { renderMetrics } from './metrics.ts';
 import { dropPrivileges } from './privileges.ts';
+import { Reloads } from './reload.ts';
 import { TicketEpochs } from './ticket-epochs.ts';
 import { version } from '../version.ts';
 import { Workers } from './workers.ts';
@@ -40,23 +39,33 @@ export interface Service {
 export async function serve(config: Config): Promise<Service> {
   const log = openLog(config.log.level);
   const slots = config.workers === 'auto' ? availableParallelism() : config.workers;
-  const listeners = openListeners(config, slots, engine());
+  const listeners = openListeners(noListeners, config, slots, engine());
   dropPrivileges(config, log);
 
   engine().harden();
 
-  const workers = new Workers(config, listeners, new TicketEpochs(), log);
+  const workers = new Workers(config, slots, listeners, new TicketEpochs(), log);
   const ended = Promise.withResolvers<void>();
   const allReady = Promise.withResolvers<void>();
   workers.once('allReady', allReady.resolve);
   workers.once('drained', ended.resolve);
   workers.once('failed', ended.reject);
+  const rotateEvery = (intervalMs: number) => setInterval(() => workers.rotateTickets(), intervalMs);
+  let rotation = rotateEvery(config.tickets.rotationMs);
+  let rotationMs = config.tickets.rotationMs;
+  const reloads = new Reloads(config, { workers, native: engine(), slots, log }, (next) => {
+    log.level = next.log.level;
+    if (next.tickets.rotationMs === rotationMs) return;
+    rotationMs = next.tickets.rotationMs;
+    clearInterval(rotation);
+    rotation = rotateEvery(rotationMs);
+  });
 
   // Before anything is forked: a signal during the start must end what was started.
   let draining = false;
   const drain = (deadlineMs: number): void => {
     workers.drain(deadlineMs);
-    if (!draining) shutListeners(listeners, engine());
+    if (!draining) shutListeners(workers.listening, engine());
     draining = true;
     log.info({ event: 'drain_started', deadlineMs }, 'draining');
   };
@@ -65,27 +74,18 @@ export async function serve(config: Config): Promise<Service> {
     signals += 1;
     log.info({ event: 'signal', signal }, `${signal} received`);
     // Who asks twice does not want to wait.
-    drain(signals === 1 ? config.drainDeadlineMs : 0);
+    drain(signals === 1 ? reloads.config.drainDeadlineMs : 0);
   };
   process.on('SIGTERM', stop);
   process.on('SIGINT', stop);
-  process.on('SIGHUP', () => {
-    log.warn(
-      { event: 'reload_unsupported' },
-      'SIGHUP ignored: this version cannot reload its configuration, restart it',
-    );
-  });
+  process.on('SIGHUP', () => reloads.request());
 
-  const admin = await openAdmin(config, listeners, workers, () => drain(config.drainDeadlineMs), log);
-  const timers = [
-    setInterval(() => void workers.observe(), observeIntervalMs),
-    setInterval(() => {
-      workers.rotateTickets();
-    }, config.tickets.rotationMs),
-  ];
+  const admin = await openAdmin(reloads, workers, () => drain(reloads.config.drainDeadlineMs), log);
+  const observation = setInterval(() => void workers.observe(), observeIntervalMs);
   workers.start();
   const end = ended.promise.finally(async () => {
-    for (const timer of timers) clearInterval(timer);
+    clearInterval(observation);
+    clearInterval(rotation);
     await admin?.close();
     const { closes } = await workers.observe();
     const cut = closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
@@ -93,47 +93,36 @@ export async function serve(config: Config): Promise<Service> {
   });
   await Promise.race([allReady.promise, end]);
   giveBackMemory(engine());
+  const { addresses } = workers.listening;
   if (workers.unreadiness === undefined) {
-    log.info({ event: 'ready', addresses: listeners.addresses, admin: admin?.address }, 'keygate is ready');
+    log.info({ event: 'ready', addresses, admin: admin?.address }, 'keygate is ready');
   }
-  return { addresses: listeners.addresses, adminAddress: admin?.address, ended: end };
+  return { addresses, adminAddress: admin?.address, ended: end };
 }
 
-async function openAdmin(
-  config: Config,
-  listeners: Listeners,
-  workers: Workers,
-  drain: () => void,
-  log: Log,
-): Promise<Admin | undefined> {
-  if (config.admin === undefined) return undefined;
-  const certificates = expiries(config);
+async function openAdmin(reloads: Reloads, workers: Workers, drain: () => void, log: Log): Promise<Admin | undefined> {
+  const { admin } = reloads.config;
+  if (admin === undefined) return undefined;
   const view = {
     get unreadiness() {
       return workers.unreadiness;
     },
-    metrics: async () => renderMetrics({ snapshot: await workers.observe(), workers: workers.status, certificates }),
+    metrics: async () => {
+      const { certificates } = reloads;
+      return renderMetrics({ snapshot: await workers.observe(), workers: workers.status, certificates, reloads });
+    },
     status: async () => ({
       version,
       ready: workers.unreadiness === undefined,
       unreadiness: workers.unreadiness,
-      listeners: listeners.addresses,
+      configuration: reloads.status,
+      listeners: workers.listening.addresses,
       workers: workers.status,
-      certificates,
+      certificates: reloads.certificates.map(({ name, notAfterMs }) => ({ name, notAfterMs })),
       engine: await workers.observe(),
     }),
+    reload: async () => reloads.reload(),
     drain,
   };
-  return startAdmin(config.admin.listen, view, log);
-}
-
-/** A chain that cannot be read is the workers' to report, with everything else that is wrong with it. */
-function expiries(config: Config): readonly { name: string; notAfterMs: number }[] {
-  return Object.values(config.certificates).flatMap(({ name, chain }) => {
-    try {
-      return [{ name, notAfterMs: new X509Certificate(readFileSync(chain)).validToDate.getTime() }];
-    } catch {
-      return [];
-    }
-  });
+  return startAdmin(admin.listen, view, log);
 }

@@ -4,6 +4,9 @@
  * Must not know: processes, metric names.
  * Runs: main thread of the primary.
  */
+import { isIP } from 'node:net';
+import { formatAddress } from '../config/address.ts';
+import type { Config, UpstreamConfig } from '../config/config.ts';
 import type {
   EngineSnapshot,
   LatencySnapshot,
@@ -40,9 +43,30 @@ export class SnapshotBook {
     if (last !== undefined) this.#retired = sum(this.#retired ?? empty, withoutGauges(last));
   }
 
+  /** After a reload: what the dead have counted of things that are no more would be shown for ever. */
+  keepOnly({ listeners, upstreams, tokens }: Pick<Config, 'listeners' | 'upstreams' | 'tokens'>): void {
+    if (this.#retired === undefined) return;
+    this.#retired = {
+      ...this.#retired,
+      listeners: this.#retired.listeners.filter(({ name }) => name in listeners),
+      upstreams: this.#retired.upstreams
+        .filter(({ name }) => name in upstreams)
+        .map((upstream) => ({ ...upstream, servers: serversOf(upstream.servers, upstreams[upstream.name]) })),
+      tokens: this.#retired.tokens.filter(({ name }) => name in tokens),
+    };
+  }
+
   total(): EngineSnapshot {
     return [...this.#living.values()].reduce(sum, this.#retired ?? empty);
   }
+}
+
+/** What a name has resolved to is the workers' to know: with one among the servers, all are kept. */
+function serversOf(snapshots: ServerSnapshot[], upstream: UpstreamConfig | undefined): ServerSnapshot[] {
+  const servers = upstream?.servers ?? [];
+  if (servers.some((server) => 'host' in server && isIP(server.host) === 0)) return snapshots;
+  const addresses = new Set(servers.map(formatAddress));
+  return snapshots.filter(({ address }) => addresses.has(address));
 }
 
 const empty: EngineSnapshot = { running: true, listeners: [], upstreams: [], closes: [], tokens: [] };

@@ -1,6 +1,6 @@
 /**
  * Owns: the worker processes: forking the first alone, then the others; replacing the dead with growing delay; having a
- * sibling serve a dead worker's accept queue; draining; ending.
+ * sibling serve a dead worker's accept queue; both phases of a reload; draining; ending.
  * Must not know: tokens, TLS, HTTP. Never loads a PKCS#11 module.
  * Runs: main thread of the primary.
  *
@@ -16,14 +16,16 @@
 import cluster from 'node:cluster';
 import type { Worker } from 'node:cluster';
 import { EventEmitter } from 'node:events';
+import { closeSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import type { Config } from '../config/config.ts';
+import { engine } from '../engine/binding.ts';
 import type { EngineSnapshot } from '../engine/native.d.ts';
 import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { PrimaryMessage, WorkerFailure, WorkerMessage } from '../messages.ts';
-import type { Listeners } from './listeners.ts';
+import type { PrimaryMessage, SocketUse, WorkerFailure, WorkerMessage } from '../messages.ts';
+import type { Listeners, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
 
@@ -40,6 +42,11 @@ const crashLoopFailures = 4;
 const observeDeadlineMs = 250;
 /** What a worker may take beyond the drain deadline before it is killed. */
 const killGraceMs = 2_000;
+/** A worker that has prepared a reload commits it in no time; one that does not is killed, and its replacement is whole. */
+const commitDeadlineMs = 15_000;
+/** What a worker inherits before its sockets: three standard descriptors, the channel for messages, that for sockets. */
+const handoverFd = 4;
+const firstSocketFd = 5;
 /** No observation has this number. */
 const unasked = 0;
 
@@ -52,8 +59,10 @@ interface Slot {
   failure: WorkerFailure | undefined;
   failuresInRow: number;
   restarts: number;
-  /** What the worker was last doing while it started. */
+  /** What the worker was last doing while it started or prepared a reload. */
   doing: string | undefined;
+  /** The channel through which its worker is handed sockets. */
+  handover: number | undefined;
   /** Of the state: start deadline, back-off, or becoming stable. */
   timer: NodeJS.Timeout | undefined;
   killTimer: NodeJS.Timeout | undefined;
@@ -69,6 +78,30 @@ export interface SlotStatus {
   readonly failure: string | undefined;
 }
 
+/** What a worker cannot serve, and so none will. */
+export interface Refusal {
+  /** Slot of the worker; undefined when it is about all of them. */
+  readonly worker: number | undefined;
+  readonly failure: WorkerFailure;
+}
+
+interface Reload {
+  readonly number: number;
+  readonly config: Config;
+  readonly listeners: NextListeners;
+  /** Workers that were told to prepare. */
+  readonly asked: Set<Slot>;
+  /** Those that have not answered yet. */
+  readonly answers: Map<Slot, PromiseWithResolvers<WorkerFailure | undefined>>;
+  readonly warnings: Set<string>;
+  /** Set once: the second phase has begun, and cannot be refused. */
+  committing: boolean;
+  /** Workers that have not said yet that they have committed. */
+  readonly commits: Map<Slot, PromiseWithResolvers<void>>;
+  /** Set once: this reload must not be committed. */
+  refusal: Refusal | undefined;
+}
+
 interface WorkersEvents {
   /** Every slot is ready, for the first time. */
   allReady: [];
@@ -79,13 +112,17 @@ interface WorkersEvents {
 }
 
 export class Workers extends EventEmitter<WorkersEvents> {
-  readonly #config: Config;
-  readonly #listeners: Listeners;
+  #config: Config;
+  #listeners: Listeners;
   readonly #epochs: TicketEpochs;
   readonly #log: Log;
   readonly #slots: Slot[];
   readonly #book = new SnapshotBook();
   #observation = 0;
+  #reloads = 0;
+  /** While there is one nobody is forked: a worker is of one configuration. */
+  #reload: Reload | undefined;
+  #settled: (() => void) | undefined;
   #draining = false;
   #everReady = false;
   #allReadySaid = false;
@@ -94,25 +131,23 @@ export class Workers extends EventEmitter<WorkersEvents> {
   /** Set once: no process may be forked any more. */
   #halted: WorkerFailure | undefined;
 
-  constructor(config: Config, listeners: Listeners, epochs: TicketEpochs, log: Log) {
+  constructor(config: Config, slots: number, listeners: Listeners, epochs: TicketEpochs, log: Log) {
     super();
     this.#config = config;
     this.#listeners = listeners;
     this.#epochs = epochs;
     this.#log = log;
-    this.#slots = listeners.bySlot.map((_, index) => newSlot(index));
+    this.#slots = Array.from({ length: slots }, (_, index) => newSlot(index));
   }
 
   /** Forks the first worker, and the others once it is ready. What becomes of them is told by events. */
   start(): void {
-    const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
-    cluster.setupPrimary({
-      exec: fileURLToPath(new URL(`../worker/main.${extension}`, import.meta.url)),
-      args: [],
-      serialization: 'advanced',
-      stdio: ['inherit', 'inherit', 'inherit', 'ipc', ...this.#listeners.fds],
-    });
     this.#forkDue();
+  }
+
+  /** What those who are forked from now on listen on. */
+  get listening(): Listeners {
+    return this.#listeners;
   }
 
   get status(): readonly SlotStatus[] {
@@ -153,6 +188,86 @@ export class Workers extends EventEmitter<WorkersEvents> {
     return this.#book.total();
   }
 
+  /**
+   * First phase of a reload: every worker makes the configuration ready beside the one that serves. The first does it
+   * alone, so that what is wrong costs one worker's effort and one try of a PIN. Workers that are starting are waited for;
+   * those that wait to be forked will start with what is committed.
+   * @returns why it must be discarded, or undefined: then `commit` or `discard` ends it.
+   */
+  async prepare(config: Config, listeners: NextListeners, deadlineMs: number): Promise<Refusal | undefined> {
+    const reload: Reload = {
+      number: ++this.#reloads,
+      config,
+      listeners,
+      asked: new Set(),
+      answers: new Map(),
+      warnings: new Set(),
+      committing: false,
+      commits: new Map(),
+      refusal: undefined,
+    };
+    this.#reload = reload;
+    if (this.#draining) this.#refuse(reload, undefined, 'keygate drains');
+    const late = setTimeout(() => {
+      const slot = this.#slots.find(({ state }) => state === 'starting') ?? reload.answers.keys().next().value;
+      this.#refuse(reload, slot, `no answer within ${deadlineMs} ms; ${slot?.doing ?? 'it said nothing'}`);
+    }, deadlineMs);
+    await this.#whenSettled();
+    const ready = () => this.#slots.filter((slot) => slot.state === 'ready' && !reload.asked.has(slot));
+    const [first] = ready();
+    if (first === undefined) this.#refuse(reload, undefined, 'no worker is ready to try it');
+    else await this.#ask(reload, first);
+    await Promise.all(ready().map(async (slot) => this.#ask(reload, slot)));
+    clearTimeout(late);
+    return reload.refusal;
+  }
+
+  /**
+   * Second phase: what was prepared serves. From here on every worker that is forked is of the new configuration, and
+   * one that cannot commit is replaced.
+   * @returns why it was not done, and must be discarded: a worker was lost at the last moment.
+   */
+  async commit(): Promise<Refusal | undefined> {
+    const reload = this.#reload;
+    if (reload === undefined) throw new Error('invariant: nothing is prepared');
+    if (reload.refusal !== undefined) return reload.refusal;
+    this.#config = reload.config;
+    this.#listeners = reload.listeners;
+    for (const { fd, backlog } of reload.listeners.resized) engine().setBacklog(fd, backlog);
+    reload.committing = true;
+    const retired = reload.listeners.retired.map(({ socket }) => socket);
+    const commits = [...reload.asked].map(async (slot) => {
+      const committed = Promise.withResolvers<void>();
+      reload.commits.set(slot, committed);
+      this.#tell(slot, { type: 'commit', reload: reload.number, retired });
+      return committed.promise;
+    });
+    const late = setTimeout(() => {
+      for (const { worker } of reload.commits.keys()) worker?.process.kill('SIGKILL');
+    }, commitDeadlineMs);
+    await Promise.all(commits);
+    clearTimeout(late);
+    this.#book.keepOnly(reload.config);
+    for (const warning of reload.warnings) this.#log.warn({ event: 'token_warning' }, warning);
+    // What kept them from starting may be mended.
+    for (const slot of this.#slots) {
+      if (slot.state !== 'waiting' || this.#halted !== undefined) continue;
+      slot.failuresInRow = 0;
+      this.#replaceNow(slot);
+    }
+    for (const slot of this.#slots) if (slot.adoptedBy !== undefined) this.#adopt(slot, slot.adoptedBy);
+    this.#endReload();
+    return undefined;
+  }
+
+  /** Every worker forgets what it prepared. */
+  discard(): void {
+    const reload = this.#reload;
+    if (reload === undefined) return;
+    for (const slot of reload.asked) this.#tell(slot, { type: 'discard', reload: reload.number });
+    this.#endReload();
+  }
+
   rotateTickets(): void {
     this.#epochs.rotate();
     for (const slot of this.#slots) {
@@ -166,6 +281,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
    */
   drain(deadlineMs: number): void {
     this.#draining = true;
+    if (this.#reload !== undefined) this.#refuse(this.#reload, undefined, 'keygate drains');
     for (const slot of this.#slots) {
       if (slot.state === 'waiting') clearTimeout(slot.timer);
       const { worker } = slot;
@@ -177,9 +293,62 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#sayWhatCameToPass();
   }
 
+  async #ask(reload: Reload, slot: Slot): Promise<void> {
+    if (reload.refusal !== undefined) return;
+    const answer = Promise.withResolvers<WorkerFailure | undefined>();
+    reload.asked.add(slot);
+    reload.answers.set(slot, answer);
+    slot.doing = undefined;
+    const { opened } = reload.listeners;
+    try {
+      if (opened.length > 0) {
+        engine().handOver(
+          slot.handover ?? -1,
+          reload.number,
+          opened.map(({ fd }) => fd),
+        );
+      }
+      this.#tell(slot, {
+        type: 'prepare',
+        reload: reload.number,
+        config: reload.config,
+        sockets: opened.map(({ socket }) => socket),
+        accept: usesOf(reload.listeners, slot),
+      });
+    } catch (error) {
+      answer.resolve(failureOf('worker_failed', `it cannot be handed the new sockets: ${String(error)}`, 1));
+    }
+    const failure = await answer.promise;
+    reload.answers.delete(slot);
+    if (failure !== undefined) this.#refuse(reload, slot, failure);
+  }
+
+  /** The first reason counts; nobody is waited for any more. */
+  #refuse(reload: Reload, slot: Slot | undefined, reason: WorkerFailure | string): void {
+    if (reload.committing) return;
+    const failure = typeof reason === 'string' ? failureOf('worker_failed', reason, 69) : reason;
+    reload.refusal ??= { worker: slot?.index, failure };
+    for (const { resolve } of reload.answers.values()) resolve(undefined);
+    this.#settled?.();
+  }
+
+  /** Nobody is starting: whoever runs is ready. */
+  async #whenSettled(): Promise<void> {
+    if (!this.#slots.some(({ state }) => state === 'starting')) return;
+    const { promise, resolve } = Promise.withResolvers<void>();
+    this.#settled = resolve;
+    await promise;
+    this.#settled = undefined;
+  }
+
+  #endReload(): void {
+    this.#reload = undefined;
+    this.#forkDue();
+  }
+
   #forkDue(): void {
     for (const slot of this.#slots) {
-      if (this.#draining || this.#halted !== undefined) return;
+      if (this.#draining || this.#halted !== undefined || this.#reload !== undefined) return;
       if (slot.state !== 'due') continue;
       if (!this.#proved && this.#slots.some(({ state }) => state === 'starting')) return;
       this.#fork(slot);
@@ -187,7 +356,19 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   #fork(slot: Slot): void {
+    const { sockets } = this.#listeners;
+    const handover = engine().openHandover();
+    const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
+    // Before each fork: a reload changes what there is to inherit.
+    cluster.setupPrimary({
+      exec: fileURLToPath(new URL(`../worker/main.${extension}`, import.meta.url)),
+      args: [],
+      serialization: 'advanced',
+      stdio: ['inherit', 'inherit', 'inherit', 'ipc', handover.worker, ...sockets.map(({ fd }) => fd)],
+    });
     const worker = cluster.fork({ KEYGATE_SLOT: String(slot.index) });
+    closeSync(handover.worker);
+    slot.handover = handover.primary;
     slot.worker = worker;
     slot.state = 'starting';
     slot.doing = undefined;
@@ -213,6 +394,17 @@ export class Workers extends EventEmitter<WorkersEvents> {
           this.#book.enter(unasked, slot.index, message.snapshot);
           this.#tell(slot, { type: 'leave' });
           return;
+        case 'prepared':
+          if (this.#reload?.number !== message.reload) return;
+          for (const warning of message.warnings) this.#reload.warnings.add(warning);
+          this.#reload.answers.get(slot)?.resolve(undefined);
+          return;
+        case 'refused':
+          if (this.#reload?.number === message.reload) this.#reload.answers.get(slot)?.resolve(message.failure);
+          return;
+        case 'committed':
+          if (this.#reload?.number === message.reload) hasCommitted(this.#reload, slot);
+          return;
         case 'snapshot':
           this.#book.enter(message.id, slot.index, message.snapshot);
           return;
@@ -229,7 +421,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#tell(slot, {
       type: 'start',
       config: this.#config,
-      sockets: this.#socketsOf(slot),
+      sockets: sockets.map(({ socket }) => socket),
+      firstFd: firstSocketFd,
+      handoverFd,
+      accept: usesOf(this.#listeners, slot),
       ticketSecrets: this.#epochs.secrets,
     });
   }
@@ -243,7 +438,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
     }, stableAfterMs).unref();
     const adopter = slot.adoptedBy;
     slot.adoptedBy = undefined;
-    if (adopter !== undefined) this.#tell(adopter, { type: 'release', sockets: this.#socketsOf(slot) });
+    if (adopter !== undefined) {
+      const sockets = usesOf(this.#listeners, slot).map(({ socket }) => socket);
+      this.#tell(adopter, { type: 'release', sockets });
+    }
     if (!this.#everReady) {
       for (const warning of warnings) this.#log.warn({ event: 'token_warning' }, warning);
     }
@@ -261,6 +459,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
     clearTimeout(slot.killTimer);
     slot.worker = undefined;
     slot.state = 'waiting';
+    if (slot.handover !== undefined) closeSync(slot.handover);
+    slot.handover = undefined;
+    if (this.#reload?.asked.has(slot) === true) {
+      this.#refuse(this.#reload, slot, failure);
+      hasCommitted(this.#reload, slot);
+    }
     this.#book.retire(slot.index);
     if (this.#draining) {
       this.#log.info({ event: 'worker_ended', worker: slot.index }, 'worker ended');
@@ -292,11 +496,16 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (this.#halted !== undefined) return;
     const delayMs = Math.min(backoffMinMs * 2 ** (slot.failuresInRow - 1), backoffMaxMs);
     slot.timer = setTimeout(() => {
-      slot.state = 'due';
-      slot.restarts += 1;
-      this.#forkDue();
+      this.#replaceNow(slot);
     }, delayMs);
     // Who waited for this one to prove the PIN is next.
+    this.#forkDue();
+  }
+
+  #replaceNow(slot: Slot): void {
+    clearTimeout(slot.timer);
+    slot.state = 'due';
+    slot.restarts += 1;
     this.#forkDue();
   }
 
@@ -307,7 +516,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     for (const orphaned of this.#slots) {
       if (orphaned.state === 'ready' || orphaned.adoptedBy !== undefined) continue;
       orphaned.adoptedBy = adopter;
-      this.#tell(adopter, { type: 'adopt', sockets: this.#socketsOf(orphaned) });
+      this.#adopt(orphaned, adopter);
       this.#log.info(
         { event: 'queue_adopted', worker: orphaned.index, by: adopter.index },
         'a sibling serves the accept queue',
@@ -315,8 +524,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
     }
   }
 
-  #socketsOf(slot: Slot): Listeners['bySlot'][number] {
-    return this.#listeners.bySlot[slot.index] ?? [];
+  #adopt(orphaned: Slot, adopter: Slot): void {
+    this.#tell(adopter, { type: 'adopt', accept: usesOf(this.#listeners, orphaned) });
   }
 
   /** A worker waits for other processes' logins, once to prove a token and once to start it. */
@@ -334,6 +543,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   #sayWhatCameToPass(): void {
+    if (!this.#slots.some(({ state }) => state === 'starting')) this.#settled?.();
     if (!this.#allReadySaid && this.#slots.every(({ state }) => state === 'ready')) {
       this.#allReadySaid = true;
       this.emit('allReady');
@@ -356,10 +566,22 @@ function newSlot(index: number): Slot {
     failuresInRow: 0,
     restarts: 0,
     doing: undefined,
+    handover: undefined,
     timer: undefined,
     killTimer: undefined,
     adoptedBy: undefined,
   };
+}
+
+/** Or has gone, and its replacement will have. */
+function hasCommitted({ commits }: Reload, slot: Slot): void {
+  commits.get(slot)?.resolve();
+  commits.delete(slot);
+}
+
+/** What the worker in a slot accepts from by itself. */
+function usesOf({ sockets }: Listeners, { index }: Slot): SocketUse[] {
+  return sockets.filter(({ slot }) => slot === index).map(({ socket, listener }) => ({ socket, listener }));
 }
 
 function exitFailure(slot: number, code: number | null, signal: string | null): WorkerFailure {

@@ -16,15 +16,18 @@ export class HealthWatch {
   }
 
   look({ tokens, upstreams }: EngineSnapshot): void {
-    for (const { name, up } of tokens) this.#notice('token', name, up);
+    const seen = new Set<string>();
+    for (const { name, up } of tokens) seen.add(this.#notice('token', name, up));
     for (const { name, servers } of upstreams) {
-      for (const { address, up } of servers) this.#notice('server', `${name} ${address}`, up);
+      for (const { address, up } of servers) seen.add(this.#notice('server', `${name} ${address}`, up));
     }
+    // What a reload has removed is neither down nor back.
+    for (const key of this.#down) if (!seen.has(key)) this.#down.delete(key);
   }
 
-  #notice(what: 'token' | 'server', name: string, up: boolean): void {
+  #notice(what: 'token' | 'server', name: string, up: boolean): string {
     const key = `${what} ${name}`;
-    if (up === !this.#down.has(key)) return;
+    if (up === !this.#down.has(key)) return key;
     if (up) {
       this.#down.delete(key);
       this.#log.info({ event: `${what}_up`, [what]: name }, `${key} is back`);
@@ -32,5 +35,6 @@ export class HealthWatch {
       this.#down.add(key);
       this.#log.error({ event: `${what}_down`, [what]: name }, `${key} is down`);
     }
+    return key;
   }
 }

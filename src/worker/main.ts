@@ -1,13 +1,14 @@
 /**
- * Owns: the life of a worker process: prove the tokens, start the engine, obey the primary, drain, leave.
+ * Owns: the life of a worker process: prove the tokens, start the engine, obey the primary, reload, drain, leave.
  * Must not know: the other workers; whatever happens per byte or per handshake.
  * Runs: main thread of a worker, forked by src/primary/workers.ts.
  */
-import type { Engine } from '../engine/native.d.ts';
+import type { Engine, EngineSettings } from '../engine/native.d.ts';
 import { engine as loadEngine } from '../engine/binding.ts';
-import { giveBackMemory } from '../engine/memory.ts';
+import { giveBackMemory, giveBackMemorySoon } from '../engine/memory.ts';
+import type { Config, LogLevel } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
-import { ConfigError, KeygateError } from '../errors.ts';
+import { ConfigError, KeygateError, ServiceError } from '../errors.ts';
 import { openLog } from '../log.ts';
 import type { Log } from '../log.ts';
 import type { PrimaryMessage, WorkerFailure, WorkerMessage } from '../messages.ts';
@@ -15,6 +16,7 @@ import { nativeGuard } from '../pkcs11/native-guard.ts';
 import { provePlan } from '../pkcs11/plan.ts';
 import { engineSettings } from './plan.ts';
 import { HealthWatch } from './health-watch.ts';
+import { Sockets } from './sockets.ts';
 
 /** How long the I/O thread and each token get to stop when the process leaves. */
 const stopBudgetMs = 200;
@@ -25,6 +27,11 @@ const drainIntervalMs = 50;
 
 let log: Log = openLog('info', Number(process.env['KEYGATE_SLOT']));
 let engine: Engine | undefined;
+let sockets: Sockets | undefined;
+/** The reload whose second phase has not come yet, and what it brought. */
+let preparing:
+  | { readonly reload: number; readonly sockets: readonly number[]; readonly logLevel: LogLevel }
+  | undefined;
 let draining = false;
 let drainTimer: NodeJS.Timeout | undefined;
 let leaving = false;
@@ -56,10 +63,19 @@ function obey(message: PrimaryMessage): void {
       engine?.setTicketSecrets(message.ticketSecrets.map((secret) => Buffer.from(secret)));
       return;
     case 'adopt':
-      if (!draining) for (const { listener, fd } of message.sockets) engine?.accept(listener, fd);
+      if (!draining) for (const { listener, fd } of sockets?.uses(message.accept) ?? []) engine?.accept(listener, fd);
       return;
     case 'release':
-      for (const { fd } of message.sockets) engine?.stopAccepting(fd);
+      for (const fd of sockets?.fds(message.sockets) ?? []) engine?.stopAccepting(fd);
+      return;
+    case 'prepare':
+      void prepare(message);
+      return;
+    case 'commit':
+      commit(message);
+      return;
+    case 'discard':
+      discard(message.reload);
       return;
     case 'drain':
       drain(message.deadlineMs);
@@ -72,20 +88,77 @@ function obey(message: PrimaryMessage): void {
   }
 }
 
-async function start({ config, sockets, ticketSecrets }: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
+async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
+  const { config, accept, ticketSecrets } = message;
   log = openLog(config.log.level, Number(process.env['KEYGATE_SLOT']));
+  sockets = new Sockets(message.sockets, message.firstFd, message.handoverFd);
   const native = loadEngine();
   native.harden();
   native.endWithParent();
-  tell({ type: 'doing', what: `it proved the tokens ${Object.keys(config.tokens).join(', ')}` });
-  const proved = provePlan(config, { guard: nativeGuard, readPin });
-  const settings = await engineSettings(config, proved, sockets, ticketSecrets, log);
-  tell({ type: 'doing', what: `the engine logged in to the tokens ${Object.keys(config.tokens).join(', ')}` });
-  engine = new native.Engine(settings);
+  const { settings, warnings } = await prove(config, sockets.uses(accept));
+  engine = new native.Engine(
+    settings,
+    ticketSecrets.map((secret) => Buffer.from(secret)),
+  );
   watch(engine);
-  tell({ type: 'ready', warnings: proved.warnings });
+  tell({ type: 'ready', warnings });
   // In a turn of its own, where nothing above refers to what was read any more.
   setImmediate(() => giveBackMemory(native));
+}
+
+async function prove(
+  config: Config,
+  accept: ReturnType<Sockets['uses']>,
+): Promise<{ settings: EngineSettings; warnings: readonly string[] }> {
+  tell({ type: 'doing', what: `it proved the tokens ${Object.keys(config.tokens).join(', ')}` });
+  const proved = provePlan(config, { guard: nativeGuard, readPin });
+  const settings = await engineSettings(config, proved, accept, log);
+  tell({ type: 'doing', what: `the engine logged in to the tokens ${Object.keys(config.tokens).join(', ')}` });
+  return { settings, warnings: proved.warnings };
+}
+
+/** Whatever goes wrong is the primary's to know; this worker serves on with what it has. */
+async function prepare({
+  reload,
+  config,
+  accept,
+  ...message
+}: Extract<PrimaryMessage, { type: 'prepare' }>): Promise<void> {
+  try {
+    if (engine === undefined || sockets === undefined || draining) {
+      throw new ServiceError('worker_failed', 'the worker does not serve');
+    }
+    preparing = { reload, sockets: message.sockets, logLevel: config.log.level };
+    sockets.take(reload, message.sockets);
+    const { settings, warnings } = await prove(config, sockets.uses(accept));
+    // The primary may have thought better of it while names were looked up.
+    if (preparing?.reload !== reload) return;
+    engine.prepare(settings);
+    tell({ type: 'prepared', reload, warnings });
+  } catch (error) {
+    discard(reload);
+    tell({ type: 'refused', reload, failure: describeFailure(error) });
+  }
+}
+
+function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>): void {
+  // Half a reload would be worse than a new worker: whatever throws here ends this one.
+  if (engine === undefined || sockets === undefined || preparing?.reload !== reload) {
+    throw new Error(`told to commit reload ${reload}, which is not prepared`);
+  }
+  engine.commit(sockets.fds(retired));
+  sockets.close(retired);
+  log.level = preparing.logLevel;
+  preparing = undefined;
+  tell({ type: 'committed', reload });
+  giveBackMemorySoon(loadEngine());
+}
+
+function discard(reload: number): void {
+  if (preparing?.reload !== reload) return;
+  engine?.discard();
+  sockets?.close(preparing.sockets);
+  preparing = undefined;
 }
 
 function watch(running: Engine): void {
@@ -95,6 +168,7 @@ function watch(running: Engine): void {
     const snapshot = running.snapshot();
     if (!snapshot.running) throw new Error('the I/O thread ended by itself');
     health.look(snapshot);
+    running.letGo();
   }, watchIntervalMs).unref();
 }
 

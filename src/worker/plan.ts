@@ -1,7 +1,7 @@
 /**
  * Owns: turning a configuration and what was proved of it into the engine's settings.
  * Must not know: PKCS#11 calls, the primary.
- * Runs: main thread of a worker, once per start.
+ * Runs: main thread of a worker, once per start and per reload.
  */
 import { formatAddress } from '../config/address.ts';
 import type {
@@ -22,9 +22,15 @@ import type {
 } from '../engine/native.d.ts';
 import { ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { InheritedSocket } from '../messages.ts';
 import type { ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
 import { resolveUpstream } from './upstream-names.ts';
+
+/** A listening socket to accept from. */
+interface WorkerSocket {
+  readonly listener: string;
+  /** File descriptor in this process. */
+  readonly fd: number;
+}
 
 /**
  * Servers without an address are left out with a warning. Reads every PIN once more; the engine keeps them to log in
@@ -35,8 +41,7 @@ import { resolveUpstream } from './upstream-names.ts';
 export async function engineSettings(
   config: Config,
   proved: ProvedPlan,
-  sockets: readonly InheritedSocket[],
-  ticketSecrets: readonly Uint8Array[],
+  sockets: readonly WorkerSocket[],
   log: Pick<Log, 'warn'>,
 ): Promise<EngineSettings> {
   const upstreams = await Promise.all(
@@ -51,7 +56,6 @@ export async function engineSettings(
     upstreams,
     listeners: Object.values(config.listeners).map((listener) => listenerSettings(listener, config, sockets)),
     ticketLifetimeMs: config.tickets.lifetimeMs,
-    ticketSecrets: ticketSecrets.map((secret) => Buffer.from(secret)),
   };
   assertNumbersFit(settings);
   return settings;
@@ -132,7 +136,7 @@ async function upstreamSettings(upstream: UpstreamConfig, log: Pick<Log, 'warn'>
 function listenerSettings(
   listener: ListenerConfig,
   config: Config,
-  sockets: readonly InheritedSocket[],
+  sockets: readonly WorkerSocket[],
 ): ListenerSettings {
   const policy = config.policies[listener.policy];
   if (policy === undefined)

@@ -28,6 +28,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
     file: '/etc/keygate/keygate.yaml',
     workers: 'auto',
     drainDeadlineMs: 30_000,
+    reloadDeadlineMs: 60_000,
     log: { level: 'info' },
     tokens: {
       a: {

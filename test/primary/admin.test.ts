@@ -39,6 +39,9 @@ describe('the admin server', () => {
       async status() {
         return { version: '1.2.3', listeners: { https: ['127.0.0.1:443'] } };
       },
+      async reload() {
+        return { outcome: 'committed', seconds: 0.5, changes: ['certificates.www changed'], reasons: [] };
+      },
       drain() {
         this.drains += 1;
       },
@@ -112,6 +115,23 @@ describe('the admin server', () => {
     assert.deepEqual(parts, ['/status.css', '/status.js', '/status.json']);
     for (const part of parts) assert.equal((await get(part)).status, 200, part);
     assert.match(String((await get('/status.js')).headers['content-type']), /^text\/javascript/);
+  });
+
+  it('reloads for who says that no web page sent it, and answers with the outcome', async () => {
+    const reload = async (headers: Record<string, string>) => get('/reload', { method: 'POST', headers });
+    assert.equal((await reload({})).status, 403);
+    const { status, headers, body } = await reload({ 'x-keygate': '1' });
+    assert.deepEqual([status, headers['content-type']], [200, 'application/json']);
+    assert.deepEqual(JSON.parse(body), await view.reload());
+    const answers = [
+      [409, 'rolled_back', 'token_operation'],
+      [422, 'refused', 'config_syntax'],
+      [409, 'refused', 'reload_busy'],
+    ] as const;
+    for (const [expected, outcome, code] of answers) {
+      view.reload = async () => ({ outcome, seconds: 1, changes: [], reasons: [{ code, message: 'why' }] });
+      assert.equal((await reload({ 'x-keygate': '1' })).status, expected);
+    }
   });
 
   it('ignores a query', async () => {
@@ -291,6 +311,7 @@ describe('the admin server on a unix socket', () => {
     metrics: async () => '',
     unreadiness: undefined,
     status: async () => ({}),
+    reload: async () => assert.fail('nobody asked for it'),
     drain: () => {},
   };
   let directory: string;

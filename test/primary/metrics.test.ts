@@ -15,12 +15,13 @@ import type { ScrapedFamily } from '../support/prometheus-text.ts';
 
 const boundsUs = engine().latencyBoundsUs();
 const readyWorker: SlotStatus = { slot: 0, state: 'ready', pid: 1, restarts: 0, failure: undefined };
+const reloads = { counts: { committed: 0, refused: 0, rolled_back: 0 }, last: undefined };
 const certificates = [{ name: 'www', notAfterMs: Date.UTC(2030, 0, 1) }];
 
 describe('a scrape', () => {
   it('is well formed, with and without measurements', async () => {
     for (const snapshot of [anySnapshot(() => 1), nothing()]) {
-      const families = parseScrape(await renderMetrics({ snapshot, workers: [readyWorker], certificates }));
+      const families = parseScrape(await renderMetrics({ snapshot, workers: [readyWorker], certificates, reloads }));
       assert.ok(families.has('keygate_build_info'));
     }
   });
@@ -222,7 +223,7 @@ async function families({
   snapshot: EngineSnapshot;
   workers?: readonly SlotStatus[];
 }): Promise<Map<string, ScrapedFamily>> {
-  return parseScrape(await renderMetrics({ snapshot, workers, certificates }));
+  return parseScrape(await renderMetrics({ snapshot, workers, certificates, reloads }));
 }
 
 /** Every series that may only grow. */

@@ -16,6 +16,7 @@ import { text } from 'node:stream/consumers';
 import { fileURLToPath } from 'node:url';
 import { stringify } from 'yaml';
 import type { EngineSnapshot } from '../../src/engine/native.d.ts';
+import type { ReloadReport } from '../../src/primary/reload.ts';
 import type { SlotStatus } from '../../src/primary/workers.ts';
 import { parseScrape } from './prometheus-text.ts';
 import type { ProvisionedToken } from './provisioned-token.ts';
@@ -40,6 +41,8 @@ export interface LogLine {
 export interface Status {
   readonly ready: boolean;
   readonly unreadiness?: string;
+  readonly configuration: { readonly generation: number; readonly hash: string };
+  readonly listeners: Readonly<Record<string, readonly string[]>>;
   readonly workers: readonly SlotStatus[];
   readonly engine: EngineSnapshot;
 }
@@ -84,7 +87,13 @@ export function launchKeygate(
   document: KeygateDocument,
   options: LaunchOptions = {},
 ): Keygate {
-  return new Keygate(launch(token, document, options));
+  launched += 1;
+  const file = join(token.directory, `keygate-${launched}.yaml`);
+  const configure = (other: KeygateDocument): void => {
+    writeFileSync(file, stringify(configurationOf(token, other)), { mode: 0o600 });
+  };
+  configure(document);
+  return new Keygate(launch(token, file, options), file, configure);
 }
 
 /** Starts a keygate that is expected to give up by itself. */
@@ -105,6 +114,10 @@ export class Keygate {
   /** By listener, as `host:port`. */
   addresses: Readonly<Record<string, readonly string[]>> = {};
   adminAddress = '';
+  /** The configuration file. */
+  readonly file: string;
+  /** Writes another configuration into the file. */
+  readonly configure: (document: KeygateDocument) => void;
   /** Every line so far, of the primary and the workers. */
   readonly log: LogLine[] = [];
   readonly #child: ChildProcessByStdio<null, Readable, Readable>;
@@ -114,8 +127,14 @@ export class Keygate {
   #stdout = '';
   #hasExited = false;
 
-  constructor(child: ChildProcessByStdio<null, Readable, Readable>) {
+  constructor(
+    child: ChildProcessByStdio<null, Readable, Readable>,
+    file: string,
+    configure: (document: KeygateDocument) => void,
+  ) {
     this.#child = child;
+    this.file = file;
+    this.configure = configure;
     this.#lines.setMaxListeners(0);
     this.#stderr = text(child.stderr);
     createInterface({ input: child.stdout }).on('line', (line) => {
@@ -192,6 +211,13 @@ export class Keygate {
     asked.end();
     const [response] = (await once(asked, 'response')) as [import('node:http').IncomingMessage];
     return { status: response.statusCode ?? 0, body: await text(response) };
+  }
+
+  /** Has it read its file again, with another configuration in it if one is given. */
+  async reload(document?: KeygateDocument): Promise<ReloadReport & { readonly status: number }> {
+    if (document !== undefined) this.configure(document);
+    const { status, body } = await this.admin('/reload', 'POST');
+    return { status, ...(JSON.parse(body) as ReloadReport) };
   }
 
   async status(): Promise<Status> {
@@ -333,12 +359,9 @@ let launched = 0;
 
 function launch(
   token: ProvisionedToken,
-  document: KeygateDocument,
+  file: string,
   { env }: LaunchOptions,
 ): ChildProcessByStdio<null, Readable, Readable> {
-  launched += 1;
-  const file = join(token.directory, `keygate-${launched}.yaml`);
-  writeFileSync(file, stringify(configurationOf(token, document)), { mode: 0o600 });
   return spawn(process.execPath, [main, 'serve', '-c', file], {
     env: { ...process.env, ...token.env, ...env },
     stdio: ['ignore', 'pipe', 'pipe'],

@@ -1,0 +1,289 @@
+/**
+ * Owns: the configuration that is served, and replacing it by what the file says now: all of it, or nothing.
+ * Must not know: how workers prepare and commit, HTTP, signals.
+ * Runs: main thread of the primary.
+ *
+ * ```text
+ * read and check the file ──> open new sockets ──> every worker prepares aside ──> every worker commits ──> close old sockets
+ *          └─── refused ───────────┘                         └── rolled back: all discard, nothing has changed
+ * ```
+ */
+import { createHash, X509Certificate } from 'node:crypto';
+import { readFileSync } from 'node:fs';
+import { isDeepStrictEqual } from 'node:util';
+import type { Config, TokenConfig } from '../config/config.ts';
+import { loadConfig } from '../config/load.ts';
+import type { EngineBinding } from '../engine/binding.ts';
+import { giveBackMemorySoon } from '../engine/memory.ts';
+import { ConfigError, formatProblem, KeygateError } from '../errors.ts';
+import type { ErrorCode, Problem } from '../errors.ts';
+import type { Log } from '../log.ts';
+import { closeSockets, openListeners } from './listeners.ts';
+import type { Workers } from './workers.ts';
+
+export const reloadOutcomes = ['committed', 'refused', 'rolled_back'] as const;
+/** `refused`: the file or what it asks for is wrong, and no worker heard of it. `rolled_back`: a worker could not serve it. */
+export type ReloadOutcome = (typeof reloadOutcomes)[number];
+
+export interface ReloadReport {
+  readonly outcome: ReloadOutcome;
+  readonly seconds: number;
+  /** `certificates.www changed`; what it would have been, when it was rolled back. */
+  readonly changes: readonly string[];
+  /** Why not. */
+  readonly reasons: readonly ReloadReason[];
+}
+
+interface ReloadReason {
+  readonly code: ErrorCode;
+  readonly message: string;
+  readonly hint?: string;
+  /** Slot of the worker that said so. */
+  readonly worker?: number;
+}
+
+/** As far as the primary looks into a certificate. */
+export interface CertificateFacts {
+  readonly name: string;
+  readonly notAfterMs: number;
+  readonly fingerprint: string;
+}
+
+/** What a reload goes through; here only to be the same wherever it is needed. */
+interface ReloadParts {
+  readonly workers: Pick<Workers, 'listening' | 'prepare' | 'commit' | 'discard'>;
+  readonly native: EngineBinding;
+  /** How many workers there are. */
+  readonly slots: number;
+  readonly log: Log;
+}
+
+/** A log line and an answer that a person reads. */
+const changesShownMax = 50;
+
+export class Reloads {
+  readonly #parts: ReloadParts;
+  #config: Config;
+  #certificates: readonly CertificateFacts[];
+  #generation = 1;
+  #since = new Date();
+  #underWay: Promise<ReloadReport> | undefined;
+  #wantedAgain = false;
+  #last: (ReloadReport & { readonly at: Date }) | undefined;
+  readonly #counts: Record<ReloadOutcome, number> = { committed: 0, refused: 0, rolled_back: 0 };
+  readonly #onCommit: (config: Config) => void;
+
+  /** @param onCommit is called with what is served from then on. */
+  constructor(config: Config, parts: ReloadParts, onCommit: (config: Config) => void) {
+    this.#config = config;
+    this.#certificates = certificateFacts(config);
+    this.#parts = parts;
+    this.#onCommit = onCommit;
+  }
+
+  get config(): Config {
+    return this.#config;
+  }
+
+  get certificates(): readonly CertificateFacts[] {
+    return this.#certificates;
+  }
+
+  get counts(): Readonly<Record<ReloadOutcome, number>> {
+    return this.#counts;
+  }
+
+  /** The last one that was tried. */
+  get last(): (ReloadReport & { readonly at: Date }) | undefined {
+    return this.#last;
+  }
+
+  get status(): object {
+    return {
+      file: this.#config.file,
+      generation: this.#generation,
+      hash: hashOf(this.#config),
+      since: this.#since,
+      lastReload: this.#last,
+    };
+  }
+
+  /** Reads the file once more after the reload that is under way: it may have changed since that one read it. */
+  request(): void {
+    if (this.#underWay === undefined) void this.reload();
+    else this.#wantedAgain = true;
+  }
+
+  /** Does not throw: what is wrong is in the report and in one line of the log. Refused at once while another is under way. */
+  async reload(): Promise<ReloadReport> {
+    if (this.#underWay !== undefined) return busyReport;
+    const began = performance.now();
+    this.#underWay = this.#try().then((result): ReloadReport => {
+      const report = { ...result, seconds: Math.round(performance.now() - began) / 1000 };
+      this.#conclude(report);
+      return report;
+    });
+    try {
+      return await this.#underWay;
+    } finally {
+      this.#underWay = undefined;
+      if (this.#wantedAgain) {
+        this.#wantedAgain = false;
+        this.request();
+      }
+    }
+  }
+
+  async #try(): Promise<Omit<ReloadReport, 'seconds'>> {
+    const { workers, native, slots } = this.#parts;
+    let next: Config;
+    let listeners;
+    try {
+      next = loadConfig(this.#config.file);
+      const [first, ...others] = restartProblems(this.#config, next);
+      if (first !== undefined) throw new ConfigError([first, ...others]);
+      listeners = openListeners(workers.listening, next, slots, native);
+    } catch (error) {
+      return { outcome: 'refused', changes: [], reasons: reasonsOf(error) };
+    }
+    const certificates = certificateFacts(next);
+    const changes = changesOf(this.#config, next, this.#certificates, certificates);
+    const refusal = (await workers.prepare(next, listeners, next.reloadDeadlineMs)) ?? (await workers.commit());
+    if (refusal !== undefined) {
+      workers.discard();
+      closeSockets(listeners.opened);
+      const { code, message, hint } = refusal.failure;
+      const worker = refusal.worker === undefined ? {} : { worker: refusal.worker };
+      return {
+        outcome: 'rolled_back',
+        changes,
+        reasons: [{ code, message, ...(hint === undefined ? {} : { hint }), ...worker }],
+      };
+    }
+    this.#config = next;
+    this.#certificates = certificates;
+    this.#generation += 1;
+    this.#since = new Date();
+    this.#onCommit(next);
+    // Every worker has accepted what waited there, and let go.
+    for (const { fd } of listeners.retired) native.shutListener(fd);
+    closeSockets(listeners.retired);
+    return { outcome: 'committed', changes, reasons: [] };
+  }
+
+  #conclude(report: ReloadReport): void {
+    giveBackMemorySoon(this.#parts.native);
+    this.#counts[report.outcome] += 1;
+    this.#last = { ...report, at: new Date() };
+    const { log } = this.#parts;
+    const { outcome, seconds, changes, reasons } = report;
+    if (outcome === 'committed') {
+      const details = { event: 'reload_committed', seconds, generation: this.#generation, changes: shown(changes) };
+      log.info(details, 'the new configuration is served');
+    } else {
+      const details = { event: `reload_${outcome}`, seconds, reasons };
+      log.error(details, 'the new configuration is not served; the old one goes on');
+    }
+  }
+}
+
+const busyReport: ReloadReport = {
+  outcome: 'refused',
+  seconds: 0,
+  changes: [],
+  reasons: [{ code: 'reload_busy', message: 'another reload is under way; ask again when it has ended' }],
+};
+
+/** What workers, sockets and tokens were made with once and for all. */
+function restartProblems(former: Config, next: Config): Problem[] {
+  const keys = ['workers', 'user', 'group', 'admin'] as const;
+  const fixed: Fixed[] = keys.map((key) => ({ path: key, old: former[key], now: next[key] }));
+  for (const [name, token] of Object.entries(next.tokens)) {
+    for (const [key, now] of Object.entries(token)) {
+      const old = former.tokens[name]?.[key as keyof TokenConfig];
+      // Certificates have the deadline, and those are new.
+      if (name in former.tokens && key !== 'signDeadlineMs') fixed.push({ path: `tokens.${name}.${key}`, old, now });
+    }
+  }
+  return fixed
+    .filter(({ old, now }) => !isDeepStrictEqual(old, now))
+    .map(({ path, old, now }) => ({
+      file: next.file,
+      path,
+      code: 'config_restart',
+      found: JSON.stringify(now) ?? 'nothing',
+      expected: `${JSON.stringify(old) ?? 'nothing'} as before`,
+      hint: `restart keygate to change it${path.startsWith('tokens.') ? ', or give the token another name' : ''}`,
+    }));
+}
+
+interface Fixed {
+  readonly path: string;
+  readonly old: unknown;
+  readonly now: unknown;
+}
+
+/** Every section and key that differs, by name; a certificate also when its file does. */
+function changesOf(
+  former: Config,
+  next: Config,
+  formerCertificates: readonly CertificateFacts[],
+  certificates: readonly CertificateFacts[],
+): string[] {
+  const files = (facts: readonly CertificateFacts[]) =>
+    new Map(facts.map(({ name, fingerprint }) => [name, fingerprint]));
+  const [oldFiles, newFiles] = [files(formerCertificates), files(certificates)];
+  const sections = ['tokens', 'certificates', 'policies', 'upstreams', 'listeners'] as const;
+  const changed = sections.flatMap((section) => {
+    const [old, now] = [former[section], next[section]];
+    const removed = Object.keys(old).filter((name) => !(name in now));
+    return [
+      ...Object.entries(now).flatMap(([name, value]) => {
+        if (!(name in old)) return [`${section}.${name} added`];
+        const sameFile = section !== 'certificates' || oldFiles.get(name) === newFiles.get(name);
+        return sameFile && isDeepStrictEqual(old[name], value) ? [] : [`${section}.${name} changed`];
+      }),
+      ...removed.map((name) => `${section}.${name} removed`),
+    ];
+  });
+  const keys = ['log', 'tickets', 'drainDeadlineMs', 'reloadDeadlineMs'] as const;
+  return [
+    ...changed,
+    ...keys
+      .filter((key) => !isDeepStrictEqual(former[key], next[key]))
+      .map((key) => `${key.replace(/Ms$/, '')} changed`),
+  ];
+}
+
+/** The first ones, and how many there are. */
+export function shown(changes: readonly string[]): readonly string[] {
+  const more = changes.length - changesShownMax;
+  return more > 0 ? [...changes.slice(0, changesShownMax), `and ${more} more`] : changes;
+}
+
+function reasonsOf(error: unknown): ReloadReason[] {
+  if (error instanceof ConfigError) {
+    return error.problems.map((problem) => ({ code: problem.code, message: formatProblem(problem) }));
+  }
+  // A defect in reading a file must not end what serves.
+  if (!(error instanceof KeygateError)) return [{ code: 'config_unreadable', message: String(error) }];
+  const { code, message, hint } = error;
+  return [{ code, message, ...(hint === undefined ? {} : { hint }) }];
+}
+
+/** A chain that cannot be read is the workers' to report, with everything else that is wrong with it. */
+function certificateFacts({ certificates }: Config): readonly CertificateFacts[] {
+  return Object.values(certificates).flatMap(({ name, chain }) => {
+    try {
+      const { validToDate, fingerprint256 } = new X509Certificate(readFileSync(chain));
+      return [{ name, notAfterMs: validToDate.getTime(), fingerprint: fingerprint256 }];
+    } catch {
+      return [];
+    }
+  });
+}
+
+/** Tells configurations apart; made of places of secrets, never of secrets. */
+function hashOf(config: Config): string {
+  return createHash('sha256').update(JSON.stringify(config)).digest('hex').slice(0, 16);
+}
