@@ -20,3 +20,9 @@ pub mod stream;
 pub mod tickets;
 mod tls;
 pub mod upstream;
+
+/// For the engine's own memory; Node, aws-lc and the PKCS#11 modules keep the process' allocator. Not under the fuzzer, whose
+/// sanitizer must see every allocation.
+#[cfg(not(fuzzing))]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
