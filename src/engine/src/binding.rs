@@ -630,7 +630,7 @@ fn load_certificates(next: &mut Generation, certificates: Vec<CertificateSetting
             })
             .collect();
         let chain = chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
-        let make = |key, sign_deadline| Certificate { names, chain, key, sign_deadline };
+        let make = |key, sign_deadline| Certificate::new(names, chain, key, sign_deadline);
         next.load(name, &public_key, places, make).map_err(|fault| match fault {
             LoadFault::Token(error) => token_error(&error),
             LoadFault::Settings(what) => invalid(what),

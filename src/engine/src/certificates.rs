@@ -16,12 +16,23 @@ use crate::signing::public_key::KeyAlgorithm;
 
 /// A chain, the names it is for, and the key in the token.
 pub struct Certificate {
-    /// DNS names, lower case; a wildcard is `*.` and the rest (RFC 9525 6.3: the whole left-most label).
-    pub names: Vec<String>,
-    pub chain: Vec<CertificateDer<'static>>,
-    pub key: Arc<PrivateKey>,
-    /// How long a handshake waits for a signature by this key.
-    pub sign_deadline: Duration,
+    names: Vec<String>,
+    /// One for all listeners: there may be ten thousand of them.
+    certified: Arc<CertifiedKey>,
+}
+
+impl Certificate {
+    /// `names`: DNS names, lower case; a wildcard is `*.` and the rest (RFC 9525 6.3: the whole left-most label).
+    /// `sign_deadline`: how long a handshake waits for a signature by this key.
+    pub fn new(
+        names: Vec<String>,
+        chain: Vec<CertificateDer<'static>>,
+        key: Arc<PrivateKey>,
+        sign_deadline: Duration,
+    ) -> Self {
+        let signing_key = Arc::new(TokenSigningKey { key, sign_deadline });
+        Self { names, certified: Arc::new(CertifiedKey::new(chain, signing_key)) }
+    }
 }
 
 /// What a client gets that asks for a name no certificate has, or for none.
@@ -63,17 +74,13 @@ impl Certificates {
         let mut by_name: HashMap<String, Vec<Arc<CertifiedKey>>> = HashMap::new();
         let mut default = Vec::new();
         for certificate in certificates {
-            let signing_key = Arc::new(TokenSigningKey {
-                key: certificate.key.clone(),
-                sign_deadline: certificate.sign_deadline,
-            });
-            let certified = Arc::new(CertifiedKey::new(certificate.chain.clone(), signing_key));
+            let certified = &certificate.certified;
             for name in &certificate.names {
                 by_name.entry(name.clone()).or_default().push(certified.clone());
             }
             // The default is the first certificate and those of other key types for the very same names: an EC and RSA pair.
             if certificates.first().is_some_and(|first| same_names(first, certificate)) {
-                default.push(certified);
+                default.push(certified.clone());
             }
         }
         Self { by_name, default, unknown_name }
@@ -121,7 +128,7 @@ fn same_names(one: &Certificate, other: &Certificate) -> bool {
         names.sort_unstable();
         names
     };
-    sorted(one) == sorted(other)
+    one.names.len() == other.names.len() && sorted(one) == sorted(other)
 }
 
 /// Whether the client accepts a signature by this key. rustls has already removed the schemes that go with none of the
