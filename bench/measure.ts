@@ -17,6 +17,7 @@ import type { Sample } from './metrics.ts';
 import { accepting, freePort, Pinned } from './processes.ts';
 import type { ScenarioResult, SubjectResult } from './result.ts';
 import type { Scenario, Setting, Subject } from './scenarios.ts';
+import { growth } from './workloads/growth.ts';
 import { reasons, sum, target } from './workloads/running.ts';
 import type { Cores, Pace, Running, Workload } from './workloads/workload.ts';
 import { workloads } from './workloads/workloads.ts';
@@ -37,6 +38,7 @@ export async function measure(
   progress: (line: string) => void,
 ): Promise<ScenarioResult> {
   const pace = paceOf(scenario, run);
+  if (scenario.workload === 'growth') return await growth(scenario, bed, pace, progress);
   const workload = workloads[scenario.workload];
   const wanted = scenario.subjects.filter(({ contender }) => bed.contenders.includes(contender));
   const leftOut = wanted.flatMap((subject) => {

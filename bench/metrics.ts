@@ -51,6 +51,7 @@ export const metrics = {
   reloads: { title: 'reloads', better: 'neither', digits: 0 },
   reload_ms: { title: 'reload ms', better: 'less', digits: 0 },
   start_ms: { title: 'start ms', better: 'less', digits: 0 },
+  start_cpu_ms: { title: 'CPU ms/start', better: 'less', digits: 0 },
   certificate_bytes: { title: 'bytes/certificate', better: 'less', digits: 0 },
   scrape_cpu_ms: { title: 'CPU ms/scrape', better: 'less', digits: 2 },
   scrape_bytes: { title: 'bytes/scrape', better: 'less', digits: 0 },

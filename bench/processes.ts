@@ -26,8 +26,9 @@ export class Pinned {
 
   constructor(name: string, cores: readonly number[], command: Command) {
     this.name = name;
-    // taskset becomes the command, so the PID is the command's.
-    this.child = spawn('taskset', ['-c', cores.join(','), command.file, ...command.args], {
+    // Each becomes the next, and the last one the command, so the PID is the command's.
+    const launched = ['/bin/sh', '-c', launcher, command.file, ...command.args];
+    this.child = spawn('taskset', ['-c', cores.join(','), ...launched], {
       cwd: command.cwd,
       env: { ...process.env, ...command.env },
       stdio: ['pipe', 'pipe', 'pipe'],
@@ -75,12 +76,7 @@ const saidCharactersMax = 2000;
 const stopMs = 10_000;
 const running = new Set<Pinned>();
 
-/** With as many open files as this machine lets anybody have. */
-export function withManyFiles(command: Command): Command {
-  return { ...command, file: '/bin/sh', args: ['-c', `${raiseLimit}; exec "$0" "$@"`, command.file, ...command.args] };
-}
-
-/** What `withManyFiles` gives. */
+/** Of every process here. */
 export function openFilesMax(): number {
   filesMax ??= Number(execFileSync('/bin/sh', ['-c', `${raiseLimit}; ulimit -n`], { encoding: 'utf8' }));
   return filesMax;
@@ -88,6 +84,8 @@ export function openFilesMax(): number {
 
 /** To what the kernel allows at most, or else, without the right to raise it, to the hard limit. */
 const raiseLimit = 'ulimit -n "$(cat /proc/sys/fs/nr_open)" 2>/dev/null || ulimit -n "$(ulimit -H -n)"';
+/** It also ends with the benchmark, however that ends. */
+const launcher = `${raiseLimit}; exec setpriv --pdeathsig TERM -- "$0" "$@"`;
 let filesMax: number | undefined;
 
 /** Everything that is still there, for the way out after an error. */

@@ -50,7 +50,7 @@ export interface Goal {
 export interface Scenario {
   readonly name: string;
   readonly title: string;
-  readonly workload: WorkloadName;
+  readonly workload: WorkloadName | 'growth';
   readonly setting: Setting;
   /** The first is compared with each of the others. */
   readonly subjects: readonly Subject[];
@@ -74,6 +74,8 @@ export interface Parameters {
   readonly echoesPerSecond?: number;
   /** Handshakes begun, whether done or not. */
   readonly stormPerSecond?: number;
+  readonly certificates?: number;
+  readonly listeners?: number;
 }
 
 const usual: Setting = {
@@ -280,7 +282,7 @@ const idles: readonly Scenario[] = (
   ] as const
 ).map(([idleConnections, roundsMax]) => ({
   name: `idle-${idleConnections}`,
-  title: `${idleConnections} idle connections`,
+  title: `idle connections, ${idleConnections} or as many as open files allow`,
   workload: 'idle',
   setting: usual,
   subjects: all('keygate', 'nginx-file', 'haproxy-file'),
@@ -350,6 +352,18 @@ const others: readonly Scenario[] = [
       },
     ],
     short: false,
+  },
+  {
+    name: 'growth',
+    title: 'what grows with the configuration',
+    workload: 'growth',
+    setting: usual,
+    // It starts its own: one of each size, in every round.
+    subjects: all('keygate'),
+    goals: [],
+    short: false,
+    roundsMax: 5,
+    parameters: { certificates: 10_000, listeners: 200 },
   },
 ];
 

@@ -3,10 +3,10 @@
  * Must not know: any of them, how they are measured.
  * Runs: in the benchmark's process.
  */
-import { execFileSync } from 'node:child_process';
 import { existsSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { KeyFiles, Keys, TokenAccess } from '../keys.ts';
+import { openFilesMax } from '../processes.ts';
 import type { Command } from '../processes.ts';
 import type { Setting } from '../scenarios.ts';
 import type { Versions } from '../versions.ts';
@@ -67,21 +67,10 @@ export function write(place: Place, name: string, lines: readonly string[]): str
   return path;
 }
 
-/** With as many open files as this machine lets anybody have; and it ends with the benchmark, however that ends. */
-export function launched(command: Command): Command {
-  const script = `${raiseLimit}; exec setpriv --pdeathsig TERM -- "$0" "$@"`;
-  return { ...command, file: '/bin/sh', args: ['-c', script, command.file, ...command.args] };
-}
-
 /** As many connections as the ports of the upstream's addresses and the open files allow: each takes two of these. */
 export function connectionsMax(place: Place): number {
-  openFilesMax ??= Number(execFileSync('/bin/sh', ['-c', `${raiseLimit}; ulimit -n`], { encoding: 'utf8' }));
-  return Math.min(portsPerAddress * place.upstreams.length, Math.floor((openFilesMax - otherFiles) / 2));
+  return Math.min(portsPerAddress * place.upstreams.length, Math.floor((openFilesMax() - otherFiles) / 2));
 }
 
 const portsPerAddress = 28_000;
 const otherFiles = 500;
-let openFilesMax: number | undefined;
-
-/** To what the kernel allows at most, or else, without the right to raise it, to the hard limit. */
-const raiseLimit = 'ulimit -n "$(cat /proc/sys/fs/nr_open)" 2>/dev/null || ulimit -n "$(ulimit -H -n)"';

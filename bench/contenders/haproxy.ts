@@ -8,7 +8,7 @@ import { join } from 'node:path';
 import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import { haproxyVersion } from '../versions.ts';
-import { backlog, connectionsMax, filesOf, idleSeconds, launched, write } from './contender.ts';
+import { backlog, connectionsMax, filesOf, idleSeconds, write } from './contender.ts';
 import type { Contender, Place } from './contender.ts';
 import { cannotInOpenSsl, cannotReload, cannotWithFileKey, opensslEnvironment, ticketDefaults } from './openssl.ts';
 
@@ -49,12 +49,12 @@ function command(place: Place): Command {
     '  balance roundrobin',
     ...place.upstreams.map((address, index) => `  server upstream${index} ${address}`),
   ]);
-  return launched({
+  return {
     file: '/usr/sbin/haproxy',
     args: ['-db', '-f', config],
     env: opensslEnvironment(place, { defaults: ticketDefaults(setting) }),
     cwd: place.directory,
-  });
+  };
 }
 
 /** A file, or a directory where the first in the order of names is the default. */

@@ -8,7 +8,7 @@
 import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import { hitchVersion } from '../versions.ts';
-import { backlog, filesOf, launched, write } from './contender.ts';
+import { backlog, filesOf, write } from './contender.ts';
 import type { Contender, Place } from './contender.ts';
 import {
   cannotInOpenSsl,
@@ -53,10 +53,10 @@ function command(place: Place): Command {
     // It refuses to stay root. The files are read before.
     ...(process.getuid?.() === 0 ? ['user = "nobody"'] : []),
   ]);
-  return launched({
+  return {
     file: '/usr/sbin/hitch',
     args: [`--config=${config}`],
     env: opensslEnvironment(place, { defaults: ticketDefaults(setting) }),
     cwd: place.directory,
-  });
+  };
 }

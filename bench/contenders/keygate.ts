@@ -8,7 +8,7 @@ import { fileURLToPath } from 'node:url';
 import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import { keygateVersion, softHsmVersion } from '../versions.ts';
-import { backlog, connectionsMax, filesOf, idleSeconds, launched, write } from './contender.ts';
+import { backlog, connectionsMax, filesOf, idleSeconds, write } from './contender.ts';
 import type { Contender, Need, Place } from './contender.ts';
 import { softHsmNeed } from './openssl.ts';
 
@@ -52,12 +52,12 @@ function command(place: Place): Command {
     `    limits: { connections: ${connectionsMax(place)} }`,
     `    certificates: [${chains.map(({ name }) => name).join(', ')}]`,
   ]);
-  return launched({
+  return {
     file: join(root, 'bin/keygate'),
     args: ['serve', '-c', config],
     env: token.env,
     cwd: place.directory,
-  });
+  };
 }
 
 function chainsOf(place: Place): readonly { readonly name: string; readonly file: string }[] {

@@ -9,7 +9,7 @@ import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import type { Setting } from '../scenarios.ts';
 import { nginxVersion, pkcs11EngineVersion, softHsmVersion } from '../versions.ts';
-import { backlog, connectionsMax, filesOf, idleSeconds, launched, write } from './contender.ts';
+import { backlog, connectionsMax, filesOf, idleSeconds, write } from './contender.ts';
 import type { Contender, Need, Place } from './contender.ts';
 import {
   cannotInLibp11,
@@ -90,7 +90,7 @@ function nginxCommand(place: Place, key: string): Command {
     '  }',
     '}',
   ]);
-  return launched({ file: '/usr/sbin/nginx', args: ['-e', 'stderr', '-c', config], cwd: place.directory });
+  return { file: '/usr/sbin/nginx', args: ['-e', 'stderr', '-c', config], cwd: place.directory };
 }
 
 /**

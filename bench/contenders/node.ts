@@ -11,7 +11,7 @@ import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import type { Setting } from '../scenarios.ts';
 import { nodeVersion } from '../versions.ts';
-import { backlog, filesOf, launched, write } from './contender.ts';
+import { backlog, filesOf, write } from './contender.ts';
 import type { Contender, Place } from './contender.ts';
 import type { NodeProxyPlan } from './node-proxy.ts';
 import {
@@ -69,10 +69,10 @@ function command(place: Place): Command {
   };
   const file = write(place, 'node-proxy.json', [JSON.stringify(plan)]);
   const { OPENSSL_CONF } = opensslEnvironment(place, { defaults: ticketDefaults(setting) });
-  return launched({
+  return {
     file: process.execPath,
     // Node reads OPENSSL_CONF only on request, and a section of its own name unless told otherwise.
     args: ['--openssl-shared-config', `--openssl-config=${OPENSSL_CONF}`, program, file],
     cwd: place.directory,
-  });
+  };
 }

@@ -8,7 +8,7 @@
 import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import { pkcs11EngineVersion, softHsmVersion, stunnelVersion } from '../versions.ts';
-import { filesOf, idleSeconds, launched, write } from './contender.ts';
+import { filesOf, idleSeconds, write } from './contender.ts';
 import type { Contender, Place } from './contender.ts';
 import {
   cannotInLibp11,
@@ -57,10 +57,10 @@ function command(place: Place): Command {
     `options = ${setting.resume ? '-NO_TICKET' : 'NO_TICKET'}`,
     `config = NumTickets:${setting.resume ? 1 : 0}`,
   ]);
-  return launched({
+  return {
     file: '/usr/bin/stunnel4',
     args: [config],
     env: { ...token.env, ...opensslEnvironment(place, { engine: true }) },
     cwd: place.directory,
-  });
+  };
 }

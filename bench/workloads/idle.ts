@@ -5,7 +5,8 @@
  */
 import { startIdle } from '../load.ts';
 import type { Sample } from '../metrics.ts';
-import { CpuMeter, pssBytes } from '../processes.ts';
+import { CpuMeter, openFilesMax, pssBytes } from '../processes.ts';
+import type { Scenario } from '../scenarios.ts';
 import { expectNegotiated, parameter, reasons, shares, sum, target } from './running.ts';
 import type { Running, Workload } from './workload.ts';
 
@@ -20,16 +21,22 @@ export const idle: Workload = {
     'failures',
   ],
   upstream: 'echo',
-  upstreamPlan: (scenario) => ({ listen: addressesFor(parameter(scenario, 'idleConnections')) }),
+  upstreamPlan: (scenario) => ({ listen: addressesFor(crowdOf(scenario)) }),
   async warmUp(running) {
     await ramp(running, warmUpConnections);
     memoryBefore.set(running, pssBytes(running.pinned.pid));
   },
   async round(running) {
-    return await ramp(running, parameter(running.scenario, 'idleConnections'));
+    return await ramp(running, crowdOf(running.scenario));
   },
 };
 
+/** As many as the scenario says, or as this machine can: each takes two open files of who holds it. */
+function crowdOf(scenario: Scenario): number {
+  return Math.min(parameter(scenario, 'idleConnections'), Math.floor((openFilesMax() - otherFiles) / 2));
+}
+
+const otherFiles = 500;
 const warmUpConnections = 16;
 /** Before the first crowd, and not before each: what a program keeps for the next crowd belongs to the crowd. */
 const memoryBefore = new WeakMap<Running, number>();
