@@ -400,7 +400,8 @@ mod tests {
     use crate::close::CLOSE_REASONS;
     use crate::process::open_listener;
     use crate::tls::tests::configured;
-    use crate::upstream::{Balance, PassivePlan};
+    use crate::upstream::{Balance, PassivePlan, ServerAddress};
+    use rustls::ClientConnection;
     use std::io::Read;
     use std::net::{SocketAddr, TcpStream};
 
@@ -408,8 +409,14 @@ mod tests {
 
     fn started(connections_max: usize) -> (IoThread, RawFd, SocketAddr) {
         let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
+        let io = IoThread::start(plan("https", connections_max, Vec::new()).0).expect("a thread");
+        (io, fd, address)
+    }
+
+    /// One listener without sockets, and a client that trusts its certificate.
+    fn plan(name: &str, connections_max: usize, servers: Vec<ServerAddress>) -> (IoPlan, ClientConnection) {
         let listener = ListenerPlan {
-            name: "https".into(),
+            name: name.into(),
             upstream: "web".into(),
             handshake_deadline: SHORT,
             idle_deadline: SHORT,
@@ -421,7 +428,7 @@ mod tests {
         };
         let upstream = UpstreamPlan {
             name: "web".into(),
-            servers: Vec::new(),
+            servers,
             balance: Balance::RoundRobin,
             connect_deadline: SHORT,
             connect_attempts_max: 1,
@@ -429,9 +436,12 @@ mod tests {
             health: None,
             passive: PassivePlan { failures_max: 0, ejection: SHORT },
         };
-        let listeners = vec![(listener, configured("1.3", "X25519").0)];
-        let io = IoThread::start(IoPlan { listeners, upstreams: vec![upstream] }).expect("a thread");
-        (io, fd, address)
+        let (tls_config, client) = configured("1.3", "X25519");
+        (IoPlan { listeners: vec![(listener, tls_config)], upstreams: vec![upstream] }, client)
+    }
+
+    fn stats_of(io: &IoThread, listener: &str) -> Option<Arc<ListenerStats>> {
+        io.stats.listeners.iter().find(|(name, _)| name == listener).map(|(_, stats)| stats.clone())
     }
 
     fn until(condition: impl Fn() -> bool) {
@@ -487,6 +497,94 @@ mod tests {
         io.accept("https".into(), fd);
         until(|| stats.accepted.get() == 2);
         drop((first, second));
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn a_prepared_plan_serves_when_it_is_committed_and_not_before_and_connections_stay() {
+        let (mut io, fd, address) = started(10);
+        io.accept("https".into(), fd);
+        let stats = stats_of(&io, "https").expect("measured");
+        let mut clients = vec![TcpStream::connect(address).expect("queued")];
+        until(|| stats.connections_open.get() == 1);
+        io.prepare(plan("https", 2, Vec::new()).0).expect("prepared");
+        clients.extend((0..2).map(|_| TcpStream::connect(address).expect("queued")));
+        until(|| stats.connections_open.get() == 3);
+        io.commit(Vec::new()).expect("committed");
+        clients.push(TcpStream::connect(address).expect("queued"));
+        until(|| closed(&io, "connection_limit") == 1);
+        assert_eq!((stats.connections_open.get(), stats.accepted.get()), (3, 4));
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn what_was_discarded_is_not_committed() {
+        let (mut io, fd, address) = started(10);
+        io.accept("https".into(), fd);
+        io.prepare(plan("other", 0, Vec::new()).0).expect("prepared");
+        io.discard();
+        io.commit(Vec::new()).expect("nothing to do");
+        let client = TcpStream::connect(address).expect("queued");
+        let stats = stats_of(&io, "https").expect("still there");
+        until(|| stats.connections_open.get() == 1);
+        assert!(stats_of(&io, "other").is_none());
+        drop(client);
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn a_plan_that_cannot_be_served_is_refused_when_it_is_prepared() {
+        let (mut io, ..) = started(10);
+        let (mut without_upstream, _) = plan("https", 10, Vec::new());
+        without_upstream.upstreams.clear();
+        assert!(io.prepare(without_upstream).is_err());
+        let (mut without_socket, _) = plan("https", 10, Vec::new());
+        without_socket.listeners[0].0.sockets.push(-1);
+        assert!(io.prepare(without_socket).is_err());
+        io.drain();
+        assert!(io.prepare(plan("https", 10, Vec::new()).0).is_err());
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn a_removed_listener_is_measured_until_the_reload_after_its_last_connection() {
+        let (mut io, fd, address) = started(10);
+        io.accept("https".into(), fd);
+        let client = TcpStream::connect(address).expect("queued");
+        let stats = stats_of(&io, "https").expect("measured");
+        until(|| stats.connections_open.get() == 1);
+        for _ in 0..2 {
+            io.prepare(plan("other", 10, Vec::new()).0).expect("prepared");
+            io.commit(vec![fd]).expect("committed");
+            assert!(stats_of(&io, "https").is_some());
+        }
+        drop(client);
+        until(|| stats.connections_open.get() == 0);
+        io.prepare(plan("other", 10, Vec::new()).0).expect("prepared");
+        io.commit(Vec::new()).expect("committed");
+        assert!(stats_of(&io, "https").is_none());
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn an_established_connection_keeps_no_former_certificates_in_memory() {
+        let server = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let servers = vec![ServerAddress::Tcp(server.local_addr().expect("bound"))];
+        let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
+        let (first, mut client) = plan("https", 10, servers.clone());
+        let former = Arc::downgrade(&first.listeners[0].1);
+        let mut io = IoThread::start(first).expect("a thread");
+        io.accept("https".into(), fd);
+        let mut wire = TcpStream::connect(address).expect("queued");
+        while client.is_handshaking() {
+            client.complete_io(&mut wire).expect("a handshake");
+        }
+        let relayed = server.accept().expect("the upstream's end");
+        io.prepare(plan("https", 10, servers).0).expect("prepared");
+        io.commit(Vec::new()).expect("committed");
+        until(|| former.strong_count() == 0);
+        assert_eq!(stats_of(&io, "https").expect("measured").connections_open.get(), 1);
+        drop(relayed);
         assert!(io.stop(SHORT));
     }
 

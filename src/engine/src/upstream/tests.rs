@@ -563,6 +563,46 @@ impl Peer {
 }
 
 /// A server whose queue is full and which accepts nobody: the kernel drops what more arrives.
+#[tokio::test]
+async fn after_a_reload_servers_that_stay_keep_their_standing_and_their_counts() {
+    let servers = [Peer::stopped(), Peer::listening()];
+    let former = Upstream::new(UpstreamPlan {
+        passive: PassivePlan { failures_max: 1, ejection: Duration::from_secs(60) },
+        ..plan(&servers)
+    });
+    former.next.set(0);
+    let connected = former.connect(&[]).await.unwrap();
+    assert!(former.servers[0].is_ejected());
+
+    let mut reordered = former.plan().clone();
+    reordered.servers.reverse();
+    let next = Upstream::succeeding(&former, reordered);
+    assert!(next.servers[1].is_ejected() && !next.servers[0].is_ejected());
+    assert_eq!((count(&next, 1, "refused"), count(&next, 0, "ok")), (1, 1));
+    assert_eq!(next.stats().servers[0].connections_open.get(), 1);
+    drop(connected);
+    assert_eq!(next.stats().servers[0].connections_open.get(), 0);
+}
+
+#[tokio::test]
+async fn after_a_reload_that_does_not_change_it_an_upstream_is_the_same() {
+    let servers = [Peer::listening()];
+    let former = Upstream::new(plan(&servers));
+    assert!(Rc::ptr_eq(&former, &Upstream::succeeding(&former, former.plan().clone())));
+}
+
+#[tokio::test]
+async fn a_server_that_was_down_is_not_when_a_reload_ends_its_checks() {
+    let servers = [Peer::stopped()];
+    let health =
+        HealthPlan { interval: Duration::from_secs(60), timeout: Duration::from_secs(1), fall: 1, rise: 1 };
+    let former = Upstream::new(UpstreamPlan { health: Some(health.clone()), ..plan(&servers) });
+    former.servers[0].checked(false, &health);
+    let other = UpstreamPlan { connect_attempts_max: 9, ..former.plan().clone() };
+    assert!(Upstream::succeeding(&former, other.clone()).servers[0].is_down());
+    assert!(!Upstream::succeeding(&former, UpstreamPlan { health: None, ..other }).servers[0].is_down());
+}
+
 struct Hole {
     peer: Peer,
     _queued: Vec<Socket>,
