@@ -55,7 +55,7 @@ const result = z.strictObject({
     load_average: z.array(z.number()),
   }),
   pace: z.strictObject({ rounds: z.number(), seconds: z.number(), connections: z.number() }),
-  /** By contender. */
+  /** By contender, and of the load. */
   versions: z.record(z.string(), z.record(z.string(), z.string())),
   scenarios: z.array(scenarioResult),
   /** What could not be measured, and the goals that nobody can judge for that reason. */

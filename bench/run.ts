@@ -19,8 +19,10 @@ import type { Result, ScenarioResult } from './result.ts';
 import { scenarios } from './scenarios.ts';
 import type { Scenario } from './scenarios.ts';
 import { buildTokenRate } from './token-rate.ts';
-import { machine } from './versions.ts';
+import { loadVersion, machine } from './versions.ts';
 import type { Pace } from './workloads/workload.ts';
+
+const root = fileURLToPath(new URL('..', import.meta.url));
 
 export interface Plan {
   readonly pace: Pace;
@@ -65,7 +67,10 @@ export async function benchmark(
       load_average: [...loadAverage],
     },
     pace: { ...plan.pace },
-    versions: Object.fromEntries(plan.contenders.map((name) => [name, { ...contenders[name].versions() }])),
+    versions: {
+      ...Object.fromEntries(plan.contenders.map((name) => [name, { ...contenders[name].versions() }])),
+      load: { ...loadVersion(root) },
+    },
     scenarios: measured,
     failed,
   };
@@ -141,7 +146,7 @@ async function main(): Promise<void> {
     });
   }
   const startedAt = new Date().toISOString().replaceAll(/[-:]|\..*/g, '');
-  const directory = values.out ?? join(fileURLToPath(new URL('..', import.meta.url)), '.keygate', 'bench', startedAt);
+  const directory = values.out ?? join(root, '.keygate', 'bench', startedAt);
   const progress = (line: string) => process.stderr.write(`${line}\n`);
   const result = await benchmark(plan, progress, (soFar) => writeReport(directory, soFar));
   process.stdout.write(terminalReport(result));

@@ -62,7 +62,14 @@ export function nodeVersion(): Versions {
 /** The load checks signatures and keys with these; they are in no contender's CPU time. */
 export function loadVersion(root: string): Versions {
   const locked = lockedIn(join(root, 'bench/load/Cargo.lock'));
-  return { rustls: locked('rustls'), 'aws-lc-rs': locked('aws-lc-rs') };
+  const { devDependencies } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as {
+    devDependencies: Readonly<Record<string, string>>;
+  };
+  return {
+    autocannon: devDependencies['autocannon'] ?? 'unknown',
+    rustls: locked('rustls'),
+    'aws-lc-rs': locked('aws-lc-rs'),
+  };
 }
 
 /** Of a program that does not say what it runs with: the library that Debian's packages share. */

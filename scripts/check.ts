@@ -51,6 +51,11 @@ const checks: readonly Check[] = [
   { name: 'binding-types', command: [process.execPath, 'scripts/binding-types.ts', '--check'] },
   { name: 'test-rust', command: ['cargo', 'test', '--release', '--locked', ...manifest], count: countCargo },
   {
+    name: 'test-load',
+    command: ['cargo', 'test', '--release', '--locked', ...load, ...sharedTarget],
+    count: countCargo,
+  },
+  {
     name: 'test',
     command: [
       process.execPath,
