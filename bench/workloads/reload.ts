@@ -55,13 +55,16 @@ async function reloadUntil(running: Running, over: () => boolean): Promise<reado
   return tookMs;
 }
 
-/** Milliseconds. @throws when it was not taken over by all workers. */
+/** Milliseconds. @throws when not all workers have taken it over. */
 async function reloadOnce({ title, adminAddress }: Running): Promise<number> {
   if (adminAddress === undefined) throw new Error(`${title} cannot reload: it has no admin server`);
   const startedAt = performance.now();
   const response = await fetch(`http://${adminAddress}/reload`, { method: 'POST', headers: { 'x-keygate': '1' } });
   const text = await response.text();
-  if (!response.ok) throw new Error(`${title}: POST /reload: expected success, found ${response.status}: ${text}`);
+  // What was done is told as JSON; a refusal of the request is not.
+  const outcome = response.ok ? (JSON.parse(text) as { readonly outcome?: string }).outcome : undefined;
+  if (outcome !== 'committed')
+    throw new Error(`${title}: POST /reload: expected committed, found ${response.status}: ${text}`);
   return performance.now() - startedAt;
 }
 
