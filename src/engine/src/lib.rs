@@ -1,5 +1,7 @@
 //! keygate's engine: what happens per byte or per handshake. See ../../README.md for the life of a connection.
 
+#[cfg(not(fuzzing))]
+mod allocator;
 pub mod binding;
 mod certificates;
 mod close;
@@ -25,4 +27,4 @@ pub mod upstream;
 /// sanitizer must see every allocation.
 #[cfg(not(fuzzing))]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::BySize = allocator::BySize;
