@@ -48,7 +48,8 @@ before(
       (soFar) => writeReport(directory, soFar),
     );
   },
-  { timeout: 110_000 },
+  // With a build of the signing loop, when the engine has changed.
+  { timeout: 600_000 },
 );
 after(() => rmSync(directory, { recursive: true, force: true }));
 
