@@ -73,6 +73,7 @@ impl Plan {
 /// Prints the results to standard output.
 pub fn run(plan: &Plan) -> io::Result<()> {
     let mut fleet = Fleet::new(plan)?;
+    plan.target.warm_up()?;
     if plan.resume {
         // Each client's first TLS session, before the clock starts.
         let once_each = Until { time: Duration::MAX, count: plan.connections as u64 };

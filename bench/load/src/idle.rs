@@ -45,6 +45,7 @@ pub fn run(plan: &Plan) -> io::Result<()> {
     let mut crowd = Crowd::new(&plan.target, plan.connections)?;
     let mut stdin = Stdin::new(crowd.poll.registry(), STDIN)?;
     let until = Until { time: Duration::MAX, count: plan.connections as u64 };
+    plan.target.warm_up()?;
     say(&Started {})?;
     let began = Instant::now();
     let mut pace = match plan.rate {

@@ -1,5 +1,6 @@
 //! Owns who is connected to, what a handshake offers, and what it must find. Knows no socket.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +16,8 @@ use rustls::pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, Uni
 use rustls::server::ParsedCertificate;
 use rustls::version::{TLS12, TLS13};
 use rustls::{
-    ClientConfig, DigitallySignedStruct, HandshakeKind, NamedGroup, SignatureScheme, SupportedProtocolVersion,
+    ClientConfig, ClientConnection, DigitallySignedStruct, HandshakeKind, NamedGroup, SignatureScheme,
+    SupportedProtocolVersion,
 };
 
 use crate::connection::Negotiated;
@@ -70,6 +72,14 @@ impl Target {
         });
         let deadline = Duration::from_secs_f64(flags.number("deadline-seconds", 10.0, 0.1..=600.0)?);
         Ok(Self { addresses, names, version, group: group.name(), deadline, provider, verifier })
+    }
+
+    /// Makes a ClientHello for nobody. The first of a process seeds aws-lc's random generator, which takes tens of milliseconds of
+    /// CPU, and far longer where others want the core too: in a short round that would be most of what is measured.
+    pub fn warm_up(&self) -> io::Result<()> {
+        let config = self.config(Arc::new(Tickets::new(false))).map_err(io::Error::other)?;
+        ClientConnection::new(config, self.name(0).clone()).map_err(io::Error::other)?;
+        Ok(())
     }
 
     /// Who shares a configuration shares its TLS sessions.
