@@ -320,9 +320,12 @@ impl Relay<'_> {
             Some(SourceEnd::Closed) => {
                 self.first_ended.get_or_insert(Close::UpstreamRelayClosed);
                 self.to_client.state = DirectionState::Ended;
-                encrypted += self.tls.close_notify(&mut ciphertext[encrypted..]).unwrap_or(0);
+                // After a reset nobody knows whether the answer was whole, so the client is not told that it was. One that was
+                // noticed in writing reads like an end: an error is told once.
+                if !self.upstream_reset {
+                    encrypted += self.tls.close_notify(&mut ciphertext[encrypted..]).unwrap_or(0);
+                }
             }
-            // Nobody knows whether the answer was whole, so the client is not told that it was.
             Some(SourceEnd::Reset) => {
                 self.refuse_to_upstream();
                 self.to_client.state = DirectionState::Ended;
@@ -546,6 +549,16 @@ mod tests {
         upstream: impl FnOnce(std::net::TcpStream) -> U + Send + 'static,
         deadlines: RelayDeadlines,
     ) -> (Close, C, U) {
+        relayed_after(b"", client, upstream, deadlines)
+    }
+
+    /// The same, and `first` is what the client has said already when the relay begins.
+    fn relayed_after<C: Send + 'static, U: Send + 'static>(
+        first: &[u8],
+        client: impl FnOnce(TlsClient) -> C + Send + 'static,
+        upstream: impl FnOnce(std::net::TcpStream) -> U + Send + 'static,
+        deadlines: RelayDeadlines,
+    ) -> (Close, C, U) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let (close, client, upstream) = runtime.block_on(async {
             let (client_there, client_here) = connected().await;
@@ -562,7 +575,7 @@ mod tests {
             let close = relay(
                 &client_here,
                 established.tls,
-                Opening { bytes: established.leftover.plaintext, ..Opening::default() },
+                Opening { bytes: [first, &established.leftover.plaintext].concat(), ..Opening::default() },
                 &upstream_here,
                 deadlines,
                 &scratch,
@@ -691,25 +704,30 @@ mod tests {
 
     #[test]
     fn what_the_upstream_sent_before_its_reset_arrives_and_is_not_said_to_be_whole() {
-        let (reset, was_reset) = std::sync::mpsc::channel();
-        let (close, (answer, ended), ()) = relayed(
-            move |mut client| {
-                // The relay begins after the handshake, and finds both at once.
-                was_reset.recv().expect("an upstream");
-                let mut answer = Vec::new();
-                let ended = client.read_to_end(&mut answer).map_err(|error| error.kind());
-                (answer, ended)
-            },
-            move |mut upstream| {
-                upstream.write_all(b"half an ans").expect("open");
-                socket2::SockRef::from(&upstream).set_linger(Some(Duration::ZERO)).expect("open");
-                drop(upstream);
-                reset.send(()).expect("a client");
-            },
-            PATIENT,
-        );
-        assert_eq!((answer.as_slice(), ended), (&b"half an ans"[..], Err(ErrorKind::UnexpectedEof)));
-        assert_eq!(close, Close::UpstreamRelayReset);
+        // A write that fails takes the error from the socket, which then reads like one that was closed.
+        for (noticed_by, first) in [("reading", &b""[..]), ("writing", b"request")] {
+            let (reset, was_reset) = std::sync::mpsc::channel();
+            let (close, (answer, ended), ()) = relayed_after(
+                first,
+                move |mut client| {
+                    // The relay begins after the handshake, and finds both at once.
+                    was_reset.recv().expect("an upstream");
+                    let mut answer = Vec::new();
+                    let ended = client.read_to_end(&mut answer).map_err(|error| error.kind());
+                    (answer, ended)
+                },
+                move |mut upstream| {
+                    upstream.write_all(b"half an ans").expect("open");
+                    socket2::SockRef::from(&upstream).set_linger(Some(Duration::ZERO)).expect("open");
+                    drop(upstream);
+                    reset.send(()).expect("a client");
+                },
+                PATIENT,
+            );
+            assert_eq!(answer, b"half an ans", "noticed by {noticed_by}");
+            assert_eq!(ended, Err(ErrorKind::UnexpectedEof), "noticed by {noticed_by}");
+            assert_eq!(close, Close::UpstreamRelayReset, "noticed by {noticed_by}");
+        }
     }
 
     #[test]
