@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 
@@ -168,14 +168,15 @@ async fn open_tcp(address: SocketAddr, first: &[u8]) -> io::Result<Opened> {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
         _ => {}
     }
+    // Before anything is sent: what fails afterwards must not have given a server bytes that the next one will get too.
+    let tcp = TcpStream::from_std(socket.into())?;
     let taken = match first {
         [] => 0,
-        first => match socket.send_with_flags(first, libc::MSG_NOSIGNAL) {
+        first => match SockRef::from(&tcp).send_with_flags(first, libc::MSG_NOSIGNAL) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
             taken => taken?,
         },
     };
-    let tcp = TcpStream::from_std(socket.into())?;
     if taken == 0 {
         tcp.writable().await?;
         if let Some(error) = tcp.take_error()? {
