@@ -141,13 +141,14 @@ impl Upstream {
     }
 
     fn replacing(former: Option<&Rc<Self>>, plan: UpstreamPlan) -> Rc<Self> {
-        let known: HashMap<_, _> = former
-            .iter()
-            .flat_map(|former| &former.servers)
-            .map(|server| (&server.address, server.as_ref()))
-            .collect();
+        // Two names may have one address: each of its servers is succeeded once.
+        let mut known: HashMap<_, Vec<_>> = HashMap::new();
+        for server in former.iter().flat_map(|former| former.servers.iter().rev()) {
+            known.entry(&server.address).or_default().push(server.as_ref());
+        }
         let servers: Vec<_> = (0..plan.servers.len())
-            .map(|index| Rc::new(Server::new(index, &plan, known.get(&plan.servers[index]).copied())))
+            .map(|index| (index, known.get_mut(&plan.servers[index]).and_then(Vec::pop)))
+            .map(|(index, former)| Rc::new(Server::new(index, &plan, former)))
             .collect();
         let stats = Arc::new(UpstreamStats {
             name: plan.name.clone(),

@@ -562,7 +562,6 @@ impl Peer {
     }
 }
 
-/// A server whose queue is full and which accepts nobody: the kernel drops what more arrives.
 #[tokio::test]
 async fn after_a_reload_servers_that_stay_keep_their_standing_and_their_counts() {
     let servers = [Peer::stopped(), Peer::listening()];
@@ -585,6 +584,17 @@ async fn after_a_reload_servers_that_stay_keep_their_standing_and_their_counts()
 }
 
 #[tokio::test]
+async fn servers_at_one_address_are_still_counted_apart_after_a_reload() {
+    let server = Peer::listening();
+    let twice = UpstreamPlan { servers: vec![server.address(), server.address()], ..plan(&[]) };
+    let former = Upstream::new(twice.clone());
+    former.next.set(0);
+    drop(former.connect(&[]).await.unwrap());
+    let next = Upstream::succeeding(&former, UpstreamPlan { connect_attempts_max: 9, ..twice });
+    assert_eq!((count(&next, 0, "ok"), count(&next, 1, "ok")), (1, 0));
+}
+
+#[tokio::test]
 async fn after_a_reload_that_does_not_change_it_an_upstream_is_the_same() {
     let servers = [Peer::listening()];
     let former = Upstream::new(plan(&servers));
@@ -603,6 +613,7 @@ async fn a_server_that_was_down_is_not_when_a_reload_ends_its_checks() {
     assert!(!Upstream::succeeding(&former, UpstreamPlan { health: None, ..other }).servers[0].is_down());
 }
 
+/// A server whose queue is full and which accepts nobody: the kernel drops what more arrives.
 struct Hole {
     peer: Peer,
     _queued: Vec<Socket>,
