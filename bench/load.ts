@@ -37,6 +37,8 @@ export interface HandshakesPlan extends ClientPlan {
   readonly resume?: boolean;
   /** What follows the handshake; default line. */
   readonly exchange?: 'none' | 'line' | 'http';
+  /** Gives way to every other load on the same core. */
+  readonly yielding?: boolean;
 }
 
 export interface EchoPlan extends ClientPlan {
@@ -200,7 +202,8 @@ export function runHandshakes(
   plan: HandshakesPlan,
   started: () => void = () => {},
 ): Promise<HandshakesResult> {
-  return runProgram({ file: program, args: ['handshakes'] }, cores, { ...plan }, started);
+  const { yielding = false, ...flags } = plan;
+  return runProgram({ file: program, args: ['handshakes'], yielding }, cores, flags, started);
 }
 
 /** As runHandshakes, for messages on connections that are established before the clock starts. The upstream is an echo. */

@@ -16,6 +16,8 @@ export interface Command {
   readonly args: readonly string[];
   readonly env?: Readonly<Record<string, string>>;
   readonly cwd?: string;
+  /** Gives way at once to whoever else wants its core. */
+  readonly yielding?: boolean;
 }
 
 /** A process of ours and what it started itself. */
@@ -28,7 +30,8 @@ export class Pinned {
     this.name = name;
     // Each becomes the next, and the last one the command, so the PID is the command's.
     const launched = ['/bin/sh', '-c', launcher, command.file, ...command.args];
-    this.child = spawn('taskset', ['-c', cores.join(','), ...launched], {
+    const scheduled = command.yielding === true ? ['chrt', '--idle', '0', ...launched] : launched;
+    this.child = spawn('taskset', ['-c', cores.join(','), ...scheduled], {
       cwd: command.cwd,
       env: { ...process.env, ...command.env },
       stdio: ['pipe', 'pipe', 'pipe'],

@@ -52,10 +52,13 @@ export const storm: Workload = {
   },
 };
 
-/** Whether the subject can keep up is its business: what could not begin is no failure of who is measured here. */
+/**
+ * Yields, so that an echo waits for who is measured and not for the clients of the storm, which share the echo's core.
+ * Whether the subject can keep up is its business: what could not begin is no failure of who is measured here.
+ */
 async function rage(running: Running, { seconds }: Pace): Promise<HandshakesResult> {
   const rate = parameter(running.scenario, 'stormPerSecond');
-  const { result } = await shakeHands(running, { seconds, connections: inFlightMax }, { rate, exchange: 'none' });
+  const { result } = await shakeHands(running, { seconds, connections: inFlightMax }, { rate, exchange: 'none', yielding: true });
   return result;
 }
 
