@@ -380,6 +380,22 @@ token_tests! {
         assert_eq!(token.stats().went_down.get(), 1);
     }
 
+    fn nobody_is_left_waiting_when_the_token_fails_and_returns_again_and_again(world: World) {
+        const LANES: i64 = 4;
+        let (token, keys) = world.start(&[Kind::P256, Kind::Rsa2048], |plan| plan.lanes = LANES as usize);
+        for round in 0..20_u64 {
+            world.control.of(Function::SignInit).fail(0xE0, round % 2);
+            // What is refused at once is answered, too.
+            let pending: Vec<_> = (0..24).filter_map(|index| keys[index % 2].submit().ok()).collect();
+            pending.into_iter().for_each(|signature| drop(answer(signature)));
+            until("a probe succeeds", || token.is_up());
+            keys.iter().for_each(|key| drop(key.sign().unwrap()));
+        }
+        assert!(token.stats().went_down.get() > 1);
+        assert_eq!(token.stats().queue_depth_ec.get() + token.stats().queue_depth_rsa.get(), 0);
+        until("every lane is idle", || token.stats().lanes_idle.get() == LANES);
+    }
+
     fn a_storm_of_failures_opens_the_circuit_after_the_third(world: World) {
         let (token, keys) = world.start(&[Kind::P256], |_| {});
         world.sign().fail(0x30, FOR_EVER);
