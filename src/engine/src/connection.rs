@@ -2,7 +2,7 @@
 //! I/O thread only.
 //!
 //! ```text
-//! accept ─> handshake (handshake.rs; signature on a lane) ─> connect (upstream/) ─> PROXY header ─> relay (relay.rs) ─> close
+//! accept ─> handshake (handshake.rs; signature on a lane) ─> connect (upstream/; PROXY header first) ─> relay (relay.rs) ─> close
 //! ```
 //!
 //! Whatever happens, a connection ends in one place with one reason: `Life::drop`.
