@@ -5,10 +5,10 @@
  */
 import { execFileSync, spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
+import { randomInt } from 'node:crypto';
 import { once } from 'node:events';
 import { existsSync, readFileSync, readdirSync } from 'node:fs';
 import { createServer, connect } from 'node:net';
-import type { AddressInfo } from 'node:net';
 import { setTimeout as delay } from 'node:timers/promises';
 
 export interface Command {
@@ -206,14 +206,30 @@ export async function accepting(pinned: Pinned, port: number): Promise<void> {
 const startMs = 20_000;
 const retryMs = 20;
 
-/** A port that was free a moment ago, for programs that cannot choose one themselves. */
+/**
+ * A port that was free a moment ago, for programs that cannot choose one themselves. Not one of those that the kernel gives to
+ * outgoing connections: the load makes thousands of them, and one would have it before the program does.
+ */
 export async function freePort(): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const { port } = server.address() as AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
+  const [low = portMax] = readFileSync('/proc/sys/net/ipv4/ip_local_port_range', 'utf8').split('\t').map(Number);
+  for (let attempt = 0; attempt < portAttemptsMax; attempt += 1) {
+    const port = randomInt(portMin, Math.max(low, portMin + 1));
+    if (await isFree(port)) return port;
+  }
+  throw new Error(`no free port among ${portAttemptsMax} between ${portMin} and ${low}`);
+}
+
+const portMin = 10_000;
+const portMax = 32_768;
+const portAttemptsMax = 100;
+
+async function isFree(port: number): Promise<boolean> {
+  const server = createServer();
+  const { promise, resolve } = Promise.withResolvers<boolean>();
+  server.once('listening', () => server.close(() => resolve(true)));
+  server.once('error', () => resolve(false));
+  server.listen(port, '127.0.0.1');
+  return promise;
 }
 
 function accepts(port: number): Promise<boolean> {

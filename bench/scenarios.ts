@@ -189,7 +189,7 @@ const storms: readonly Scenario[] = [200, 1000].map((stormPerSecond) => ({
   subjects: all('keygate', 'nginx-softhsm'),
   goals: [
     {
-      title: "p99 of an established connection's echo in a storm, against its own before",
+      title: `p99 of an established connection's echo in a storm of ${stormPerSecond} handshakes/s, against its own before`,
       metric: 'storm_p99_ratio',
       max: 2,
     },
@@ -287,9 +287,19 @@ const idles: readonly Scenario[] = (
   setting: usual,
   subjects: all('keygate', 'nginx-file', 'haproxy-file'),
   goals: [
-    { title: 'memory per idle connection, bytes', metric: 'idle_connection_bytes', max: 12 * 1024 },
-    { title: 'memory per idle connection', metric: 'idle_connection_bytes', against: 'nginx-file', max: 1 },
-    { title: 'memory per idle connection', metric: 'idle_connection_bytes', against: 'haproxy-file', max: 1 },
+    { title: `bytes per idle connection, up to ${idleConnections}`, metric: 'idle_connection_bytes', max: 12 * 1024 },
+    {
+      title: `memory per idle connection, up to ${idleConnections}`,
+      metric: 'idle_connection_bytes',
+      against: 'nginx-file',
+      max: 1,
+    },
+    {
+      title: `memory per idle connection, up to ${idleConnections}`,
+      metric: 'idle_connection_bytes',
+      against: 'haproxy-file',
+      max: 1,
+    },
   ],
   short: idleConnections === 2000,
   ...(roundsMax === undefined ? {} : { roundsMax }),
