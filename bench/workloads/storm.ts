@@ -58,7 +58,11 @@ export const storm: Workload = {
  */
 async function rage(running: Running, { seconds }: Pace): Promise<HandshakesResult> {
   const rate = parameter(running.scenario, 'stormPerSecond');
-  const { result } = await shakeHands(running, { seconds, connections: inFlightMax }, { rate, exchange: 'none', yielding: true });
+  const { result } = await shakeHands(
+    running,
+    { seconds, connections: inFlightMax },
+    { rate, exchange: 'none', yielding: true },
+  );
   return result;
 }
 
