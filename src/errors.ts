@@ -54,6 +54,7 @@ export const errorCodes = {
   config_secret: 'secret in the configuration',
   config_certificate: 'unusable certificate file',
   config_restart: 'cannot change by a reload',
+  config_key_log: 'TLS secrets would be written without permission',
 
   // TokenError, exit 69
   pin_unavailable: 'the PIN cannot be read from its source',
@@ -75,6 +76,7 @@ export const errorCodes = {
   bind_failed: 'a listener cannot be bound',
   admin_failed: 'the admin server cannot be started or reached',
   privileges: 'privileges cannot be dropped',
+  log_failed: 'a log cannot be opened',
   upstream_unresolved: 'the name of an upstream server has no address',
   worker_failed: 'a worker ended or never became ready',
   reload_busy: 'another reload is under way',

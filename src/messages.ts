@@ -6,6 +6,7 @@
 import type { Config } from './config/config.ts';
 import type { EngineSnapshot } from './engine/native.d.ts';
 import type { ErrorCode, Problem } from './errors.ts';
+import type { LogCounts } from './log.ts';
 
 /** A listening socket has the same number in the primary and in every worker, whatever its descriptor is there. */
 export interface SocketUse {
@@ -46,6 +47,8 @@ export type PrimaryMessage =
   | { readonly type: 'commit'; readonly reload: number; readonly retired: readonly number[] }
   /** Or not. */
   | { readonly type: 'discard'; readonly reload: number }
+  /** Their files may have been renamed. */
+  | { readonly type: 'reopen-logs' }
   /** Accept nothing any more, let connections end, close the rest at the deadline, exit 0. */
   | { readonly type: 'drain'; readonly deadlineMs: number }
   /** What the worker measured last is known. */
@@ -65,8 +68,25 @@ export type WorkerMessage =
   | { readonly type: 'refused'; readonly reload: number; readonly failure: WorkerFailure }
   | { readonly type: 'committed'; readonly reload: number }
   /** Every connection has ended; the worker waits for `leave`. */
-  | { readonly type: 'ended'; readonly snapshot: EngineSnapshot }
-  | { readonly type: 'snapshot'; readonly id: number; readonly snapshot: EngineSnapshot };
+  | { readonly type: 'ended'; readonly snapshot: WorkerSnapshot }
+  | { readonly type: 'snapshot'; readonly id: number; readonly snapshot: WorkerSnapshot };
+
+/** What a worker has measured. */
+export interface WorkerSnapshot {
+  readonly engine: EngineSnapshot;
+  readonly process: ProcessUse;
+  readonly logs: LogCounts;
+}
+
+/** What a worker uses of its host. */
+export interface ProcessUse {
+  /** Since it began, all threads; of these those of the I/O thread are `engine.ioCpuUs`. */
+  readonly cpuUs: number;
+  readonly residentBytes: number;
+  readonly openFds: number;
+  /** The longest time since the snapshot before that its JavaScript thread came too late. No connection waits for that thread. */
+  readonly eventLoopLagMs: number;
+}
 
 export interface WorkerFailure {
   readonly code: ErrorCode;

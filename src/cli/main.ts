@@ -6,6 +6,7 @@
 import { readFileSync } from 'node:fs';
 import { Command, CommanderError, InvalidArgumentError } from 'commander';
 import { ConfigError, exitCodes, formatProblem, KeygateError, UsageError } from '../errors.ts';
+import type { ServeOptions } from '../primary/serve.ts';
 import type { CheckOptions } from './check.ts';
 import type { DemoOptions } from './demo.ts';
 import type { KeyGenerateOptions, KeyListOptions, KeySelfSignOptions, KeySubjectOptions } from './key.ts';
@@ -39,7 +40,8 @@ function commandLine(): Command {
     .command('serve')
     .description('Serve until SIGTERM, then drain: connections that are open may end.')
     .requiredOption('-c, --config <file>', 'configuration file')
-    .action(async (options: { config: string }) => (await import('./serve.ts')).run(options));
+    .option('--allow-key-log', 'accept `log.keyLog`: the secrets of every connection are written to a file')
+    .action(async (options: { config: string } & ServeOptions) => (await import('./serve.ts')).run(options));
   program
     .command('check')
     .description('Check configuration, tokens, keys, certificates and upstreams, and report all problems at once.')

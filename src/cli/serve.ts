@@ -5,9 +5,10 @@
  */
 import { loadConfig } from '../config/load.ts';
 import { serve } from '../primary/serve.ts';
+import type { ServeOptions } from '../primary/serve.ts';
 
 /** @throws ConfigError, TokenError, ServiceError */
-export async function run({ config }: { readonly config: string }): Promise<void> {
-  const service = await serve(loadConfig(config));
+export async function run({ config, ...options }: { readonly config: string } & ServeOptions): Promise<void> {
+  const service = await serve(loadConfig(config), options);
   await service.ended;
 }

@@ -36,6 +36,21 @@ export type LogLevel = 'debug' | 'info' | 'warn' | 'error';
 
 export interface LogConfig {
   readonly level: LogLevel;
+  /** Absolute path; undefined: standard output. */
+  readonly file: string | undefined;
+  readonly access: AccessLogConfig | undefined;
+  /** Absolute path. Everybody who reads it can decrypt every connection. */
+  readonly keyLog: string | undefined;
+}
+
+export interface AccessLogConfig {
+  /** Absolute path; undefined: where the log goes. */
+  readonly file: string | undefined;
+  /** One connection in so many; 1: all. */
+  readonly sample: number;
+  /** Lines per second and worker. */
+  readonly rate: number;
+  readonly failures: 'always' | 'sampled';
 }
 
 /** `host` is an IP address without brackets, or for upstream servers also a DNS name. */

@@ -8,6 +8,7 @@ import type {
   Config,
   HealthConfig,
   ListenerConfig,
+  LogConfig,
   PolicyConfig,
   TokenConfig,
   UpstreamConfig,
@@ -29,7 +30,7 @@ export function normalise(document: Document, file: string, directory: string): 
     group: document.group,
     drainDeadlineMs: document.drainDeadline,
     reloadDeadlineMs: document.reloadDeadline,
-    log: document.log,
+    log: logConfig(document.log, directory),
     admin: document.admin,
     tokens,
     certificates: named(document.certificates, (name, certificate) =>
@@ -50,6 +51,16 @@ function named<From, To>(
   const result = Object.create(null) as Record<string, To>;
   for (const [name, entry] of Object.entries(entries)) result[name] = convert(name, entry);
   return result;
+}
+
+function logConfig({ level, file, access, keyLog }: Document['log'], directory: string): LogConfig {
+  const absolute = (path: string | undefined) => (path === undefined ? undefined : absolutePath(path, directory));
+  return {
+    level,
+    file: absolute(file),
+    access: access && { ...access, file: absolute(access.file) },
+    keyLog: absolute(keyLog),
+  };
 }
 
 function tokenConfig(name: string, token: Document['tokens'][string], directory: string): TokenConfig {

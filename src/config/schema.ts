@@ -242,9 +242,26 @@ export const documentSchema = z.strictObject(
     log: z
       .strictObject({
         level: oneOf(['debug', 'info', 'warn', 'error'], 'info').describe('The least severe level that is logged.'),
+        file: path('Appended to, and opened again by SIGHUP and SIGUSR2. Default: standard output.').optional(),
+        access: z
+          .strictObject({
+            file: path('As `log.file`. Default: where the log goes.').optional(),
+            sample: whole(1, 1_000_000, 1).describe('One connection in so many gets a line; 1: all.'),
+            failures: oneOf(['always', 'sampled'], 'always').describe(
+              'Whether connections that did not end as they should are sampled too.',
+            ),
+            rate: whole(1, 1_000_000, 1000).describe(
+              'Lines per second and worker; twice as many after a quiet second.',
+            ),
+          })
+          .optional()
+          .describe('A line for each connection that has ended. Default: off.'),
+        keyLog: path(
+          'TLS secrets of *every* connection, for Wireshark: whoever reads the file reads the traffic. Refused without `serve --allow-key-log`.',
+        ).optional(),
       })
       .prefault({})
-      .describe('Logging, as JSON lines on standard output.'),
+      .describe('Logging, as JSON lines.'),
     admin: z
       .strictObject({
         listen: kind('address', 'a loopback address or unix:/path', parseAdminAddress).describe(

@@ -1,5 +1,20 @@
 // Printed from the Rust types by scripts/binding-types.ts; do not edit.
 
+/** Which connections get a line in the access log. */
+export interface AccessSettings {
+  /** One in so many; 1: all. */
+  sample: number
+  /** Lines a second. */
+  rate: number
+  /** Connections that did not end as they should are not sampled. */
+  failuresAlways: boolean
+}
+
+export interface AccessSnapshot {
+  sampledOut: number
+  rateLimited: number
+}
+
 export interface CertificateSettings {
   name: string
   /** DNS names in lower case, wildcards as `*.example.org`. */
@@ -11,11 +26,20 @@ export interface CertificateSettings {
   keys: Array<KeyPlace>
 }
 
+export interface CipherSnapshot {
+  protocol: 'TLSv1.2' | 'TLSv1.3'
+  /** IANA name. */
+  cipher: string
+  count: number
+}
+
 export interface CloseReason {
   side: string
   phase: string
   reason: string
   meaning: string
+  /** Connections that served their purpose end like this. */
+  ordinary: boolean
 }
 
 export interface CloseSnapshot {
@@ -34,11 +58,12 @@ export interface ConnectSnapshot {
 export declare class Engine {
   /**
    * Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
-   * `ticket_secrets`: as for `set_ticket_secrets`.
+   * `ticket_secrets`: as for `set_ticket_secrets`. `access_log` gets the lines of connections; `key_log`, where there
+   * is one, the secrets of every connection.
    *
    * Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
    */
-  constructor(settings: EngineSettings, ticketSecrets: Array<Buffer>)
+  constructor(settings: EngineSettings, ticketSecrets: Array<Buffer>, accessLog: LineLog, keyLog?: LineLog | undefined | null)
   /**
    * Makes another configuration ready beside the one that serves, which notices nothing of it. Logs in to new tokens
    * and finds the keys of new certificates. In place of what was prepared before.
@@ -79,6 +104,8 @@ export interface EngineSettings {
   upstreams: Array<UpstreamSettings>
   listeners: Array<ListenerSettings>
   ticketLifetimeMs: number
+  /** Undefined: no access log. */
+  access?: AccessSettings
 }
 
 export interface EngineSnapshot {
@@ -88,6 +115,19 @@ export interface EngineSnapshot {
   upstreams: Array<UpstreamSnapshot>
   closes: Array<CloseSnapshot>
   tokens: Array<TokenSnapshot>
+  /** Finished handshakes by cipher suite. */
+  ciphers: Array<CipherSnapshot>
+  /** Finished handshakes by key exchange group; a resumed TLS 1.2 session has none. */
+  groups: Array<GroupSnapshot>
+  access: AccessSnapshot
+  /** CPU time of the I/O thread. */
+  ioCpuUs: number
+}
+
+export interface GroupSnapshot {
+  /** IANA name. */
+  group: string
+  count: number
 }
 
 export interface HandoverChannel {
@@ -121,6 +161,31 @@ export interface KeyPlace {
 export interface LatencySnapshot {
   buckets: Array<number>
   sumUs: number
+}
+
+/** A log: lines go into a bounded queue, and a thread of its own writes them. Nobody who says something waits. */
+export declare class LineLog {
+  /**
+   * `path`: a file that is appended to, and made when it is not there, readable for its group too unless `secret`; undefined:
+   * standard output.
+   *
+   * Throws when the file cannot be opened.
+   */
+  static open(path: string | undefined | null, secret: boolean): LineLog
+  /** One line, without its end. Dropped when the queue is full. */
+  line(text: string): void
+  /** Opens the file by its name again, after a rotation. Throws when it cannot be; the old one stays in use. */
+  reopen(): void
+  /** Waits at most `budget_ms` until everything said before has been written. False when it has not. */
+  flush(budgetMs: number): boolean
+  snapshot(): LogSnapshot
+}
+
+/** Lines of one log, by what became of them. */
+export interface LineSnapshot {
+  written: number
+  /** The reader stalled, or the disk was full. */
+  dropped: number
 }
 
 export interface ListenerSettings {
@@ -157,6 +222,13 @@ export interface ListenerSnapshot {
   toUpstreamBytes: number
   toClientBytes: number
   handshakes: Array<HandshakeSnapshot>
+}
+
+export interface LogSnapshot {
+  /** Given as text. */
+  lines: LineSnapshot
+  /** Of connections. */
+  records: LineSnapshot
 }
 
 /** Keeps other processes of this host from logging in to tokens of the same module at the same moment. */
@@ -216,6 +288,8 @@ export interface TokenSettings {
 export interface TokenSnapshot {
   name: string
   up: boolean
+  /** Why it is not up. */
+  downReason?: string
   mechanisms: Array<MechanismSnapshot>
   signWait: LatencySnapshot
   queueDepthEc: number
@@ -223,6 +297,7 @@ export interface TokenSnapshot {
   lanesIdle: number
   lanesBusy: number
   lanesLost: number
+  sessionsOpen: number
   reopened: number
   loggedIn: number
   refound: number

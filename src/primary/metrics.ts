@@ -12,9 +12,12 @@
 import { AggregatorRegistry, Registry, collectDefaultMetrics } from 'prom-client';
 import { engine } from '../engine/binding.ts';
 import type { EngineSnapshot, LatencySnapshot } from '../engine/native.d.ts';
+import type { LogCounts } from '../log.ts';
 import { version } from '../version.ts';
+import type { Config } from '../config/config.ts';
 import { reloadOutcomes } from './reload.ts';
 import type { Reloads } from './reload.ts';
+import type { Observation } from './snapshot-book.ts';
 import type { SlotStatus } from './workers.ts';
 
 export const metricsContentType = Registry.PROMETHEUS_CONTENT_TYPE;
@@ -22,9 +25,18 @@ export const metricsContentType = Registry.PROMETHEUS_CONTENT_TYPE;
 export interface Measurements {
   /** Summed over the workers, living and dead. */
   readonly snapshot: EngineSnapshot;
+  /** Of the workers together, and of the primary. */
+  readonly logs: readonly LogCounts[];
+  readonly processes: Observation['processes'];
+  readonly cpu: Observation['cpu'];
   readonly workers: readonly SlotStatus[];
+  readonly ready: boolean;
   readonly certificates: readonly { readonly name: string; readonly notAfterMs: number }[];
-  readonly reloads: Pick<Reloads, 'counts' | 'last'>;
+  readonly config: Pick<Config, 'listeners' | 'tokens' | 'log'>;
+  /** How many workers there are to be. */
+  readonly slots: number;
+  readonly reloads: Pick<Reloads, 'counts' | 'last' | 'since'>;
+  readonly ticketEpoch: { readonly number: number; readonly since: Date };
 }
 
 /** A scrape in Prometheus' text format 0.0.4. */
@@ -81,6 +93,20 @@ const families: readonly Family[] = [
   gauge('handshakes_in_flight', 'Handshakes begun and not finished.', ['listener'], ({ snapshot }) =>
     snapshot.listeners.map(({ name, handshakesInFlight }) => [[name], handshakesInFlight]),
   ),
+  gauge(
+    'listener_connections_limit',
+    'What connections_open may come to: limits.connections of every worker.',
+    ['listener'],
+    ({ config, slots }) =>
+      Object.values(config.listeners).map(({ name, limits }) => [[name], limits.connections * slots]),
+  ),
+  gauge(
+    'listener_handshakes_limit',
+    'What handshakes_in_flight may come to: limits.handshakes of every worker.',
+    ['listener'],
+    ({ config, slots }) =>
+      Object.values(config.listeners).map(({ name, limits }) => [[name], limits.handshakes * slots]),
+  ),
   histogram(
     'handshake_seconds',
     'Finished handshakes, from accept to Finished.',
@@ -89,6 +115,18 @@ const families: readonly Family[] = [
       snapshot.listeners.flatMap(({ name, handshakes }) =>
         handshakes.map(({ protocol, resumed, latency }) => [[name, protocol, String(resumed)], latency] as const),
       ),
+  ),
+  counter(
+    'handshakes_by_cipher_total',
+    'Finished handshakes, resumed ones too, by cipher suite (IANA name).',
+    ['protocol', 'cipher'],
+    ({ snapshot }) => snapshot.ciphers.map(({ protocol, cipher, count }) => [[protocol, cipher], count]),
+  ),
+  counter(
+    'handshakes_by_group_total',
+    'Finished handshakes by key exchange group (IANA name); a resumed TLS 1.2 session exchanges no key.',
+    ['group'],
+    ({ snapshot }) => snapshot.groups.map(({ group, count }) => [[group], count]),
   ),
   counter('relay_bytes_total', 'Plaintext relayed.', ['listener', 'direction'], ({ snapshot }) =>
     snapshot.listeners.flatMap(({ name, toUpstreamBytes, toClientBytes }) => [
@@ -141,6 +179,16 @@ const families: readonly Family[] = [
         [[name, 'rsa'], queueDepthRsa] as const,
       ]),
   ),
+  gauge(
+    'sign_queue_limit',
+    'What sign_queue_depth may come to: queue.max of every worker.',
+    ['token', 'class'],
+    ({ config, slots }) =>
+      Object.values(config.tokens).flatMap(({ name, queue }) => [
+        [[name, 'ec'], queue.max * slots] as const,
+        [[name, 'rsa'], queue.max * slots] as const,
+      ]),
+  ),
   counter('sign_shed_total', 'Requests refused without a signature, by reason.', ['token', 'reason'], ({ snapshot }) =>
     snapshot.tokens.flatMap(({ name, shedQueueFull, shedQueueAged, shedTokenDown }) => [
       [[name, 'queue_full'], shedQueueFull] as const,
@@ -160,6 +208,16 @@ const families: readonly Family[] = [
       [[name, 'busy'], lanesBusy] as const,
       [[name, 'lost'], lanesLost] as const,
     ]),
+  ),
+  gauge(
+    'pkcs11_sessions',
+    'PKCS#11 sessions of lanes; a closed one is opened by the next request.',
+    ['token', 'state'],
+    ({ snapshot }) =>
+      snapshot.tokens.flatMap(({ name, sessionsOpen, lanesIdle, lanesBusy }) => [
+        [[name, 'open'], sessionsOpen] as const,
+        [[name, 'closed'], Math.max(0, lanesIdle + lanesBusy - sessionsOpen)] as const,
+      ]),
   ),
   counter(
     'pkcs11_recoveries_total',
@@ -204,11 +262,65 @@ const families: readonly Family[] = [
     servers(measurements).map(([labels, { connectLatency }]) => [labels, connectLatency]),
   ),
 
+  gauge('ready', '1 while /ready says so.', [], ({ ready }) => [[[], Number(ready)]]),
   gauge('worker_up', '1 while the worker is ready.', ['worker'], ({ workers }) =>
     workers.map(({ slot, state }) => [[String(slot)], Number(state === 'ready')]),
   ),
   counter('worker_restarts_total', 'How often the worker was replaced.', ['worker'], ({ workers }) =>
     workers.map(({ slot, restarts }) => [[String(slot)], restarts]),
+  ),
+  gauge('worker_start_time_seconds', 'When the worker was forked, in Unix time.', ['worker'], ({ workers }) =>
+    workers.flatMap(({ slot, startedAt }) =>
+      startedAt === undefined ? [] : [[[String(slot)], startedAt.getTime() / 1000] as const],
+    ),
+  ),
+  counter(
+    'worker_cpu_seconds_total',
+    'CPU time of the worker and those before it in its slot, all threads.',
+    ['worker'],
+    ({ cpu }) => perWorker(cpu, ({ cpuUs }) => cpuUs / 1e6),
+  ),
+  counter(
+    'worker_io_cpu_seconds_total',
+    'CPU time of the one thread that does everything per connection; at 1 per second the worker is saturated.',
+    ['worker'],
+    ({ cpu }) => perWorker(cpu, ({ ioCpuUs }) => ioCpuUs / 1e6),
+  ),
+  gauge('worker_resident_memory_bytes', 'Resident memory of the worker.', ['worker'], ({ processes }) =>
+    perWorker(processes, ({ residentBytes }) => residentBytes),
+  ),
+  gauge(
+    'worker_open_fds',
+    'Open file descriptors of the worker; it may have process_max_fds of them.',
+    ['worker'],
+    ({ processes }) => perWorker(processes, ({ openFds }) => openFds),
+  ),
+  gauge(
+    'worker_event_loop_lag_seconds',
+    'The longest delay of the JavaScript thread lately. No connection waits for that thread; start, reload and scrapes do.',
+    ['worker'],
+    ({ processes }) => perWorker(processes, ({ eventLoopLagMs }) => eventLoopLagMs / 1000),
+  ),
+  counter(
+    'log_lines_total',
+    'Lines of the logs: written; left out by sample or rate; or dropped, because of a full disk or a stalled reader.',
+    ['log', 'outcome'],
+    logLines,
+  ),
+  gauge('key_log_enabled', '1 while the secrets of every connection are written to log.keyLog.', [], ({ config }) => [
+    [[], Number(config.log.keyLog !== undefined)],
+  ]),
+  gauge(
+    'ticket_epoch',
+    'Number of the key that issues session tickets, from the start of keygate.',
+    [],
+    (measurements) => [[[], measurements.ticketEpoch.number]],
+  ),
+  gauge(
+    'ticket_epoch_start_timestamp_seconds',
+    'Since when that key issues tickets, in Unix time.',
+    [],
+    ({ ticketEpoch }) => [[[], ticketEpoch.since.getTime() / 1000]],
   ),
   gauge(
     'certificate_expiry_timestamp_seconds',
@@ -227,6 +339,12 @@ const families: readonly Family[] = [
     '0 when the last reload came to nothing: the configuration that is served is not the one in the file.',
     [],
     ({ reloads: { last } }) => [[[], Number(last === undefined || last.outcome === 'committed')]],
+  ),
+  gauge(
+    'config_last_reload_timestamp_seconds',
+    'Since when the configuration that is served is served, in Unix time.',
+    [],
+    ({ reloads }) => [[[], reloads.since.getTime() / 1000]],
   ),
   gauge('build_info', 'Always 1; the labels say which keygate and which Node.js run.', ['version', 'node'], () => [
     [[version, process.versions.node], 1],
@@ -281,6 +399,23 @@ function servers({
   return snapshot.upstreams.flatMap(({ name, servers: all }) =>
     all.map((server) => [[name, server.address], server] as const),
   );
+}
+
+function perWorker<Use>(
+  bySlot: ReadonlyMap<number, Use>,
+  read: (use: Use) => number,
+): readonly Sample<readonly [string], number>[] {
+  return [...bySlot].map(([slot, use]) => [[String(slot)], read(use)]);
+}
+
+function logLines({ logs, snapshot: { access } }: Measurements): readonly Sample<readonly [string, string], number>[] {
+  const lines = (['event', 'access', 'key'] as const).flatMap((log) =>
+    (['written', 'dropped'] as const).map((outcome) => {
+      const sum = logs.reduce((count, counts) => count + counts[log][outcome], 0);
+      return [[log, outcome], sum] as const;
+    }),
+  );
+  return [...lines, [['access', 'sampled_out'], access.sampledOut], [['access', 'rate_limited'], access.rateLimited]];
 }
 
 /** Dead workers say nothing of what is up, and where no worker says anything nothing is. */

@@ -20,9 +20,8 @@ interface Account {
 /** Directories of accounts may be on the network. */
 const lookupDeadlineMs = 10_000;
 
-/** @throws ServiceError `privileges` when `user` is set and cannot be become. */
-export function dropPrivileges(config: Pick<Config, 'user' | 'group'>, log: Log): void {
-  const account = becomeConfigured(config);
+/** @param account what `becomeConfigured` returned. */
+export function logPrivileges(account: Account | undefined, log: Log): void {
   if (account !== undefined) {
     log.info({ event: 'privileges_dropped', ...account }, 'privileges dropped');
   } else if (process.geteuid?.() === 0) {

@@ -11,7 +11,7 @@
 import { createHash, X509Certificate } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { isDeepStrictEqual } from 'node:util';
-import type { Config, TokenConfig } from '../config/config.ts';
+import type { Config, LogConfig, TokenConfig } from '../config/config.ts';
 import { loadConfig } from '../config/load.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { giveBackMemorySoon } from '../engine/memory.ts';
@@ -88,6 +88,11 @@ export class Reloads {
 
   get certificates(): readonly CertificateFacts[] {
     return this.#certificates;
+  }
+
+  /** When what is served began to be served. */
+  get since(): Date {
+    return this.#since;
   }
 
   get counts(): Readonly<Record<ReloadOutcome, number>> {
@@ -199,6 +204,10 @@ const busyReport: ReloadReport = {
 function restartProblems(former: Config, next: Config): Problem[] {
   const keys = ['workers', 'user', 'group', 'admin'] as const;
   const fixed: Fixed[] = keys.map((key) => ({ path: key, old: former[key], now: next[key] }));
+  // Levels and samples are settings; a file is opened once, by each process.
+  for (const [path, file] of Object.entries(logFiles)) {
+    fixed.push({ path, old: file(former.log), now: file(next.log) });
+  }
   for (const [name, token] of Object.entries(next.tokens)) {
     for (const [key, now] of Object.entries(token)) {
       const old = former.tokens[name]?.[key as keyof TokenConfig];
@@ -217,6 +226,13 @@ function restartProblems(former: Config, next: Config): Problem[] {
       hint: `restart keygate to change it${path.startsWith('tokens.') ? ', or give the token another name' : ''}`,
     }));
 }
+
+const logFiles: Readonly<Record<string, (log: LogConfig) => string | undefined>> = {
+  'log.file': ({ file }) => file,
+  // Where the log goes, lines of connections can begin and end at any time.
+  'log.access.file': ({ file, access }) => access?.file ?? file,
+  'log.keyLog': ({ keyLog }) => keyLog,
+};
 
 interface Fixed {
   readonly path: string;

@@ -7,14 +7,17 @@ import { availableParallelism } from 'node:os';
 import type { Config } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import { giveBackMemory } from '../engine/memory.ts';
-import { openLog } from '../log.ts';
-import type { Log } from '../log.ts';
+import { ConfigError } from '../errors.ts';
+import { openLogs } from '../log.ts';
+import type { Log, Logs } from '../log.ts';
 import { startAdmin } from './admin.ts';
 import type { Admin } from './admin.ts';
 import { noListeners, openListeners, shutListeners } from './listeners.ts';
 import type { Listeners } from './listeners.ts';
+import { LogLosses } from './log-losses.ts';
 import { renderMetrics } from './metrics.ts';
-import { dropPrivileges } from './privileges.ts';
+import type { Measurements } from './metrics.ts';
+import { becomeConfigured, logPrivileges } from './privileges.ts';
 import { Reloads } from './reload.ts';
 import { TicketEpochs } from './ticket-epochs.ts';
 import { version } from '../version.ts';
@@ -22,6 +25,14 @@ import { Workers } from './workers.ts';
 
 /** Keeps what workers have counted from being lost with them. */
 const observeIntervalMs = 1000;
+
+/** How often it is said that there is a key log. */
+const keyLogReportIntervalMs = 10 * 60_000;
+
+export interface ServeOptions {
+  /** Whether the configuration may ask for a key log. */
+  readonly allowKeyLog?: boolean;
+}
 
 /** A running keygate. */
 export interface Service {
@@ -34,17 +45,24 @@ export interface Service {
 
 /**
  * Starts keygate; resolves when every worker is ready.
- * @throws ServiceError `bind_failed`, `privileges`, `admin_failed`; what the first worker failed with
+ * @throws ServiceError `bind_failed`, `privileges`, `log_failed`, `admin_failed`; ConfigError `config_key_log`; what the
+ * first worker failed with
  */
-export async function serve(config: Config): Promise<Service> {
-  const log = openLog(config.log.level);
+export async function serve(config: Config, { allowKeyLog = false }: ServeOptions = {}): Promise<Service> {
+  if (!allowKeyLog) refuseKeyLog(config);
   const slots = config.workers === 'auto' ? availableParallelism() : config.workers;
   const listeners = openListeners(noListeners, config, slots, engine());
-  dropPrivileges(config, log);
+  const account = becomeConfigured(config);
+  // As the account that workers have too: a file that root made would be closed to them.
+  const logs = openLogs(config.log);
+  const { log } = logs;
+  logPrivileges(account, log);
+  if (config.log.keyLog !== undefined) reportKeyLog(config.log.keyLog, log);
 
   engine().harden();
 
-  const workers = new Workers(config, slots, listeners, new TicketEpochs(), log);
+  const epochs = new TicketEpochs();
+  const workers = new Workers(config, slots, listeners, epochs, log);
   const ended = Promise.withResolvers<void>();
   const allReady = Promise.withResolvers<void>();
   workers.once('allReady', allReady.resolve);
@@ -78,17 +96,33 @@ export async function serve(config: Config): Promise<Service> {
   };
   process.on('SIGTERM', stop);
   process.on('SIGINT', stop);
-  process.on('SIGHUP', () => reloads.request());
+  const reopenLogs = (): void => {
+    logs.reopen();
+    workers.reopenLogs();
+  };
+  process.on('SIGHUP', () => {
+    reopenLogs();
+    reloads.request();
+  });
+  process.on('SIGUSR2', reopenLogs);
 
-  const admin = await openAdmin(reloads, workers, () => drain(reloads.config.drainDeadlineMs), log);
-  const observation = setInterval(() => void workers.observe(), observeIntervalMs);
+  const admin = await openAdmin(
+    { reloads, workers, epochs, slots, logs },
+    () => drain(reloads.config.drainDeadlineMs),
+    log,
+  );
+  const losses = new LogLosses(log);
+  const observation = setInterval(async () => {
+    const { logs: ofWorkers } = await workers.observe();
+    losses.look([ofWorkers, logs.counts]);
+  }, observeIntervalMs);
   workers.start();
   const end = ended.promise.finally(async () => {
     clearInterval(observation);
     clearInterval(rotation);
     await admin?.close();
-    const { closes } = await workers.observe();
-    const cut = closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
+    const { engine: measured } = await workers.observe();
+    const cut = measured.closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
     log.info({ event: 'ended', cut }, cut === 0 ? 'no worker is left' : 'connections were cut at the deadline');
   });
   await Promise.race([allReady.promise, end]);
@@ -100,29 +134,84 @@ export async function serve(config: Config): Promise<Service> {
   return { addresses, adminAddress: admin?.address, ended: end };
 }
 
-async function openAdmin(reloads: Reloads, workers: Workers, drain: () => void, log: Log): Promise<Admin | undefined> {
+interface Parts {
+  readonly reloads: Reloads;
+  readonly workers: Workers;
+  readonly epochs: TicketEpochs;
+  readonly slots: number;
+  readonly logs: Logs;
+}
+
+async function openAdmin(parts: Parts, drain: () => void, log: Log): Promise<Admin | undefined> {
+  const { reloads, workers } = parts;
   const { admin } = reloads.config;
   if (admin === undefined) return undefined;
   const view = {
     get unreadiness() {
       return workers.unreadiness;
     },
-    metrics: async () => {
-      const { certificates } = reloads;
-      return renderMetrics({ snapshot: await workers.observe(), workers: workers.status, certificates, reloads });
+    metrics: async () => renderMetrics(await measurements(parts)),
+    status: async () => {
+      const { engine: measured, processes, logs } = await workers.observe();
+      return {
+        version,
+        ready: workers.unreadiness === undefined,
+        unreadiness: workers.unreadiness,
+        configuration: reloads.status,
+        keyLog: reloads.config.log.keyLog,
+        listeners: workers.listening.addresses,
+        workers: workers.status.map((worker) => ({ ...worker, process: processes.get(worker.slot) })),
+        certificates: reloads.certificates.map(({ name, notAfterMs }) => ({ name, notAfterMs })),
+        logs,
+        engine: measured,
+      };
     },
-    status: async () => ({
-      version,
-      ready: workers.unreadiness === undefined,
-      unreadiness: workers.unreadiness,
-      configuration: reloads.status,
-      listeners: workers.listening.addresses,
-      workers: workers.status,
-      certificates: reloads.certificates.map(({ name, notAfterMs }) => ({ name, notAfterMs })),
-      engine: await workers.observe(),
-    }),
     reload: async () => reloads.reload(),
     drain,
   };
   return startAdmin(admin.listen, view, log);
+}
+
+async function measurements({ reloads, workers, epochs, slots, logs }: Parts): Promise<Measurements> {
+  const { engine: snapshot, logs: ofWorkers, processes, cpu } = await workers.observe();
+  return {
+    snapshot,
+    logs: [ofWorkers, logs.counts],
+    processes,
+    cpu,
+    workers: workers.status,
+    ready: workers.unreadiness === undefined,
+    certificates: reloads.certificates,
+    config: reloads.config,
+    slots,
+    reloads,
+    ticketEpoch: epochs.current,
+  };
+}
+
+/** @throws ConfigError `config_key_log` */
+function refuseKeyLog({ file, log: { keyLog } }: Config): void {
+  if (keyLog === undefined) return;
+  throw new ConfigError([
+    {
+      file,
+      path: 'log.keyLog',
+      code: 'config_key_log',
+      found: keyLog,
+      expected: 'nothing, or keygate serve --allow-key-log',
+      hint: 'whoever reads that file can decrypt every connection: remove the key, or start with the flag to debug',
+    },
+  ]);
+}
+
+/** Again and again: a key log that was forgotten is a hole. */
+function reportKeyLog(file: string, log: Log): void {
+  const report = (): void => {
+    log.warn(
+      { event: 'key_log_enabled', file },
+      'the secrets of every connection are written down: whoever reads the key log can read the traffic',
+    );
+  };
+  report();
+  setInterval(report, keyLogReportIntervalMs).unref();
 }

@@ -7,6 +7,8 @@
 import { isIP } from 'node:net';
 import { formatAddress } from '../config/address.ts';
 import type { Config, UpstreamConfig } from '../config/config.ts';
+import type { ProcessUse, WorkerSnapshot } from '../messages.ts';
+import type { LogCounts } from '../log.ts';
 import type {
   EngineSnapshot,
   LatencySnapshot,
@@ -15,9 +17,26 @@ import type {
   TokenSnapshot,
 } from '../engine/native.d.ts';
 
+/** All workers as one, living and dead. */
+export interface Observation {
+  readonly engine: EngineSnapshot;
+  readonly logs: LogCounts;
+  /** By slot, of the workers that live. */
+  readonly processes: ReadonlyMap<number, ProcessUse>;
+  /** By slot, of all that have been in it. */
+  readonly cpu: ReadonlyMap<number, CpuUse>;
+}
+
+interface CpuUse {
+  readonly cpuUs: number;
+  readonly ioCpuUs: number;
+}
+
 export class SnapshotBook {
-  readonly #living = new Map<number, EngineSnapshot>();
-  #retired: EngineSnapshot | undefined;
+  readonly #living = new Map<number, WorkerSnapshot>();
+  #retired: Pick<WorkerSnapshot, 'engine' | 'logs'> | undefined;
+  /** By slot. */
+  readonly #retiredCpu = new Map<number, CpuUse>();
   #awaited = { id: 0, slots: new Set<number>(), done: () => {} };
 
   /** Resolves when each of `slots` has answered observation `id`. A later call supersedes an earlier one. */
@@ -29,7 +48,7 @@ export class SnapshotBook {
     return promise;
   }
 
-  enter(id: number, slot: number, snapshot: EngineSnapshot): void {
+  enter(id: number, slot: number, snapshot: WorkerSnapshot): void {
     this.#living.set(slot, snapshot);
     if (id !== this.#awaited.id) return;
     this.#awaited.slots.delete(slot);
@@ -40,24 +59,41 @@ export class SnapshotBook {
   retire(slot: number): void {
     const last = this.#living.get(slot);
     this.#living.delete(slot);
-    if (last !== undefined) this.#retired = sum(this.#retired ?? empty, withoutGauges(last));
+    if (last === undefined) return;
+    const { engine, logs } = this.#retired ?? nothing;
+    this.#retired = { engine: sum(engine, withoutGauges(last.engine)), logs: sumLogs(logs, last.logs) };
+    this.#retiredCpu.set(slot, sumCpu(this.#retiredCpu.get(slot), last));
   }
 
   /** After a reload: what the dead have counted of things that are no more would be shown for ever. */
   keepOnly({ listeners, upstreams, tokens }: Pick<Config, 'listeners' | 'upstreams' | 'tokens'>): void {
     if (this.#retired === undefined) return;
+    const { engine, logs } = this.#retired;
     this.#retired = {
-      ...this.#retired,
-      listeners: this.#retired.listeners.filter(({ name }) => name in listeners),
-      upstreams: this.#retired.upstreams
-        .filter(({ name }) => name in upstreams)
-        .map((upstream) => ({ ...upstream, servers: serversOf(upstream.servers, upstreams[upstream.name]) })),
-      tokens: this.#retired.tokens.filter(({ name }) => name in tokens),
+      engine: {
+        ...engine,
+        listeners: engine.listeners.filter(({ name }) => name in listeners),
+        upstreams: engine.upstreams
+          .filter(({ name }) => name in upstreams)
+          .map((upstream) => ({ ...upstream, servers: serversOf(upstream.servers, upstreams[upstream.name]) })),
+        tokens: engine.tokens.filter(({ name }) => name in tokens),
+      },
+      logs,
     };
   }
 
-  total(): EngineSnapshot {
-    return [...this.#living.values()].reduce(sum, this.#retired ?? empty);
+  total(): Observation {
+    const living = [...this.#living.values()];
+    const retired = this.#retired ?? nothing;
+    return {
+      engine: living.map(({ engine }) => engine).reduce(sum, retired.engine),
+      logs: living.map(({ logs }) => logs).reduce(sumLogs, retired.logs),
+      processes: new Map([...this.#living].map(([slot, { process }]) => [slot, process])),
+      cpu: new Map([
+        ...this.#retiredCpu,
+        ...[...this.#living].map(([slot, own]) => [slot, sumCpu(this.#retiredCpu.get(slot), own)] as const),
+      ]),
+    };
   }
 }
 
@@ -69,7 +105,32 @@ function serversOf(snapshots: ServerSnapshot[], upstream: UpstreamConfig | undef
   return snapshots.filter(({ address }) => addresses.has(address));
 }
 
-const empty: EngineSnapshot = { running: true, listeners: [], upstreams: [], closes: [], tokens: [] };
+const empty: EngineSnapshot = {
+  running: true,
+  listeners: [],
+  upstreams: [],
+  closes: [],
+  tokens: [],
+  ciphers: [],
+  groups: [],
+  access: { sampledOut: 0, rateLimited: 0 },
+  ioCpuUs: 0,
+};
+
+const noLines = { written: 0, dropped: 0 };
+const nothing = { engine: empty, logs: { event: noLines, access: noLines, key: noLines } };
+
+function sumCpu(former: CpuUse | undefined, { process, engine }: WorkerSnapshot): CpuUse {
+  return { cpuUs: (former?.cpuUs ?? 0) + process.cpuUs, ioCpuUs: (former?.ioCpuUs ?? 0) + engine.ioCpuUs };
+}
+
+function sumLogs(a: LogCounts, b: LogCounts): LogCounts {
+  return {
+    event: addNumbers(a.event, b.event),
+    access: addNumbers(a.access, b.access),
+    key: addNumbers(a.key, b.key),
+  };
+}
 
 function sum(a: EngineSnapshot, b: EngineSnapshot): EngineSnapshot {
   return {
@@ -88,6 +149,20 @@ function sum(a: EngineSnapshot, b: EngineSnapshot): EngineSnapshot {
       (x, y) => ({ ...x, count: x.count + y.count }),
     ),
     tokens: merge(a.tokens, b.tokens, ({ name }) => name, sumToken),
+    ciphers: merge(
+      a.ciphers,
+      b.ciphers,
+      ({ cipher }) => cipher,
+      (x, y) => ({ ...x, count: x.count + y.count }),
+    ),
+    groups: merge(
+      a.groups,
+      b.groups,
+      ({ group }) => group,
+      (x, y) => ({ ...x, count: x.count + y.count }),
+    ),
+    access: addNumbers(a.access, b.access),
+    ioCpuUs: a.ioCpuUs + b.ioCpuUs,
   };
 }
 
@@ -121,6 +196,7 @@ function sumToken(a: TokenSnapshot, b: TokenSnapshot): TokenSnapshot {
   return {
     ...addNumbers(a, b),
     up: a.up && b.up,
+    ...((a.downReason ?? b.downReason) === undefined ? {} : { downReason: a.downReason ?? b.downReason }),
     mechanisms: merge(
       a.mechanisms,
       b.mechanisms,
@@ -165,14 +241,21 @@ function withoutGauges(snapshot: EngineSnapshot): EngineSnapshot {
       ...upstream,
       servers: upstream.servers.map((server) => ({ ...server, connectionsOpen: 0, up: true })),
     })),
-    tokens: snapshot.tokens.map((token) => ({
-      ...token,
-      up: true,
-      queueDepthEc: 0,
-      queueDepthRsa: 0,
-      lanesIdle: 0,
-      lanesBusy: 0,
-      lanesLost: 0,
-    })),
+    tokens: snapshot.tokens.map(restingToken),
   };
+}
+
+function restingToken(token: TokenSnapshot): TokenSnapshot {
+  const resting = {
+    ...token,
+    up: true,
+    queueDepthEc: 0,
+    queueDepthRsa: 0,
+    lanesIdle: 0,
+    lanesBusy: 0,
+    lanesLost: 0,
+    sessionsOpen: 0,
+  };
+  delete resting.downReason;
+  return resting;
 }

@@ -12,6 +12,13 @@ export class TicketEpochs {
   #current = randomBytes(secretBytes);
   #next = randomBytes(secretBytes);
   #previous: Buffer | undefined;
+  #number = 1;
+  #since = new Date();
+
+  /** Counted from the start of this primary. */
+  get current(): { readonly number: number; readonly since: Date } {
+    return { number: this.#number, since: this.#since };
+  }
 
   /** For a worker, the current epoch first. */
   get secrets(): readonly Uint8Array[] {
@@ -20,6 +27,8 @@ export class TicketEpochs {
 
   /** The next epoch begins; tickets from before the previous one can no longer be opened. */
   rotate(): void {
+    this.#number += 1;
+    this.#since = new Date();
     this.#previous?.fill(0);
     this.#previous = this.#current;
     this.#current = this.#next;

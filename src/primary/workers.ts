@@ -20,13 +20,13 @@ import { closeSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import type { Config } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
-import type { EngineSnapshot } from '../engine/native.d.ts';
 import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import type { PrimaryMessage, SocketUse, WorkerFailure, WorkerMessage } from '../messages.ts';
 import type { Listeners, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
+import type { Observation } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
 
 /** A worker that is not ready by then, beyond what its configuration lets it wait, hangs in a token and is killed. */
@@ -56,6 +56,8 @@ interface Slot {
   readonly index: number;
   state: SlotState;
   worker: Worker | undefined;
+  /** Of the worker that is there or was last. */
+  startedAt: Date | undefined;
   failure: WorkerFailure | undefined;
   failuresInRow: number;
   restarts: number;
@@ -75,6 +77,8 @@ export interface SlotStatus {
   readonly state: SlotState;
   readonly pid: number | undefined;
   readonly restarts: number;
+  /** When its process was forked; undefined while there is none. */
+  readonly startedAt: Date | undefined;
   readonly failure: string | undefined;
 }
 
@@ -151,11 +155,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   get status(): readonly SlotStatus[] {
-    return this.#slots.map(({ index, state, worker, restarts, failure }) => ({
+    return this.#slots.map(({ index, state, worker, startedAt, restarts, failure }) => ({
       slot: index,
       state,
       pid: worker?.process.pid,
       restarts,
+      startedAt: worker === undefined ? undefined : startedAt,
       failure: failure?.message,
     }));
   }
@@ -173,7 +178,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   /** What all workers measured, living and dead, as one; a worker that does not answer in time counts with its last answer. */
-  async observe(): Promise<EngineSnapshot> {
+  async observe(): Promise<Observation> {
     const id = ++this.#observation;
     const asked = this.#slots.filter(({ state }) => state === 'ready');
     const answers = this.#book.expect(
@@ -275,6 +280,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
     }
   }
 
+  reopenLogs(): void {
+    for (const slot of this.#slots) this.#tell(slot, { type: 'reopen-logs' });
+  }
+
   /**
    * Every worker accepts nothing any more and leaves when its last connection has ended, or at the deadline. A second
    * call moves the deadline.
@@ -370,6 +379,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     closeSync(handover.worker);
     slot.handover = handover.primary;
     slot.worker = worker;
+    slot.startedAt = new Date();
     slot.state = 'starting';
     slot.doing = undefined;
     let failure: WorkerFailure | undefined;
@@ -562,6 +572,7 @@ function newSlot(index: number): Slot {
     index,
     state: 'due',
     worker: undefined,
+    startedAt: undefined,
     failure: undefined,
     failuresInRow: 0,
     restarts: 0,

@@ -1,6 +1,6 @@
 /**
  * Owns: telling the log when a token or an upstream server goes down or comes back.
- * Must not know: why; the engine counts that.
+ * Must not know: how that is found out.
  * Runs: main thread of a worker.
  */
 import type { EngineSnapshot } from '../engine/native.d.ts';
@@ -17,7 +17,7 @@ export class HealthWatch {
 
   look({ tokens, upstreams }: EngineSnapshot): void {
     const seen = new Set<string>();
-    for (const { name, up } of tokens) seen.add(this.#notice('token', name, up));
+    for (const { name, up, downReason } of tokens) seen.add(this.#notice('token', name, up, downReason));
     for (const { name, servers } of upstreams) {
       for (const { address, up } of servers) seen.add(this.#notice('server', `${name} ${address}`, up));
     }
@@ -25,7 +25,7 @@ export class HealthWatch {
     for (const key of this.#down) if (!seen.has(key)) this.#down.delete(key);
   }
 
-  #notice(what: 'token' | 'server', name: string, up: boolean): string {
+  #notice(what: 'token' | 'server', name: string, up: boolean, why?: string): string {
     const key = `${what} ${name}`;
     if (up === !this.#down.has(key)) return key;
     if (up) {
@@ -33,7 +33,9 @@ export class HealthWatch {
       this.#log.info({ event: `${what}_up`, [what]: name }, `${key} is back`);
     } else {
       this.#down.add(key);
-      this.#log.error({ event: `${what}_down`, [what]: name }, `${key} is down`);
+      const details = { event: `${what}_down`, [what]: name };
+      if (why === undefined) this.#log.error(details, `${key} is down`);
+      else this.#log.error({ ...details, reason: why }, `${key} is down: ${why}`);
     }
     return key;
   }

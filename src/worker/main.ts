@@ -9,13 +9,14 @@ import { giveBackMemory, giveBackMemorySoon } from '../engine/memory.ts';
 import type { Config, LogLevel } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
 import { ConfigError, KeygateError, ServiceError } from '../errors.ts';
-import { openLog } from '../log.ts';
-import type { Log } from '../log.ts';
-import type { PrimaryMessage, WorkerFailure, WorkerMessage } from '../messages.ts';
+import { openLogs } from '../log.ts';
+import type { Log, Logs } from '../log.ts';
+import type { PrimaryMessage, WorkerFailure, WorkerMessage, WorkerSnapshot } from '../messages.ts';
 import { nativeGuard } from '../pkcs11/native-guard.ts';
 import { provePlan } from '../pkcs11/plan.ts';
 import { engineSettings } from './plan.ts';
 import { HealthWatch } from './health-watch.ts';
+import { ProcessMeter } from './process-meter.ts';
 import { Sockets } from './sockets.ts';
 
 /** How long the I/O thread and each token get to stop when the process leaves. */
@@ -25,7 +26,8 @@ const watchIntervalMs = 1000;
 /** How often a draining worker looks whether its last connection has ended. */
 const drainIntervalMs = 50;
 
-let log: Log = openLog('info', Number(process.env['KEYGATE_SLOT']));
+let logs: Logs | undefined;
+const processUse = new ProcessMeter();
 let engine: Engine | undefined;
 let sockets: Sockets | undefined;
 /** The reload whose second phase has not come yet, and what it brought. */
@@ -40,12 +42,14 @@ let leaving = false;
 // went by itself would leave its accept queue to nobody.
 for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => {});
 process.on('uncaughtException', (error) => {
-  log.fatal({ event: 'worker_crashed', error }, 'a defect ended this worker');
+  if (logs === undefined) process.stderr.write(`keygate: a defect ended a worker: ${error.stack}\n`);
+  logs?.log.fatal({ event: 'worker_crashed', error }, 'a defect ended this worker');
   process.exit(1);
 });
 // However the process leaves, the lanes must be out of the module first: its destructors run at exit.
 process.on('exit', () => {
   engine?.stop(stopBudgetMs);
+  logs?.flush();
 });
 process.on('disconnect', () => {
   process.exit(1); // the primary is gone, and its sockets with it
@@ -83,24 +87,26 @@ function obey(message: PrimaryMessage): void {
     case 'leave':
       return process.exit(0);
     case 'observe':
-      if (engine !== undefined) tell({ type: 'snapshot', id: message.id, snapshot: engine.snapshot() });
+      if (engine !== undefined) tell({ type: 'snapshot', id: message.id, snapshot: measure(engine) });
+      return;
+    case 'reopen-logs':
+      logs?.reopen();
       return;
   }
 }
 
 async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
   const { config, accept, ticketSecrets } = message;
-  log = openLog(config.log.level, Number(process.env['KEYGATE_SLOT']));
+  const opened = openLogs(config.log, Number(process.env['KEYGATE_SLOT']));
+  logs = opened;
   sockets = new Sockets(message.sockets, message.firstFd, message.handoverFd);
   const native = loadEngine();
   native.harden();
   native.endWithParent();
-  const { settings, warnings } = await prove(config, sockets.uses(accept));
-  engine = new native.Engine(
-    settings,
-    ticketSecrets.map((secret) => Buffer.from(secret)),
-  );
-  watch(engine);
+  const { settings, warnings } = await prove(config, sockets.uses(accept), opened.log);
+  const secrets = ticketSecrets.map((secret) => Buffer.from(secret));
+  engine = new native.Engine(settings, secrets, opened.access, opened.key);
+  watch(engine, opened);
   tell({ type: 'ready', warnings });
   // In a turn of its own, where nothing above refers to what was read any more.
   setImmediate(() => giveBackMemory(native));
@@ -109,6 +115,7 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
 async function prove(
   config: Config,
   accept: ReturnType<Sockets['uses']>,
+  log: Log,
 ): Promise<{ settings: EngineSettings; warnings: readonly string[] }> {
   tell({ type: 'doing', what: `it proved the tokens ${Object.keys(config.tokens).join(', ')}` });
   const proved = provePlan(config, { guard: nativeGuard, readPin });
@@ -125,12 +132,12 @@ async function prepare({
   ...message
 }: Extract<PrimaryMessage, { type: 'prepare' }>): Promise<void> {
   try {
-    if (engine === undefined || sockets === undefined || draining) {
+    if (engine === undefined || sockets === undefined || logs === undefined || draining) {
       throw new ServiceError('worker_failed', 'the worker does not serve');
     }
     preparing = { reload, sockets: message.sockets, logLevel: config.log.level };
     sockets.take(reload, message.sockets);
-    const { settings, warnings } = await prove(config, sockets.uses(accept));
+    const { settings, warnings } = await prove(config, sockets.uses(accept), logs.log);
     // The primary may have thought better of it while names were looked up.
     if (preparing?.reload !== reload) return;
     engine.prepare(settings);
@@ -143,12 +150,12 @@ async function prepare({
 
 function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>): void {
   // Half a reload would be worse than a new worker: whatever throws here ends this one.
-  if (engine === undefined || sockets === undefined || preparing?.reload !== reload) {
+  if (engine === undefined || sockets === undefined || logs === undefined || preparing?.reload !== reload) {
     throw new Error(`told to commit reload ${reload}, which is not prepared`);
   }
   engine.commit(sockets.fds(retired));
   sockets.close(retired);
-  log.level = preparing.logLevel;
+  logs.log.level = preparing.logLevel;
   preparing = undefined;
   tell({ type: 'committed', reload });
   giveBackMemorySoon(loadEngine());
@@ -161,7 +168,12 @@ function discard(reload: number): void {
   preparing = undefined;
 }
 
-function watch(running: Engine): void {
+function measure(running: Engine): WorkerSnapshot {
+  if (logs === undefined) throw new Error('invariant: the logs are opened before the engine starts');
+  return { engine: running.snapshot(), process: processUse.take(), logs: logs.counts };
+}
+
+function watch(running: Engine, { log }: Logs): void {
   const health = new HealthWatch(log);
   setInterval(() => {
     if (leaving) return;
@@ -191,7 +203,7 @@ function leave(): void {
   if (engine === undefined || leaving) return;
   leaving = true;
   engine.stop(stopBudgetMs);
-  tell({ type: 'ended', snapshot: engine.snapshot() });
+  tell({ type: 'ended', snapshot: measure(engine) });
 }
 
 function fail(error: unknown): void {

@@ -7,6 +7,7 @@ import { formatAddress } from '../config/address.ts';
 import type {
   Config,
   ListenerConfig,
+  LogConfig,
   PolicyConfig,
   TokenConfig,
   UpstreamConfig,
@@ -56,9 +57,16 @@ export async function engineSettings(
     upstreams,
     listeners: Object.values(config.listeners).map((listener) => listenerSettings(listener, config, sockets)),
     ticketLifetimeMs: config.tickets.lifetimeMs,
+    ...accessSettings(config.log),
   };
   assertNumbersFit(settings);
   return settings;
+}
+
+function accessSettings({ access }: LogConfig): Pick<EngineSettings, 'access'> {
+  if (access === undefined) return {};
+  const { sample, rate, failures } = access;
+  return { access: { sample, rate, failuresAlways: failures === 'always' } };
 }
 
 const u32Max = 0xffff_ffff;

@@ -7,37 +7,56 @@ import assert from 'node:assert/strict';
 import { describe, it } from 'node:test';
 import { engine } from '../../src/engine/binding.ts';
 import type { EngineSnapshot, LatencySnapshot } from '../../src/engine/native.d.ts';
+import { parseConfig } from '../../src/config/load.ts';
+import type { WorkerSnapshot } from '../../src/messages.ts';
 import { metricsTable, renderMetrics } from '../../src/primary/metrics.ts';
 import { SnapshotBook } from '../../src/primary/snapshot-book.ts';
+import type { Observation } from '../../src/primary/snapshot-book.ts';
 import type { SlotStatus } from '../../src/primary/workers.ts';
 import { parseScrape } from '../support/prometheus-text.ts';
 import type { ScrapedFamily } from '../support/prometheus-text.ts';
 
 const boundsUs = engine().latencyBoundsUs();
-const readyWorker: SlotStatus = { slot: 0, state: 'ready', pid: 1, restarts: 0, failure: undefined };
-const reloads = { counts: { committed: 0, refused: 0, rolled_back: 0 }, last: undefined };
+const readyWorker: SlotStatus = {
+  slot: 0,
+  state: 'ready',
+  pid: 1,
+  restarts: 0,
+  startedAt: new Date(Date.UTC(2029, 0, 1)),
+  failure: undefined,
+};
 const certificates = [{ name: 'www', notAfterMs: Date.UTC(2030, 0, 1) }];
+const config = parseConfig(
+  `tokens: { hsm: { module: m.so, uri: "pkcs11:token=t", pin: { env: PIN }, queue: { max: 500 } } }
+certificates: { www: { chain: c.pem, key: "pkcs11:object=k" } }
+upstreams: { web: { servers: ["127.0.0.1:80"] } }
+listeners: { https: { bind: ["127.0.0.1:443"], certificates: [www], upstream: web, limits: { connections: 300, handshakes: 40 } } }
+`,
+  '/etc/keygate.yaml',
+);
 
 describe('a scrape', () => {
   it('is well formed, with and without measurements', async () => {
-    for (const snapshot of [anySnapshot(() => 1), nothing()]) {
-      const families = parseScrape(await renderMetrics({ snapshot, workers: [readyWorker], certificates, reloads }));
-      assert.ok(families.has('keygate_build_info'));
+    for (const observation of [observed(anyWorker(() => 1)), new SnapshotBook().total()]) {
+      assert.ok((await families(observation)).has('keygate_build_info'));
     }
   });
 
   it('tells every number that the engine counts', async () => {
     // A number of its own for each, so that none can stand for another.
     const given = new Map<number, string>();
-    const snapshot = anySnapshot((what) => {
+    const worker = anyWorker((what) => {
       const number = 1_000_003 + 1009 * given.size;
       given.set(number, what);
       return number;
     });
-    const scraped = await scrape(snapshot);
-    const told = new Set(scraped.values());
+    const told = new Set(valuesOf(await families(observed(worker))).values());
+    // Counted in what they are measured in, told in seconds.
     for (const [number, what] of given)
-      assert.ok(told.has(number) || told.has(number / 1e6), `${what} is in no metric`);
+      assert.ok(
+        [number, number / 1e3, number / 1e6].some((value) => told.has(value)),
+        `${what} is in no metric`,
+      );
   });
 
   it('names what it counts by listener, token, upstream and reason', async () => {
@@ -112,6 +131,13 @@ describe('a scrape', () => {
     assert.equal(scraped.get(`keygate_upstream_connections_open{${labels}}`), 7);
   });
 
+  it('tells what a number may come to, for all workers together', async () => {
+    const scraped = await scrape(nothing());
+    assert.equal(scraped.get('keygate_listener_connections_limit{listener="https"}'), 600);
+    assert.equal(scraped.get('keygate_listener_handshakes_limit{listener="https"}'), 80);
+    assert.equal(scraped.get('keygate_sign_queue_limit{token="hsm",class="rsa"}'), 1000);
+  });
+
   it('tells of each worker whether it is ready and how often it was replaced', async () => {
     const scraped = await scrape(nothing(), [readyWorker, { ...readyWorker, slot: 1, state: 'starting', restarts: 3 }]);
     assert.equal(scraped.get('keygate_worker_up{worker="0"}'), 1);
@@ -135,16 +161,16 @@ describe('a scrape', () => {
 
   it('never counts backwards when a worker dies and is replaced, and drops what only the living have', async () => {
     const book = new SnapshotBook();
-    const rendered = async () => families({ snapshot: book.total() });
+    const rendered = async () => families(book.total());
     book.enter(
       1,
       0,
-      anySnapshot(() => 40),
+      anyWorker(() => 40),
     );
     book.enter(
       1,
       1,
-      anySnapshot(() => 2),
+      anyWorker(() => 2),
     );
     const before = await rendered();
     book.retire(0);
@@ -152,7 +178,7 @@ describe('a scrape', () => {
     book.enter(
       2,
       0,
-      anySnapshot(() => 1),
+      anyWorker(() => 1),
     );
     const after = await rendered();
     book.retire(0);
@@ -196,34 +222,56 @@ describe('the table of metrics', () => {
       labels: labels?.replaceAll(', ', ','),
       help,
     }));
-    const scraped = [...(await families({ snapshot: anySnapshot(() => 1) })).values()]
+    const scraped = [...(await families(observed(anyWorker(() => 1)))).values()]
       .filter(({ name }) => name.startsWith('keygate_'))
       .map(({ name, type, labels, help }) => ({ name, type, labels: [...labels].join(), help }));
     assert.deepEqual(told, scraped);
   });
 
   it('names everything else in a scrape below', async () => {
-    const names = [...(await families({ snapshot: nothing() })).keys()].filter((name) => !name.startsWith('keygate_'));
+    const names = [...(await families(new SnapshotBook().total())).keys()].filter(
+      (name) => !name.startsWith('keygate_'),
+    );
     const last = metricsTable().split('\n').at(-1) ?? '';
     assert.deepEqual([...last.matchAll(/`(\w+)`/g)].map(([, name = '']) => name).toSorted(), names.toSorted());
   });
 });
 
 async function scrape(
-  snapshot: EngineSnapshot,
+  engineSnapshot: EngineSnapshot,
   workers: readonly SlotStatus[] = [readyWorker],
 ): Promise<Map<string, number>> {
-  return new Map([...(await families({ snapshot, workers })).values()].flatMap(({ series }) => [...series]));
+  return valuesOf(await families({ ...new SnapshotBook().total(), engine: engineSnapshot }, workers));
 }
 
-async function families({
-  snapshot,
-  workers = [readyWorker],
-}: {
-  snapshot: EngineSnapshot;
-  workers?: readonly SlotStatus[];
-}): Promise<Map<string, ScrapedFamily>> {
-  return parseScrape(await renderMetrics({ snapshot, workers, certificates, reloads }));
+function valuesOf(scraped: ReadonlyMap<string, ScrapedFamily>): Map<string, number> {
+  return new Map([...scraped.values()].flatMap(({ series }) => [...series]));
+}
+
+async function families(
+  { engine: snapshot, logs, processes, cpu }: Observation,
+  workers: readonly SlotStatus[] = [readyWorker],
+): Promise<Map<string, ScrapedFamily>> {
+  const text = await renderMetrics({
+    snapshot,
+    logs: [logs],
+    processes,
+    cpu,
+    workers,
+    ready: true,
+    certificates,
+    config,
+    slots: 2,
+    reloads: { counts: { committed: 0, refused: 0, rolled_back: 0 }, last: undefined, since: new Date() },
+    ticketEpoch: { number: 1, since: new Date() },
+  });
+  return parseScrape(text);
+}
+
+function observed(worker: WorkerSnapshot): Observation {
+  const book = new SnapshotBook();
+  book.enter(1, 0, worker);
+  return book.total();
 }
 
 /** Every series that may only grow. */
@@ -233,7 +281,22 @@ function counts(scraped: ReadonlyMap<string, ScrapedFamily>): Map<string, number
 }
 
 function nothing(): EngineSnapshot {
-  return new SnapshotBook().total();
+  return new SnapshotBook().total().engine;
+}
+
+/** Everything that a worker can tell. */
+function anyWorker(of: (what: string) => number): WorkerSnapshot {
+  const lines = (log: string) => ({ written: of(`${log} written`), dropped: of(`${log} dropped`) });
+  return {
+    engine: anySnapshot(of),
+    process: {
+      cpuUs: of('cpuUs'),
+      residentBytes: of('residentBytes'),
+      openFds: of('openFds'),
+      eventLoopLagMs: of('eventLoopLagMs'),
+    },
+    logs: { event: lines('event'), access: lines('access'), key: lines('key') },
+  };
 }
 
 /** A snapshot with everything the engine can tell, each number from `of`; the compiler says when one is missing. */
@@ -293,6 +356,7 @@ function anySnapshot(of: (what: string) => number): EngineSnapshot {
         lanesIdle: of('lanesIdle'),
         lanesBusy: of('lanesBusy'),
         lanesLost: of('lanesLost'),
+        sessionsOpen: of('sessionsOpen'),
         reopened: of('reopened'),
         loggedIn: of('loggedIn'),
         refound: of('refound'),
@@ -304,5 +368,9 @@ function anySnapshot(of: (what: string) => number): EngineSnapshot {
         loginLockTimeouts: of('loginLockTimeouts'),
       },
     ],
+    ciphers: [{ protocol: 'TLSv1.3', cipher: 'TLS_AES_128_GCM_SHA256', count: of('cipher') }],
+    groups: [{ group: 'X25519', count: of('group') }],
+    access: { sampledOut: of('sampledOut'), rateLimited: of('rateLimited') },
+    ioCpuUs: of('ioCpuUs'),
   };
 }

@@ -58,8 +58,8 @@ function identityAfterDrop(wanted: Wanted): { uid: number; gid: number; groups: 
 function drop(wanted: Wanted): { stdout: string; stderr: string } {
   const url = new URL('../../src/primary/privileges.ts', import.meta.url).href;
   const script = `
-    import { dropPrivileges } from ${JSON.stringify(url)};
-    dropPrivileges(${JSON.stringify(wanted)}, { info() {}, warn() {} });
+    import { becomeConfigured } from ${JSON.stringify(url)};
+    becomeConfigured(${JSON.stringify(wanted)});
     console.log(JSON.stringify({ uid: process.getuid(), gid: process.getgid(), groups: process.getgroups() }));
   `;
   return spawnSync(process.execPath, ['--input-type=module', '--eval', script], { encoding: 'utf8' });

@@ -14,13 +14,16 @@ use rustls::ServerConfig;
 use rustls::pki_types::CertificateDer;
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::access_log::AccessPlan;
 use crate::certificates::{Certificate, Certificates, UnknownName};
 use crate::close::CLOSE_REASONS;
 use crate::generation::{self, Generation, LoadFault};
 use crate::handover;
 use crate::io_thread::{IoPlan, IoThread};
+use crate::key_log::KeyLog;
 use crate::listener::{ListenerPlan, ListenerStats};
-use crate::policy::Policy;
+use crate::log::{LineCounts, Log, Target};
+use crate::policy::{Policy, group_name, suite_name};
 use crate::process;
 use crate::proxy_header::ProxyVersion;
 use crate::signing::login_lock;
@@ -126,6 +129,17 @@ pub struct ListenerSettings {
     pub sockets: Vec<i32>,
 }
 
+/// Which connections get a line in the access log.
+#[napi(object)]
+pub struct AccessSettings {
+    /// One in so many; 1: all.
+    pub sample: u32,
+    /// Lines a second.
+    pub rate: u32,
+    /// Connections that did not end as they should are not sampled.
+    pub failures_always: bool,
+}
+
 #[napi(object)]
 pub struct EngineSettings {
     pub tokens: Vec<TokenSettings>,
@@ -133,6 +147,8 @@ pub struct EngineSettings {
     pub upstreams: Vec<UpstreamSettings>,
     pub listeners: Vec<ListenerSettings>,
     pub ticket_lifetime_ms: u32,
+    /// Undefined: no access log.
+    pub access: Option<AccessSettings>,
 }
 
 /// Not cumulative; bucket i counts what is above bound i-1 and at most bound i, the last one what is above all bounds.
@@ -197,6 +213,46 @@ pub struct CloseReason {
     pub phase: String,
     pub reason: String,
     pub meaning: String,
+    /// Connections that served their purpose end like this.
+    pub ordinary: bool,
+}
+
+#[napi(object)]
+pub struct CipherSnapshot {
+    #[napi(ts_type = "'TLSv1.2' | 'TLSv1.3'")]
+    pub protocol: String,
+    /// IANA name.
+    pub cipher: String,
+    pub count: i64,
+}
+
+#[napi(object)]
+pub struct GroupSnapshot {
+    /// IANA name.
+    pub group: String,
+    pub count: i64,
+}
+
+/// Lines of one log, by what became of them.
+#[napi(object)]
+pub struct LineSnapshot {
+    pub written: i64,
+    /// The reader stalled, or the disk was full.
+    pub dropped: i64,
+}
+
+#[napi(object)]
+pub struct LogSnapshot {
+    /// Given as text.
+    pub lines: LineSnapshot,
+    /// Of connections.
+    pub records: LineSnapshot,
+}
+
+#[napi(object)]
+pub struct AccessSnapshot {
+    pub sampled_out: i64,
+    pub rate_limited: i64,
 }
 
 #[napi(object)]
@@ -214,6 +270,8 @@ pub struct MechanismSnapshot {
 pub struct TokenSnapshot {
     pub name: String,
     pub up: bool,
+    /// Why it is not up.
+    pub down_reason: Option<String>,
     pub mechanisms: Vec<MechanismSnapshot>,
     pub sign_wait: LatencySnapshot,
     pub queue_depth_ec: i64,
@@ -221,6 +279,7 @@ pub struct TokenSnapshot {
     pub lanes_idle: i64,
     pub lanes_busy: i64,
     pub lanes_lost: i64,
+    pub sessions_open: i64,
     pub reopened: i64,
     pub logged_in: i64,
     pub refound: i64,
@@ -240,6 +299,13 @@ pub struct EngineSnapshot {
     pub upstreams: Vec<UpstreamSnapshot>,
     pub closes: Vec<CloseSnapshot>,
     pub tokens: Vec<TokenSnapshot>,
+    /// Finished handshakes by cipher suite.
+    pub ciphers: Vec<CipherSnapshot>,
+    /// Finished handshakes by key exchange group; a resumed TLS 1.2 session has none.
+    pub groups: Vec<GroupSnapshot>,
+    pub access: AccessSnapshot,
+    /// CPU time of the I/O thread.
+    pub io_cpu_us: i64,
 }
 
 /// The data path of one worker.
@@ -250,32 +316,46 @@ pub struct Engine {
     /// Replaced by reloads; handshakes may still use them.
     former: Vec<Generation>,
     prepared: Option<Generation>,
+    shared: Shared,
+}
+
+/// What every configuration of the worker has in common.
+struct Shared {
     ticketer: Ticketer,
+    key_log: Option<Arc<KeyLog>>,
 }
 
 #[napi]
 impl Engine {
     /// Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
-    /// `ticket_secrets`: as for `set_ticket_secrets`.
+    /// `ticket_secrets`: as for `set_ticket_secrets`. `access_log` gets the lines of connections; `key_log`, where there
+    /// is one, the secrets of every connection.
     ///
     /// Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
     #[napi(constructor, catch_unwind)]
-    pub fn new(settings: EngineSettings, ticket_secrets: Vec<Buffer>) -> Result<Self> {
+    pub fn new(
+        settings: EngineSettings,
+        ticket_secrets: Vec<Buffer>,
+        access_log: &LineLog,
+        key_log: Option<&LineLog>,
+    ) -> Result<Self> {
         let ticketer = Ticketer::new(tickets::LIFETIME_MAX);
         rotate(&ticketer, ticket_secrets)?;
+        let shared = Shared { ticketer, key_log: key_log.map(|log| Arc::new(KeyLog(log.log.clone()))) };
         // Before the first lane: exit must not run a module's destructors under it.
         process::engine_runs(true);
         let nothing = Generation::default();
-        let started =
-            build(settings, &nothing, &ticketer).and_then(|(current, plan)| match IoThread::start(plan) {
+        let started = build(settings, &nothing, &shared).and_then(|(current, plan)| {
+            match IoThread::start(plan, access_log.log.clone()) {
                 Ok(io) => Ok((current, io)),
                 Err(error) => {
                     current.stop_unless_in(&[], STOP_BUDGET);
                     Err(invalid(error.to_string()))
                 }
-            });
+            }
+        });
         let (current, io) = started.inspect_err(|_| process::engine_runs(false))?;
-        Ok(Self { io, current, former: Vec::new(), prepared: None, ticketer })
+        Ok(Self { io, current, former: Vec::new(), prepared: None, shared })
     }
 
     /// Makes another configuration ready beside the one that serves, which notices nothing of it. Logs in to new tokens
@@ -285,7 +365,7 @@ impl Engine {
     #[napi(catch_unwind)]
     pub fn prepare(&mut self, settings: EngineSettings) -> Result<()> {
         self.discard();
-        let (next, plan) = build(settings, &self.current, &self.ticketer)?;
+        let (next, plan) = build(settings, &self.current, &self.shared)?;
         if let Err(error) = self.io.prepare(plan) {
             self.stop_tokens_of(&next);
             return Err(invalid(error.to_string()));
@@ -343,7 +423,7 @@ impl Engine {
     /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros.
     #[napi(catch_unwind)]
     pub fn set_ticket_secrets(&self, secrets: Vec<Buffer>) -> Result<()> {
-        rotate(&self.ticketer, secrets)
+        rotate(&self.shared.ticketer, secrets)
     }
 
     /// Accepts no more connections; established ones go on.
@@ -418,6 +498,25 @@ impl Engine {
                 })
                 .collect(),
             tokens: self.current.tokens().map(|token| token_snapshot(token)).collect(),
+            ciphers: stats
+                .negotiated
+                .cipher_suites()
+                .map(|(suite, count)| CipherSnapshot {
+                    protocol: if suite.tls13().is_some() { "TLSv1.3" } else { "TLSv1.2" }.into(),
+                    cipher: suite_name(suite),
+                    count: signed(count),
+                })
+                .collect(),
+            groups: stats
+                .negotiated
+                .groups()
+                .map(|(group, count)| GroupSnapshot { group: group_name(group), count: signed(count) })
+                .collect(),
+            access: AccessSnapshot {
+                sampled_out: signed(stats.access.sampled_out.get()),
+                rate_limited: signed(stats.access.rate_limited.get()),
+            },
+            io_cpu_us: signed(stats.cpu.elapsed_us()),
         }
     }
 
@@ -432,20 +531,24 @@ impl Engine {
 const STOP_BUDGET: Duration = Duration::from_millis(200);
 
 /// All of it or nothing: no token stays started when something is wrong.
-fn build(settings: EngineSettings, former: &Generation, ticketer: &Ticketer) -> Result<(Generation, IoPlan)> {
-    let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms } = settings;
+fn build(settings: EngineSettings, former: &Generation, shared: &Shared) -> Result<(Generation, IoPlan)> {
+    let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms, access } = settings;
     // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
     let plans = tokens.into_iter().map(token_plan).collect();
     let mut next =
         Generation::with_tokens(former, plans, STOP_BUDGET).map_err(|error| token_error(&error))?;
-    let ticketer = ticketer.with_lifetime(ms(ticket_lifetime_ms));
+    let shared = Shared {
+        ticketer: shared.ticketer.with_lifetime(ms(ticket_lifetime_ms)),
+        key_log: shared.key_log.clone(),
+    };
     let planned = load_certificates(&mut next, certificates).and_then(|()| {
         let plan = IoPlan {
             listeners: listeners
                 .into_iter()
-                .map(|settings| listener_plan(settings, &next, &ticketer))
+                .map(|settings| listener_plan(settings, &next, &shared))
                 .collect::<Result<_>>()?,
             upstreams: upstreams.into_iter().map(upstream_plan).collect::<Result<_>>()?,
+            access: access.map(access_plan).unwrap_or_default(),
         };
         next.tls_configs = plan.listeners.iter().map(|(_, tls_config)| tls_config.clone()).collect();
         Ok(plan)
@@ -475,6 +578,7 @@ pub fn close_reasons() -> Vec<CloseReason> {
             phase: words.phase.into(),
             reason: words.reason.into(),
             meaning: words.meaning.into(),
+            ordinary: words.close.is_ordinary(),
         })
         .collect()
 }
@@ -570,6 +674,62 @@ pub fn preload_module(path: String, isolate: bool) -> Result<()> {
         .map_err(|error| Error::new(Status::GenericFailure, format!("{path}: {error}")))
 }
 
+/// A log: lines go into a bounded queue, and a thread of its own writes them. Nobody who says something waits.
+#[napi]
+pub struct LineLog {
+    log: Log,
+}
+
+#[napi]
+impl LineLog {
+    /// `path`: a file that is appended to, and made when it is not there, readable for its group too unless `secret`; undefined:
+    /// standard output.
+    ///
+    /// Throws when the file cannot be opened.
+    #[napi(factory, catch_unwind)]
+    pub fn open(path: Option<String>, secret: bool) -> Result<Self> {
+        let target = match &path {
+            None => Target::StandardOutput,
+            Some(path) => Target::File { path: path.into(), mode: if secret { 0o600 } else { 0o640 } },
+        };
+        let log = Log::open(target).map_err(|error| log_error(path.as_deref(), &error))?;
+        Ok(Self { log })
+    }
+
+    /// One line, without its end. Dropped when the queue is full.
+    #[napi(catch_unwind)]
+    pub fn line(&self, text: String) {
+        self.log.line(text.as_bytes());
+    }
+
+    /// Opens the file by its name again, after a rotation. Throws when it cannot be; the old one stays in use.
+    #[napi(catch_unwind)]
+    pub fn reopen(&self) -> Result<()> {
+        self.log.reopen().map_err(|error| log_error(None, &error))
+    }
+
+    /// Waits at most `budget_ms` until everything said before has been written. False when it has not.
+    #[napi(catch_unwind)]
+    pub fn flush(&self, budget_ms: u32) -> bool {
+        self.log.flush(ms(budget_ms))
+    }
+
+    #[napi(catch_unwind)]
+    pub fn snapshot(&self) -> LogSnapshot {
+        let of = |counts: &LineCounts| LineSnapshot {
+            written: signed(counts.written.get()),
+            dropped: signed(counts.dropped.get()),
+        };
+        let stats = self.log.stats();
+        LogSnapshot { lines: of(&stats.lines), records: of(&stats.records) }
+    }
+}
+
+fn log_error(path: Option<&str>, error: &std::io::Error) -> Error {
+    let what = path.map(|path| format!("{path}: ")).unwrap_or_default();
+    Error::new(Status::GenericFailure, format!("{what}{error}"))
+}
+
 /// Keeps other processes of this host from logging in to tokens of the same module at the same moment.
 #[napi]
 pub struct LoginLock {
@@ -643,7 +803,7 @@ fn load_certificates(next: &mut Generation, certificates: Vec<CertificateSetting
 fn listener_plan(
     settings: ListenerSettings,
     generation: &Generation,
-    ticketer: &Ticketer,
+    shared: &Shared,
 ) -> Result<(ListenerPlan, Arc<ServerConfig>)> {
     let name = settings.name;
     let fault = |what: String| invalid(format!("listener {name}: {what}"));
@@ -664,7 +824,12 @@ fn listener_plan(
     let tls_config =
         Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.tickets)
             .map_err(fault)?
-            .server_config(Arc::new(Certificates::new(&chosen, unknown_name)), &settings.alpn, ticketer)
+            .server_config(
+                Arc::new(Certificates::new(&chosen, unknown_name)),
+                &settings.alpn,
+                &shared.ticketer,
+                shared.key_log.clone(),
+            )
             .map_err(|error| fault(error.to_string()))?;
     let plan = ListenerPlan {
         upstream: settings.upstream,
@@ -678,6 +843,15 @@ fn listener_plan(
         name,
     };
     Ok((plan, tls_config))
+}
+
+fn access_plan(settings: AccessSettings) -> AccessPlan {
+    AccessPlan {
+        enabled: true,
+        sample: settings.sample,
+        rate: settings.rate,
+        failures_always: settings.failures_always,
+    }
 }
 
 fn upstream_plan(settings: UpstreamSettings) -> Result<UpstreamPlan> {
@@ -768,6 +942,7 @@ fn token_snapshot(token: &Token) -> TokenSnapshot {
     TokenSnapshot {
         name: token.name().to_string(),
         up: token.is_up(),
+        down_reason: token.down_reason().map(|reason| reason.to_string()),
         mechanisms: mechanisms
             .map(|(mechanism, stats)| MechanismSnapshot {
                 mechanism: mechanism.into(),
@@ -783,6 +958,7 @@ fn token_snapshot(token: &Token) -> TokenSnapshot {
         lanes_idle: stats.lanes_idle.get(),
         lanes_busy: stats.lanes_busy.get(),
         lanes_lost: stats.lanes_lost.get(),
+        sessions_open: stats.sessions_open.get(),
         reopened: signed(stats.reopened.get()),
         logged_in: signed(stats.logged_in.get()),
         refound: signed(stats.refound.get()),

@@ -14,12 +14,13 @@ macro_rules! close_reasons {
 
         /// The words of every `Close`, in the order of its variants.
         pub const CLOSE_REASONS: &[CloseReason] = &[
-            $(CloseReason { side: $side, phase: $phase, reason: $reason, meaning: $meaning }),+
+            $(CloseReason { close: Close::$name, side: $side, phase: $phase, reason: $reason, meaning: $meaning }),+
         ];
     };
 }
 
 pub struct CloseReason {
+    pub close: Close,
     pub side: &'static str,
     pub phase: &'static str,
     pub reason: &'static str,
@@ -78,6 +79,17 @@ close_reasons! {
 }
 
 impl Close {
+    /// Whether connections that served their purpose end like this. Everything else is worth a look.
+    pub fn is_ordinary(self) -> bool {
+        matches!(
+            self,
+            Self::ClientRelayClosed
+                | Self::ClientRelayTruncated
+                | Self::UpstreamRelayClosed
+                | Self::ProxyRelayIdleDeadline
+        )
+    }
+
     /// The reason for a handshake that rustls ended.
     pub fn from_tls_error(error: &Error) -> Self {
         match error {

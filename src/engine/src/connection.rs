@@ -16,70 +16,66 @@ use aws_lc_rs::rand;
 use rustls::ServerConfig;
 use tokio::time::Instant;
 
+use crate::access_log::{Facts, Negotiated};
 use crate::close::Close;
 use crate::handshake::{Established, Leftover, handshake};
 use crate::listener::Listener;
 use crate::policy::openssl_name;
 use crate::proxy_header::{self, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
-use crate::relay::{Opening, RelayDeadlines, relay};
+use crate::relay::{Meter, Opening, RelayDeadlines, relay};
 use crate::stream::Stream;
 use crate::tls::Tls;
-use crate::upstream::ConnectError;
+use crate::upstream::{ConnectError, Connected};
 
 const UNIQUE_ID_BYTES: usize = 16;
 
 /// Runs one accepted connection to its end.
-pub async fn serve(mut life: Life, tls_config: Arc<ServerConfig>, client: Stream, source: SocketAddr) {
-    let close = run(&mut life, tls_config, &client, source).await;
+pub async fn serve(mut life: Life, tls_config: Arc<ServerConfig>, client: Stream) {
+    let close = run(&mut life, tls_config, &client).await;
     life.end(close);
 }
 
-async fn run(life: &mut Life, tls_config: Arc<ServerConfig>, client: &Stream, source: SocketAddr) -> Close {
+async fn run(life: &mut Life, tls_config: Arc<ServerConfig>, client: &Stream) -> Close {
     let listener = life.listener.clone();
-    let accepted_at = Instant::now();
+    let accepted_at = life.accepted_at;
     let deadline = accepted_at + listener.plan.handshake_deadline;
     // Boxed so that a relaying connection does not keep the room of its handshake.
-    let established = match Box::pin(handshake(client, tls_config, deadline, &listener.scratch)).await {
+    let handshake = Box::pin(handshake(client, tls_config, deadline, &listener.scratch, &mut life.facts));
+    let Established { tls, leftover } = match handshake.await {
         Ok(established) => established,
         Err(close) => return close,
     };
-    life.handshake_done(&established.tls, accepted_at);
+    life.handshake_done(&tls);
 
-    let Established { tls, leftover, server_name } = established;
-    let mut opening = match opening(&listener, client, source, &tls, server_name, leftover) {
+    let mut opening = match opening(life, client, &tls, leftover) {
         Ok(opening) => opening,
         Err(error) => return close_for(&error.into()),
     };
+    let connecting_at = Instant::now();
     let connected = match Box::pin(listener.upstream.connect(&opening.bytes)).await {
         Ok(connected) => connected,
         Err(error) => return close_for(&error),
     };
     opening.taken = connected.taken;
+    life.connected(&connected, connecting_at);
 
     let deadlines = RelayDeadlines {
         idle: listener.plan.idle_deadline,
         half_closed: listener.plan.half_closed_deadline,
         lifetime_until: listener.plan.lifetime_deadline.map(|lifetime| accepted_at + lifetime),
     };
-    let bytes = &listener.stats.relay_bytes;
-    relay(client, tls, opening, &connected.stream, deadlines, &listener.scratch, bytes).await
+    let meter = Meter { all: &listener.stats.relay_bytes, own: &life.facts.relayed };
+    relay(client, tls, opening, &connected.stream, deadlines, &listener.scratch, meter).await
 }
 
 /// What the server hears first: who the client is, and what the client has said already.
-fn opening(
-    listener: &Listener,
-    client: &Stream,
-    source: SocketAddr,
-    tls: &Tls,
-    server_name: Option<String>,
-    leftover: Leftover,
-) -> io::Result<Opening> {
+fn opening(life: &Life, client: &Stream, tls: &Tls, leftover: Leftover) -> io::Result<Opening> {
     let Leftover { plaintext, client_closed } = leftover;
-    let Some(version) = listener.upstream.plan().proxy_protocol else {
+    let Some(version) = life.listener.upstream.plan().proxy_protocol else {
         return Ok(Opening { bytes: plaintext, header_bytes: 0, taken: 0, client_closed });
     };
     let mut bytes = Vec::new();
-    write_proxy_header(version, client, source, tls, server_name.as_deref(), &mut bytes)?;
+    write_proxy_header(version, client, life.source, tls, life.facts.server_name.as_deref(), &mut bytes)?;
     let header_bytes = bytes.len();
     bytes.extend_from_slice(&plaintext);
     Ok(Opening { bytes, header_bytes, taken: 0, client_closed })
@@ -102,7 +98,7 @@ fn write_proxy_header(
         alpn: tls.alpn(),
         authority: server_name,
         ssl: Some(SslInfo {
-            version: protocol_name(tls),
+            version: tls.protocol_name(),
             cipher: cipher.as_deref(),
             signature_algorithm: None,
             key_algorithm: None,
@@ -112,14 +108,6 @@ fn write_proxy_header(
     };
     proxy_header::write(version, &info, out);
     Ok(())
-}
-
-fn protocol_name(tls: &Tls) -> &'static str {
-    if is_tls13(tls) { "TLSv1.3" } else { "TLSv1.2" }
-}
-
-fn is_tls13(tls: &Tls) -> bool {
-    tls.protocol() == Some(rustls::ProtocolVersion::TLSv1_3)
 }
 
 fn close_for(error: &ConnectError) -> Close {
@@ -132,25 +120,38 @@ fn close_for(error: &ConnectError) -> Close {
     }
 }
 
-/// What is counted while a connection lives, and the one way out.
+/// What is counted while a connection lives, what will be said of it, and the one way out.
 pub struct Life {
     listener: Rc<Listener>,
+    source: SocketAddr,
+    accepted_at: Instant,
     handshaking: bool,
+    facts: Facts,
     close: Option<Close>,
 }
 
 impl Life {
-    pub fn begin(listener: Rc<Listener>) -> Self {
+    pub fn begin(listener: Rc<Listener>, source: SocketAddr) -> Self {
         listener.stats.connections_open.add(1);
         listener.stats.handshakes_in_flight.add(1);
-        Self { listener, handshaking: true, close: None }
+        let accepted_at = Instant::now();
+        Self { listener, source, accepted_at, handshaking: true, facts: Facts::default(), close: None }
     }
 
-    fn handshake_done(&mut self, tls: &Tls, since: Instant) {
+    fn handshake_done(&mut self, tls: &Tls) {
         self.handshaking = false;
-        let stats = &self.listener.stats;
+        let took = self.accepted_at.elapsed();
+        let Listener { stats, negotiated, .. } = &*self.listener;
         stats.handshakes_in_flight.add(-1);
-        stats.handshake(is_tls13(tls), tls.is_resumed()).observe(since.elapsed());
+        stats.handshake(tls.is_tls13(), tls.is_resumed()).observe(took);
+        negotiated.count(tls.cipher_suite(), tls.group());
+        self.facts.negotiated = Some(Negotiated::by(tls));
+        self.facts.handshake = Some(took);
+    }
+
+    fn connected(&mut self, connected: &Connected, since: Instant) {
+        self.facts.connect = Some(since.elapsed());
+        self.facts.server = self.listener.upstream.plan().servers.get(connected.server).cloned();
     }
 
     fn end(&mut self, close: Close) {
@@ -168,6 +169,7 @@ impl Drop for Life {
         // A connection that is dropped without a reason was cut by the end of the drain, or by a panic in its own task.
         let cut =
             if std::thread::panicking() { Close::ProxyInternalPanic } else { Close::ProxyDrainDeadline };
-        self.listener.closes.count(self.close.unwrap_or(cut));
+        let (facts, total) = (std::mem::take(&mut self.facts), self.accepted_at.elapsed());
+        self.listener.ended(self.close.unwrap_or(cut), self.source, facts, total);
     }
 }

@@ -16,11 +16,12 @@ use std::time::Duration;
 use rustls::ServerConfig;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::access_log::{Facts, SignedBy};
 use crate::certificates::take_hello_seen;
 use crate::close::Close;
 use crate::fiber::{Abandoned, Progress, SignatureWanted, Step};
 use crate::relay::Scratch;
-use crate::signing::SignError;
+use crate::signing::{SignError, Signed};
 use crate::stream::Stream;
 use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX};
 
@@ -38,7 +39,6 @@ const LINGER_BYTES_MAX: usize = 256 * 1024;
 pub struct Established {
     pub tls: Tls,
     pub leftover: Leftover,
-    pub server_name: Option<String>,
 }
 
 /// What the client's last packet of the handshake carried beyond it.
@@ -48,7 +48,7 @@ pub struct Leftover {
     pub client_closed: bool,
 }
 
-/// Takes `client` through the handshake.
+/// Takes `client` through the handshake. What is learnt of it on the way is left in `facts`.
 ///
 /// # Errors
 /// Why the connection must be closed. The client was sent the alert that belongs to it.
@@ -57,9 +57,9 @@ pub async fn handshake(
     config: Arc<ServerConfig>,
     deadline: Instant,
     scratch: &Scratch,
+    facts: &mut Facts,
 ) -> Result<Established, Close> {
     let mut tls = Tls::new(config).map_err(|_| Close::ProxyInternalPanic)?;
-    let mut server_name = None;
     let mut is_first = true;
     loop {
         let received = timeout_at(deadline, receive(client, &mut tls, scratch))
@@ -73,8 +73,7 @@ pub async fn handshake(
         let plain_http = is_first && looks_like_http(tls.unprocessed());
         let is_outdated = is_first && is_before_tls12(tls.unprocessed());
 
-        let mut step = run_step(tls, client, deadline).await?;
-        server_name = step.server_name.or(server_name);
+        let mut step = run_step(tls, client, deadline, facts).await?;
         let to_client = step.tls.take_to_client();
         let phase = match step.result {
             Ok(phase) if step.tls.unprocessed().len() <= UNPROCESSED_MAX => phase,
@@ -102,7 +101,7 @@ pub async fn handshake(
             TlsPhase::Established | TlsPhase::ClientClosed => {
                 let leftover =
                     Leftover { plaintext: step.plaintext, client_closed: phase == TlsPhase::ClientClosed };
-                return Ok(Established { tls: step.tls, leftover, server_name });
+                return Ok(Established { tls: step.tls, leftover });
             }
         }
     }
@@ -111,13 +110,17 @@ pub async fn handshake(
 struct StepOutcome {
     tls: Tls,
     plaintext: Vec<u8>,
-    server_name: Option<String>,
     /// The alert is Some when it must replace what rustls would send.
     result: Result<TlsPhase, (Option<&'static [u8]>, Close)>,
 }
 
 /// Processes what was received, having it signed by a lane where that is needed.
-async fn run_step(mut tls: Tls, client: &Stream, deadline: Instant) -> Result<StepOutcome, Close> {
+async fn run_step(
+    mut tls: Tls,
+    client: &Stream,
+    deadline: Instant,
+    facts: &mut Facts,
+) -> Result<StepOutcome, Close> {
     let mut step = Step::new(move || {
         let mut plaintext = Vec::new();
         let result = tls.advance(&mut plaintext);
@@ -126,21 +129,23 @@ async fn run_step(mut tls: Tls, client: &Stream, deadline: Instant) -> Result<St
     .map_err(|_| Close::ProxyHandshakeNoMemory)?;
     // A step that panicked has not been asked what it saw; its client is not this one.
     take_hello_seen();
-    let mut server_name = None;
     let mut refused_name = false;
     let mut sign_failure = None;
     let mut answer = Err(Abandoned);
     loop {
         let progress = step.resume(answer);
         if let Some(hello) = take_hello_seen() {
-            server_name = hello.server_name;
+            facts.server_name = hello.server_name;
             refused_name = hello.refused_name;
         }
         match progress {
             Progress::WantsSignature(wanted) => {
                 let deadline = deadline.min(Instant::now() + wanted.deadline_in);
                 answer = match signature(wanted, client, deadline).await? {
-                    Ok(signature) => Ok(signature),
+                    Ok(Signed { signature, waited, signing, token }) => {
+                        facts.signed = Some(SignedBy { waited, signing, token });
+                        Ok(signature)
+                    }
                     Err(error) => {
                         sign_failure = Some(Close::from_sign_error(&error));
                         Err(Abandoned)
@@ -155,7 +160,7 @@ async fn run_step(mut tls: Tls, client: &Stream, deadline: Instant) -> Result<St
                     (None, true) => (Some(&ALERT_UNRECOGNIZED_NAME[..]), Close::ClientHandshakeUnknownName),
                     (None, false) => (None, Close::from_tls_error(&error)),
                 });
-                return Ok(StepOutcome { tls, plaintext, server_name, result });
+                return Ok(StepOutcome { tls, plaintext, result });
             }
         }
     }
@@ -166,7 +171,7 @@ async fn signature(
     wanted: SignatureWanted,
     client: &Stream,
     deadline: Instant,
-) -> Result<Result<Vec<u8>, SignError>, Close> {
+) -> Result<Result<Signed, SignError>, Close> {
     let pending = match wanted.key.sign(wanted.scheme, wanted.message) {
         Ok(pending) => pending,
         Err(error) => return Ok(Err(error)),
@@ -174,7 +179,7 @@ async fn signature(
     tokio::select! {
         biased;
         signed = timeout_at(deadline, pending) => Ok(match signed {
-            Ok(signed) => signed.map(|signed| signed.signature),
+            Ok(signed) => signed,
             Err(_) => Err(SignError::Deadline),
         }),
         () = client_gone(client) => Err(Close::ClientHandshakeClosed),

@@ -17,10 +17,14 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
 
+use crate::access_log::{AccessCounts, AccessLog, AccessPlan};
 use crate::close::CloseCounters;
 use crate::listener::{
     CurrentOffer, Listener, ListenerPlan, ListenerStats, Offer, accept_from, accept_waiting, socket_of,
 };
+use crate::log::Log;
+use crate::policy::NegotiatedCounters;
+use crate::process::ThreadClock;
 use crate::relay::Scratch;
 use crate::upstream::{Upstream, UpstreamPlan, UpstreamStats};
 
@@ -33,6 +37,7 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 pub struct IoPlan {
     pub listeners: Vec<(ListenerPlan, Arc<ServerConfig>)>,
     pub upstreams: Vec<UpstreamPlan>,
+    pub access: AccessPlan,
 }
 
 /// The running I/O thread, as the JavaScript thread holds it.
@@ -49,6 +54,10 @@ pub struct IoStats {
     pub listeners: Vec<(String, Arc<ListenerStats>)>,
     pub upstreams: Vec<Arc<UpstreamStats>>,
     pub closes: Arc<CloseCounters>,
+    pub negotiated: Arc<NegotiatedCounters>,
+    pub access: Arc<AccessCounts>,
+    /// How much of its core the thread has used; at one second a second it is what a worker is limited by.
+    pub cpu: ThreadClock,
     /// False once the thread has ended, for whatever reason.
     pub running: Arc<AtomicBool>,
 }
@@ -80,12 +89,12 @@ impl IoThread {
     ///
     /// # Errors
     /// The thread or its runtime cannot be made, or a descriptor is not a listening socket.
-    pub fn start(plan: IoPlan) -> io::Result<Self> {
+    pub fn start(plan: IoPlan, access_log: Log) -> io::Result<Self> {
         let (orders, inbox) = unbounded_channel();
         let (started, start) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("keygate-io".into())
-            .spawn(move || run(plan, inbox, &started))?;
+            .spawn(move || run(plan, access_log, inbox, &started))?;
         let stats = start.recv().map_err(|_| io::Error::other("the I/O thread ended while it started"))??;
         Ok(Self { orders, thread: Some(thread), stats })
     }
@@ -154,14 +163,19 @@ impl IoThread {
     }
 }
 
-fn run(plan: IoPlan, inbox: UnboundedReceiver<Order>, started: &mpsc::Sender<io::Result<IoStats>>) {
+fn run(
+    plan: IoPlan,
+    access_log: Log,
+    inbox: UnboundedReceiver<Order>,
+    started: &mpsc::Sender<io::Result<IoStats>>,
+) {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build() {
         Ok(runtime) => runtime,
         Err(error) => return drop(started.send(Err(error))),
     };
     let tasks = LocalSet::new();
     tasks.block_on(&runtime, async {
-        match Io::start(plan) {
+        match Io::start(plan, access_log) {
             Err(error) => drop(started.send(Err(error))),
             Ok(io) => {
                 let _ended = MarkEnded(io.running.clone());
@@ -183,6 +197,9 @@ struct Io {
     draining: bool,
     scratch: Rc<Scratch>,
     closes: Arc<CloseCounters>,
+    negotiated: Arc<NegotiatedCounters>,
+    access_log: Rc<AccessLog>,
+    cpu: ThreadClock,
     running: Arc<AtomicBool>,
 }
 
@@ -203,7 +220,7 @@ struct Prepared {
 }
 
 impl Io {
-    fn start(plan: IoPlan) -> io::Result<Self> {
+    fn start(plan: IoPlan, access_log: Log) -> io::Result<Self> {
         let mut io = Self {
             listeners: HashMap::new(),
             departed: HashMap::new(),
@@ -213,6 +230,9 @@ impl Io {
             draining: false,
             scratch: Rc::new(Scratch::default()),
             closes: Arc::new(CloseCounters::default()),
+            negotiated: Arc::new(NegotiatedCounters::default()),
+            access_log: Rc::new(AccessLog::new(AccessPlan::default(), access_log, Arc::default())),
+            cpu: ThreadClock::of_this_thread()?,
             running: Arc::new(AtomicBool::new(true)),
         };
         io.prepare(plan)?;
@@ -230,6 +250,9 @@ impl Io {
             listeners: listeners.collect(),
             upstreams: self.upstreams.iter().map(|checked| checked.upstream.stats()).collect(),
             closes: self.closes.clone(),
+            negotiated: self.negotiated.clone(),
+            access: self.access_log.counts.clone(),
+            cpu: self.cpu.clone(),
             running: self.running.clone(),
         }
     }
@@ -287,6 +310,7 @@ impl Io {
 
     fn commit(&mut self, retired: &[RawFd]) {
         let Some(Prepared { plan, sockets }) = self.prepared.take() else { return };
+        self.access_log = Rc::new(self.access_log.succeeded_by(plan.access));
         self.replace_upstreams(plan.upstreams);
         self.replace_listeners(plan.listeners);
         if self.draining {
@@ -345,8 +369,15 @@ impl Io {
                 continue;
             };
             let upstream = checked.upstream.clone();
-            let (scratch, closes) = (self.scratch.clone(), self.closes.clone());
-            let listener = Rc::new(Listener { plan, upstream, scratch, stats, closes });
+            let listener = Rc::new(Listener {
+                plan,
+                upstream,
+                scratch: self.scratch.clone(),
+                stats,
+                closes: self.closes.clone(),
+                negotiated: self.negotiated.clone(),
+                access_log: self.access_log.clone(),
+            });
             let offer = Offer { listener, tls_config };
             let current = match known {
                 Some(current) => {
@@ -398,6 +429,7 @@ impl Drop for MarkEnded {
 mod tests {
     use super::*;
     use crate::close::CLOSE_REASONS;
+    use crate::log::Target;
     use crate::process::open_listener;
     use crate::tls::tests::configured;
     use crate::upstream::{Balance, PassivePlan, ServerAddress};
@@ -409,8 +441,12 @@ mod tests {
 
     fn started(connections_max: usize) -> (IoThread, RawFd, SocketAddr) {
         let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
-        let io = IoThread::start(plan("https", connections_max, Vec::new()).0).expect("a thread");
+        let io = IoThread::start(plan("https", connections_max, Vec::new()).0, unread()).expect("a thread");
         (io, fd, address)
+    }
+
+    fn unread() -> Log {
+        Log::open(Target::File { path: "/dev/null".into(), mode: 0o640 }).expect("a log")
     }
 
     /// One listener without sockets, and a client that trusts its certificate.
@@ -437,7 +473,8 @@ mod tests {
             passive: PassivePlan { failures_max: 0, ejection: SHORT },
         };
         let (tls_config, client) = configured("1.3", "X25519");
-        (IoPlan { listeners: vec![(listener, tls_config)], upstreams: vec![upstream] }, client)
+        let access = AccessPlan::default();
+        (IoPlan { listeners: vec![(listener, tls_config)], upstreams: vec![upstream], access }, client)
     }
 
     fn stats_of(io: &IoThread, listener: &str) -> Option<Arc<ListenerStats>> {
@@ -573,7 +610,7 @@ mod tests {
         let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
         let (first, mut client) = plan("https", 10, servers.clone());
         let former = Arc::downgrade(&first.listeners[0].1);
-        let mut io = IoThread::start(first).expect("a thread");
+        let mut io = IoThread::start(first, unread()).expect("a thread");
         io.accept("https".into(), fd);
         let mut wire = TcpStream::connect(address).expect("queued");
         while client.is_handshaking() {

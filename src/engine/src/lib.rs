@@ -1,5 +1,6 @@
 //! keygate's engine: what happens per byte or per handshake. See ../../README.md for the life of a connection.
 
+mod access_log;
 #[cfg(not(fuzzing))]
 mod allocator;
 pub mod binding;
@@ -11,7 +12,9 @@ mod generation;
 mod handover;
 mod handshake;
 mod io_thread;
+mod key_log;
 mod listener;
+pub mod log;
 mod policy;
 mod process;
 pub mod proxy_header;

@@ -8,15 +8,17 @@ use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::sleep;
 
+use crate::access_log::{AccessLog, Ended, Facts};
 use crate::close::{Close, CloseCounters};
 use crate::connection::{Life, serve};
+use crate::policy::NegotiatedCounters;
 use crate::relay::{RelayBytes, Scratch};
 use crate::stats::{Counter, Gauge, Histogram};
 use crate::stream::Stream;
@@ -51,6 +53,8 @@ pub struct Listener {
     pub scratch: Rc<Scratch>,
     pub stats: Arc<ListenerStats>,
     pub closes: Arc<CloseCounters>,
+    pub negotiated: Arc<NegotiatedCounters>,
+    pub access_log: Rc<AccessLog>,
 }
 
 /// What a listener offers to those who come now. The TLS configuration, with its certificates, is given to a handshake
@@ -146,12 +150,12 @@ fn welcome(offer: &CurrentOffer, client: TcpStream, source: SocketAddr) {
     match listener.over_limit() {
         // Counted now and not when the task first runs, so that a burst meets the limits.
         None => {
-            drop(spawn_local(serve(Life::begin(listener), tls_config, Stream::Tcp(client), source)));
+            drop(spawn_local(serve(Life::begin(listener, source), tls_config, Stream::Tcp(client))));
         }
         Some(close) => {
             // A reset costs neither side a wait, and no TIME_WAIT here.
             Stream::Tcp(client).abort();
-            listener.closes.count(close);
+            listener.ended(close, source, Facts::default(), Duration::ZERO);
         }
     }
 }
@@ -165,6 +169,20 @@ fn is_of_the_connection(error: &io::Error) -> bool {
 }
 
 impl Listener {
+    /// The end of every connection that was accepted, counted and perhaps logged.
+    pub fn ended(&self, close: Close, client: SocketAddr, facts: Facts, total: Duration) {
+        self.closes.count(close);
+        self.access_log.ended(close, || Ended {
+            at: SystemTime::now(),
+            client,
+            listener: self.plan.name.clone(),
+            upstream: self.plan.upstream.clone(),
+            facts,
+            total,
+            close,
+        });
+    }
+
     fn over_limit(&self) -> Option<Close> {
         let at_least = |gauge: &Gauge, max: usize| usize::try_from(gauge.get()).is_ok_and(|now| now >= max);
         if at_least(&self.stats.connections_open, self.plan.connections_max) {

@@ -7,6 +7,8 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 use std::sync::Arc;
 
+use crate::key_log::KeyLog;
+use crate::stats::Counter;
 use crate::tickets::Ticketer;
 
 /// One ticket for each full handshake: a second one costs an encryption and 200 bytes, and few clients use it.
@@ -41,7 +43,7 @@ impl Policy {
         };
         let groups = match groups {
             [] => known.kx_groups,
-            _ => pick(groups, aws_lc_rs::ALL_KX_GROUPS, "group", |group| format!("{:?}", group.name()))?,
+            _ => pick(groups, aws_lc_rs::ALL_KX_GROUPS, "group", |group| group_name(*group))?,
         };
         Ok(Self { versions, cipher_suites, groups, tickets })
     }
@@ -53,6 +55,7 @@ impl Policy {
         certificates: Arc<dyn ResolvesServerCert>,
         alpn: &[String],
         ticketer: &Ticketer,
+        key_log: Option<Arc<KeyLog>>,
     ) -> Result<Arc<ServerConfig>, rustls::Error> {
         let provider = CryptoProvider {
             cipher_suites: self.cipher_suites.clone(),
@@ -69,6 +72,9 @@ impl Policy {
         config.max_early_data_size = 0;
         // Preferred first, as the policy says. (Groups: rustls takes the client's first that we have.)
         config.ignore_client_order = true;
+        if let Some(key_log) = key_log {
+            config.key_log = key_log;
+        }
         if self.tickets {
             config.ticketer = Arc::new(ticketer.clone());
             config.send_tls13_tickets = TICKETS_PER_HANDSHAKE;
@@ -121,6 +127,51 @@ pub fn openssl_name(suite: &SupportedCipherSuite) -> String {
 /// The IANA name: rustls writes TLS13_ where IANA writes TLS_ for the suites of TLS 1.3.
 pub fn suite_name(suite: &SupportedCipherSuite) -> String {
     format!("{:?}", suite.suite()).replace("TLS13_", "TLS_")
+}
+
+/// The IANA name.
+pub fn group_name(group: &'static dyn SupportedKxGroup) -> String {
+    format!("{:?}", group.name())
+}
+
+/// Finished handshakes by what they agreed on. Closed lists: everything that any policy can choose.
+pub struct NegotiatedCounters {
+    cipher_suites: Vec<(SupportedCipherSuite, Counter)>,
+    groups: Vec<(&'static dyn SupportedKxGroup, Counter)>,
+}
+
+impl Default for NegotiatedCounters {
+    fn default() -> Self {
+        let known = aws_lc_rs::default_provider().cipher_suites;
+        Self {
+            cipher_suites: known.into_iter().map(|suite| (suite, Counter::default())).collect(),
+            groups: aws_lc_rs::ALL_KX_GROUPS.iter().map(|group| (*group, Counter::default())).collect(),
+        }
+    }
+}
+
+impl NegotiatedCounters {
+    /// A resumed TLS 1.2 session has no group.
+    pub fn count(
+        &self,
+        cipher_suite: Option<SupportedCipherSuite>,
+        group: Option<&'static dyn SupportedKxGroup>,
+    ) {
+        let suite = self.cipher_suites.iter().find(|(known, _)| Some(*known) == cipher_suite);
+        let group = self.groups.iter().find(|(known, _)| group.is_some_and(|it| it.name() == known.name()));
+        for counter in suite.map(|(_, counter)| counter).into_iter().chain(group.map(|(_, counter)| counter))
+        {
+            counter.add(1);
+        }
+    }
+
+    pub fn cipher_suites(&self) -> impl Iterator<Item = (&SupportedCipherSuite, u64)> {
+        self.cipher_suites.iter().map(|(suite, counter)| (suite, counter.get()))
+    }
+
+    pub fn groups(&self) -> impl Iterator<Item = (&'static dyn SupportedKxGroup, u64)> {
+        self.groups.iter().map(|(group, counter)| (*group, counter.get()))
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,8 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{IntoRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -104,6 +105,38 @@ pub fn end_with_parent() -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// The CPU time of one thread, to be read by any other.
+#[derive(Clone)]
+pub struct ThreadClock {
+    clock: libc::clockid_t,
+    /// Of the last reading: a thread that has ended has no clock any more.
+    last_us: Arc<AtomicU64>,
+}
+
+impl ThreadClock {
+    /// # Errors
+    /// As pthread_getcpuclockid(3).
+    pub fn of_this_thread() -> io::Result<Self> {
+        let mut clock = 0;
+        // SAFETY: the calling thread exists, and the clock's number is written to a variable that lives through the call.
+        match unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) } {
+            0 => Ok(Self { clock, last_us: Arc::default() }),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+
+    /// Microseconds of CPU since the thread began; never less than before.
+    pub fn elapsed_us(&self) -> u64 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: writes a timespec that lives through the call; a clock whose thread has ended makes it fail.
+        if unsafe { libc::clock_gettime(self.clock, &mut time) } != 0 {
+            return self.last_us.load(Relaxed);
+        }
+        let now_us = time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_nsec.unsigned_abs() / 1_000;
+        self.last_us.fetch_max(now_us, Relaxed).max(now_us)
+    }
 }
 
 /// While true, exit must not run destructors: the I/O thread is using what they would tear down.

@@ -86,6 +86,25 @@ pub struct RelayBytes {
     pub to_client: Counter,
 }
 
+/// Where bytes are counted: for the listener, and for the connection.
+#[derive(Clone, Copy)]
+pub struct Meter<'a> {
+    pub all: &'a RelayBytes,
+    pub own: &'a RelayBytes,
+}
+
+impl Meter<'_> {
+    fn to_upstream(self, bytes: usize) {
+        self.all.to_upstream.add(bytes as u64);
+        self.own.to_upstream.add(bytes as u64);
+    }
+
+    fn to_client(self, bytes: usize) {
+        self.all.to_client.add(bytes as u64);
+        self.own.to_client.add(bytes as u64);
+    }
+}
+
 /// How a relay begins.
 #[derive(Default)]
 pub struct Opening {
@@ -107,15 +126,15 @@ pub async fn relay(
     upstream: &Stream,
     deadlines: RelayDeadlines,
     scratch: &Scratch,
-    bytes: &RelayBytes,
+    meter: Meter<'_>,
 ) -> Close {
-    bytes.to_upstream.add((opening.bytes.len() - opening.header_bytes) as u64);
+    meter.to_upstream(opening.bytes.len() - opening.header_bytes);
     let mut relay = Relay {
         client,
         upstream,
         tls,
         scratch,
-        bytes,
+        meter,
         to_upstream: Direction { pending: opening.bytes, written: opening.taken, ..Direction::default() },
         to_client: Direction::default(),
         client_truncated: false,
@@ -156,7 +175,7 @@ struct Relay<'a> {
     upstream: &'a Stream,
     tls: Tls,
     scratch: &'a Scratch,
-    bytes: &'a RelayBytes,
+    meter: Meter<'a>,
     to_upstream: Direction,
     to_client: Direction,
     /// The client ended without close_notify (RFC 8446 6.1).
@@ -287,7 +306,7 @@ impl Relay<'_> {
         self.tls.release_buffers();
         if self.to_upstream.state == DirectionState::Open {
             self.last_byte_at = Instant::now();
-            self.bytes.to_upstream.add(decrypted.len() as u64);
+            self.meter.to_upstream(decrypted.len());
             if self.to_upstream.write(self.upstream, decrypted, &[], false).is_err() {
                 self.refuse_to_upstream();
             }
@@ -313,7 +332,7 @@ impl Relay<'_> {
                 .tls
                 .encrypt(&from_upstream[..received], ciphertext)
                 .map_err(|_| Close::ClientRelayProtocolError)?;
-            self.bytes.to_client.add(received as u64);
+            self.meter.to_client(received);
         }
         match end {
             None => {}
@@ -522,6 +541,7 @@ fn poll_read(context: &mut Context<'_>, stream: &Stream, buffer: &mut [u8]) -> P
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::access_log::Facts;
     use crate::handshake::handshake;
     use crate::tls::tests::configured;
     use std::io::{Read, Write};
@@ -568,10 +588,11 @@ mod tests {
                 std::thread::spawn(move || client(rustls::StreamOwned::new(tls_client, client_there)));
             let upstream: JoinHandle<U> = std::thread::spawn(move || upstream(upstream_there));
             let scratch = Scratch::default();
-            let established = handshake(&client_here, config, Instant::now() + SHORT, &scratch)
-                .await
-                .unwrap_or_else(|close| panic!("the handshake ended: {close:?}"));
-            let bytes = RelayBytes::default();
+            let established =
+                handshake(&client_here, config, Instant::now() + SHORT, &scratch, &mut Facts::default())
+                    .await
+                    .unwrap_or_else(|close| panic!("the handshake ended: {close:?}"));
+            let (all, own) = (RelayBytes::default(), RelayBytes::default());
             let close = relay(
                 &client_here,
                 established.tls,
@@ -579,9 +600,10 @@ mod tests {
                 &upstream_here,
                 deadlines,
                 &scratch,
-                &bytes,
+                Meter { all: &all, own: &own },
             )
             .await;
+            assert_eq!(all.to_client.get(), own.to_client.get());
             assert_eq!(scratch.kept_bytes.get(), 0, "what an ended connection kept is still accounted for");
             (close, client, upstream)
         });

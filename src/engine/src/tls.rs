@@ -2,6 +2,7 @@
 //! deadlines or tokens. I/O thread only. Built on rustls' unbuffered interface: an established connection that is idle
 //! holds no buffer at all, and bulk data is read and written in the worker's shared scratch buffers (relay.rs).
 
+use rustls::crypto::SupportedKxGroup;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError, WriteTraffic};
 use rustls::{Error, ServerConfig};
@@ -179,12 +180,22 @@ impl Tls {
         self.state.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
     }
 
-    pub fn protocol(&self) -> Option<rustls::ProtocolVersion> {
-        self.state.protocol_version()
-    }
-
     pub fn cipher_suite(&self) -> Option<rustls::SupportedCipherSuite> {
         self.state.negotiated_cipher_suite()
+    }
+
+    /// None for a resumed TLS 1.2 session.
+    pub fn group(&self) -> Option<&'static dyn SupportedKxGroup> {
+        self.state.negotiated_key_exchange_group()
+    }
+
+    pub fn is_tls13(&self) -> bool {
+        self.state.protocol_version() == Some(rustls::ProtocolVersion::TLSv1_3)
+    }
+
+    /// As OpenSSL and the PROXY protocol have it.
+    pub fn protocol_name(&self) -> &'static str {
+        if self.is_tls13() { "TLSv1.3" } else { "TLSv1.2" }
     }
 
     pub fn alpn(&self) -> Option<&[u8]> {
@@ -256,7 +267,7 @@ pub(crate) mod tests {
         let policy =
             Policy::parse(&[version.to_owned()], &[], &[group.to_owned()], true).expect("known names");
         let config = policy
-            .server_config(Arc::new(resolver), &[], &Ticketer::new(Duration::from_secs(60)))
+            .server_config(Arc::new(resolver), &[], &Ticketer::new(Duration::from_secs(60)), None)
             .expect("a server configuration");
         let mut roots = RootCertStore::empty();
         roots.add(certificate.clone()).expect("a trust anchor");

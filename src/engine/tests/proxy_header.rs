@@ -143,7 +143,7 @@ fn a_value_over_its_limit_is_left_out_and_one_at_its_limit_is_not() {
     assert_eq!(kinds(UNIQUE_ID_BYTES_MAX), [0x01, 0x02, 0x05, 0x22]);
     assert_eq!(kinds(UNIQUE_ID_BYTES_MAX + 1), [0x01, 0x02, 0x22]);
     assert_eq!(kinds(VALUE_BYTES_MAX), [0x01, 0x02, 0x22]);
-    assert_eq!(kinds(VALUE_BYTES_MAX + 1), []);
+    assert!(kinds(VALUE_BYTES_MAX + 1).is_empty());
 }
 
 #[test]

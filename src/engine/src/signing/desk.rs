@@ -1,6 +1,7 @@
 //! Owns the hand-over between the I/O thread and the lanes of one token: the queue, who is idle, and whether the token
 //! is up. Must not know PKCS#11. Its mutex is held for moments only, so the I/O thread never waits for a token.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -46,6 +47,15 @@ pub enum DownReason {
     Pin(String),
     /// A call failed and no repair helped.
     Call(String),
+}
+
+impl fmt::Display for DownReason {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DownReason::Pin(what) | DownReason::Call(what) => formatter.write_str(what),
+            DownReason::WrongSignature(what) => write!(formatter, "a signature was wrong: {what}"),
+        }
+    }
 }
 
 /// Lanes sit on a stack: the one that sat down last is called first, because its stack, its arena and what the module

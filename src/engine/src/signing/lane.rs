@@ -103,6 +103,12 @@ struct Tried {
     stale: Option<u64>,
 }
 
+impl Drop for Lane<'_> {
+    fn drop(&mut self) {
+        self.close_session(Ckr::OK);
+    }
+}
+
 impl Lane<'_> {
     fn answer(&mut self, class: Class, job: Job) {
         let stats = self.token.stats();
@@ -280,7 +286,11 @@ impl Lane<'_> {
     fn session(&mut self) -> Result<&Session, Ckr> {
         match &mut self.session {
             Some(session) => Ok(session),
-            none => Ok(none.insert(self.token.open_session()?)),
+            none => {
+                let session = none.insert(self.token.open_session()?);
+                self.token.stats().sessions_open.add(1);
+                Ok(session)
+            }
         }
     }
 
@@ -288,6 +298,7 @@ impl Lane<'_> {
     fn close_session(&mut self, after: Ckr) {
         if let Some(session) = self.session.take() {
             session.end_after(after);
+            self.token.stats().sessions_open.add(-1);
         }
         self.proofs.clear();
     }

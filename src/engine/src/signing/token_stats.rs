@@ -18,6 +18,8 @@ pub struct TokenStats {
     pub lanes_busy: Gauge,
     /// Lanes written off inside the module. Stays 0 until lost lanes are replaced.
     pub lanes_lost: Gauge,
+    /// PKCS#11 sessions of lanes.
+    pub sessions_open: Gauge,
     pub reopened: Counter,
     pub logged_in: Counter,
     pub refound: Counter,
