@@ -57,6 +57,8 @@ export interface EndedKeygate {
 interface LaunchOptions {
   /** Added to the environment of the token. */
   readonly env?: Readonly<Record<string, string>>;
+  /** Of `serve`, beside the configuration. */
+  readonly args?: readonly string[];
 }
 
 const startDeadlineMs = 30_000;
@@ -360,9 +362,9 @@ let launched = 0;
 function launch(
   token: ProvisionedToken,
   file: string,
-  { env }: LaunchOptions,
+  { env, args = [] }: LaunchOptions,
 ): ChildProcessByStdio<null, Readable, Readable> {
-  return spawn(process.execPath, [main, 'serve', '-c', file], {
+  return spawn(process.execPath, [main, 'serve', '-c', file, ...args], {
     env: { ...process.env, ...token.env, ...env },
     stdio: ['ignore', 'pipe', 'pipe'],
     // A process group of its own, by which its workers are found when it has gone.
