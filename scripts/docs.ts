@@ -8,6 +8,7 @@ import { join } from 'node:path';
 import { configReference } from '../src/config/reference.ts';
 import { engine } from '../src/engine/binding.ts';
 import { errorCodes, exitCodes } from '../src/errors.ts';
+import { logEvents } from '../src/log.ts';
 import { metricsTable } from '../src/primary/metrics.ts';
 
 const readme = join(import.meta.dirname, '../README.md');
@@ -19,6 +20,7 @@ const sections: Readonly<Record<string, () => string>> = {
   'config-reference': configReference,
   'close-reasons': closeReasonTable,
   metrics: metricsTable,
+  events: eventTable,
 };
 
 const current = readFileSync(readme, 'utf8');
@@ -61,6 +63,11 @@ function closeReasonTable(): string {
     .closeReasons()
     .map(({ side, phase, reason, meaning }) => `| \`${side}/${phase}/${reason}\` | ${meaning} |`);
   return ['| side/phase/reason | meaning |', '|---|---|', ...rows].join('\n');
+}
+
+function eventTable(): string {
+  const rows = Object.entries(logEvents).map(([event, meaning]) => `| \`${event}\` | ${meaning} |`);
+  return ['| event | meaning |', '|---|---|', ...rows].join('\n');
 }
 
 function configExample(): string {

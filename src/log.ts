@@ -5,14 +5,66 @@
  * or a reader, except for a moment when the process ends: the last line before an exit is the one that matters.
  */
 import pino from 'pino';
-import type { Logger } from 'pino';
 import { prettyFactory } from 'pino-pretty';
 import type { LogConfig } from './config/config.ts';
 import { engine } from './engine/binding.ts';
 import type { LineLog, LogSnapshot } from './engine/native.d.ts';
 import { ServiceError } from './errors.ts';
 
-export type Log = Logger;
+/**
+ * Every event that can be in the log, with its meaning. Names are stable: what reads logs matches on them. README has the
+ * same table.
+ */
+export const logEvents = {
+  starting: 'keygate begins to start: version, configuration file',
+  privileges_dropped: 'root was given up for the configured user',
+  privileges_kept: 'keygate runs as root, because no `user` is configured',
+  ready: 'every worker serves; with the addresses of listeners and admin server',
+  worker_ready: 'a worker serves',
+  worker_lost: 'a worker died or failed, and why; it is replaced',
+  worker_crashed: 'a defect ended a worker: report it',
+  worker_channel: 'the channel between primary and a worker failed',
+  worker_ended: 'a worker has drained and left',
+  queue_adopted: 'a sibling serves the accept queue of a worker that is gone',
+  token_warning: 'something about a token or key that works and should not stay so',
+  token_down: 'a worker cannot sign with a token any more, and why',
+  token_up: 'it can again',
+  token_repaired: 'PKCS#11 sessions were reopened, a login repeated, or keys found again',
+  server_down: 'a worker holds a server of an upstream for unhealthy',
+  server_up: 'it does not any more',
+  upstream_unresolved: 'the name of a server has no address; the server is left out',
+  tickets_rotated: 'another key issues session tickets',
+  reload_requested: 'somebody asked the admin server for a reload',
+  reload_committed: 'the file is what is served; with what has changed',
+  reload_refused: 'the file is wrong, and where; nothing has changed',
+  reload_rolled_back: 'a worker could not serve the new configuration, and why; nothing has changed',
+  signal: 'SIGTERM or SIGINT was received',
+  drain_requested: 'somebody asked the admin server for a drain',
+  drain_started: 'nobody is accepted any more; connections may end',
+  ended: 'no worker is left; with the number of connections that were cut',
+  admin_server: 'the admin server could not accept a connection',
+  admin_request: 'the admin server could not answer a request',
+  logs_reopened: 'log files were opened again',
+  log_reopen_failed: 'a log file could not be opened again; the old one is still used',
+  log_lines_dropped: 'lines were lost: the disk was full, or a reader stalled',
+  key_log_enabled: 'the secrets of every connection are written to a file: never in production',
+  connection: 'a connection has ended (access log)',
+} as const;
+
+/** `connection` is the engine's. */
+type LogEvent = Exclude<keyof typeof logEvents, 'connection'>;
+
+type Write = (details: { readonly event: LogEvent; readonly [field: string]: unknown }, message: string) => void;
+
+/** pino's, with events that are in the table and nothing else. */
+export interface Log {
+  level: string;
+  readonly debug: Write;
+  readonly info: Write;
+  readonly warn: Write;
+  readonly error: Write;
+  readonly fatal: Write;
+}
 
 /** How long a process that ends waits for its last lines to be written. */
 const flushBudgetMs = 500;

@@ -184,10 +184,11 @@ export class Reloads {
     const { log } = this.#parts;
     const { outcome, seconds, changes, reasons } = report;
     if (outcome === 'committed') {
-      const details = { event: 'reload_committed', seconds, generation: this.#generation, changes: shown(changes) };
+      const event = 'reload_committed';
+      const details = { event, seconds, generation: this.#generation, changes: shown(changes) } as const;
       log.info(details, 'the new configuration is served');
     } else {
-      const details = { event: `reload_${outcome}`, seconds, reasons };
+      const details = { event: `reload_${outcome}`, seconds, reasons } as const;
       log.error(details, 'the new configuration is not served; the old one goes on');
     }
   }

@@ -56,6 +56,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   // As the account that workers have too: a file that root made would be closed to them.
   const logs = openLogs(config.log);
   const { log } = logs;
+  log.info({ event: 'starting', version, node: process.versions.node, file: config.file }, `keygate ${version}`);
   logPrivileges(account, log);
   if (config.log.keyLog !== undefined) reportKeyLog(config.log.keyLog, log);
 
@@ -68,7 +69,11 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   workers.once('allReady', allReady.resolve);
   workers.once('drained', ended.resolve);
   workers.once('failed', ended.reject);
-  const rotateEvery = (intervalMs: number) => setInterval(() => workers.rotateTickets(), intervalMs);
+  const rotateEvery = (intervalMs: number) =>
+    setInterval(() => {
+      workers.rotateTickets();
+      log.info({ event: 'tickets_rotated', epoch: epochs.current.number }, 'another key issues session tickets');
+    }, intervalMs);
   let rotation = rotateEvery(config.tickets.rotationMs);
   let rotationMs = config.tickets.rotationMs;
   const reloads = new Reloads(config, { workers, native: engine(), slots, log }, (next) => {

@@ -493,7 +493,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
         workerPid: worker.process.pid,
         code: failure.code,
         failuresInRow,
-      };
+      } as const;
       this.#log.error(details, failure.message);
       for (const orphaned of this.#slots) if (orphaned.adoptedBy === slot) orphaned.adoptedBy = undefined;
       this.#adoptOrphans();
