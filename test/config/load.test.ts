@@ -83,6 +83,19 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
   });
 });
 
+it('an access log has everything in it unless told otherwise, and log files are absolute', () => {
+  const { log } = parseConfig(
+    document({ more: 'log: { file: logs/k.log, access: {}, keyLog: k.keys }' }),
+    '/etc/keygate/keygate.yaml',
+  );
+  assert.deepEqual(plain(log), {
+    level: 'info',
+    file: '/etc/keygate/logs/k.log',
+    access: { sample: 1, failures: 'always', rate: 1000 },
+    keyLog: '/etc/keygate/k.keys',
+  });
+});
+
 it('the example that is shipped loads', () => {
   const file = join(import.meta.dirname, '../../native-config/keygate.yaml');
   const config = parseConfig(readFileSync(file, 'utf8'), file);
