@@ -86,8 +86,6 @@ export interface Logs {
   readonly counts: LogCounts;
   /** Opens the files by their names again, after a rotation. What cannot be opened is logged where that still goes. */
   reopen(): void;
-  /** Waits a moment until everything has been written. */
-  flush(): void;
 }
 
 /**
@@ -103,10 +101,9 @@ export function openLogs(config: LogConfig, worker?: number): Logs {
   const key = config.keyLog === undefined || worker === undefined ? undefined : open(config.keyLog, true);
   const log = eventLog(event, config, worker);
   const all = [...new Set([event, access, ...(key === undefined ? [] : [key])])];
-  const flush = (): void => {
+  process.on('exit', () => {
     for (const each of all) each.flush(flushBudgetMs);
-  };
-  process.on('exit', flush);
+  });
   return {
     log,
     access,
@@ -128,7 +125,6 @@ export function openLogs(config: LogConfig, worker?: number): Logs {
       }
       log.info({ event: 'logs_reopened' }, 'logs opened again');
     },
-    flush,
   };
 }
 

@@ -49,7 +49,6 @@ process.on('uncaughtException', (error) => {
 // However the process leaves, the lanes must be out of the module first: its destructors run at exit.
 process.on('exit', () => {
   engine?.stop(stopBudgetMs);
-  logs?.flush();
 });
 process.on('disconnect', () => {
   process.exit(1); // the primary is gone, and its sockets with it
