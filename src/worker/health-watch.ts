@@ -31,9 +31,10 @@ export class HealthWatch {
 
   #noticeRepairs({ name, reopened, loggedIn, refound }: TokenSnapshot): void {
     const repairs = reopened + loggedIn + refound;
-    const known = this.#repairs.get(name) ?? 0;
+    const known = this.#repairs.get(name);
     this.#repairs.set(name, repairs);
-    if (repairs <= known) return;
+    // The login of the start repairs nothing.
+    if (known === undefined || repairs <= known) return;
     const sums = { reopened, loggedIn, refound };
     this.#log.info({ event: 'token_repaired', token: name, ...sums }, `token ${name} was repaired`);
   }
