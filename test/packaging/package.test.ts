@@ -44,6 +44,7 @@ it('has what keygate needs, and nothing that it is made or tested with', () => {
     'LICENSE',
     'README.md',
     'CHANGELOG.md',
+    'docs/production.md',
     'bin/keygate',
     'dist/cli/main.js',
     'dist/worker/main.js',
