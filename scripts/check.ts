@@ -47,6 +47,7 @@ const checks: readonly Check[] = [
   { name: 'lint-fault-module', command: ['cargo', ...clippy, ...faultModule, ...denyWarnings] },
   { name: 'lint-load', command: ['cargo', ...clippy, '--release', ...load, ...sharedTarget, ...denyWarnings] },
   { name: 'dead-code', command: [`${bin}/knip`] },
+  { name: 'licences', command: [process.execPath, 'scripts/licences.ts', '--check'] },
   { name: 'docs', command: [process.execPath, 'scripts/docs.ts', '--check'] },
   { name: 'binding-types', command: [process.execPath, 'scripts/binding-types.ts', '--check'] },
   { name: 'test-rust', command: ['cargo', 'test', '--release', '--locked', ...manifest], count: countCargo },

@@ -1,11 +1,34 @@
 /**
- * Owns: which version of keygate this is.
+ * Owns: which version of keygate this is, and which build of it.
  * Must not know: who asks.
  * Runs: everywhere.
  */
 import { createRequire } from 'node:module';
 
-// Beside src/ and dist/ alike, so the same path serves both.
-const manifest = createRequire(import.meta.url)('../package.json') as { readonly version: string };
+/** dist/build.json, written by scripts/build.ts. */
+export interface Build {
+  /** Of git; `+changes` when there were files that it does not know. */
+  readonly revision: string;
+  readonly os: string;
+  readonly cpu: string;
+}
 
-export const { version } = manifest;
+const require = createRequire(import.meta.url);
+
+// Beside src/ and dist/ alike, so the same path serves both.
+export const { version } = require('../package.json') as { readonly version: string };
+
+/** `0.1.0`, or in a package `0.1.0 (00f700bf12cd, linux-x64)`. */
+export function describeVersion(): string {
+  const build = readBuild();
+  return build === undefined ? version : `${version} (${build.revision}, ${build.os}-${build.cpu})`;
+}
+
+/** Undefined in a checkout, which is not built. */
+export function readBuild(): Build | undefined {
+  try {
+    return require('./build.json') as Build;
+  } catch {
+    return undefined;
+  }
+}

@@ -3,10 +3,10 @@
  * Must not know: what a command does; each is imported when it is run, so `--help` is fast and `serve` loads no PKCS#11.
  * Runs: on the main thread of the command, which for `serve` and `demo` becomes the primary.
  */
-import { readFileSync } from 'node:fs';
 import { Command, CommanderError, InvalidArgumentError } from 'commander';
 import { ConfigError, exitCodes, formatProblem, KeygateError, UsageError } from '../errors.ts';
 import type { ServeOptions } from '../primary/serve.ts';
+import { describeVersion } from '../version.ts';
 import type { CheckOptions } from './check.ts';
 import type { DemoOptions } from './demo.ts';
 import type { KeyGenerateOptions, KeyListOptions, KeySelfSignOptions, KeySubjectOptions } from './key.ts';
@@ -29,7 +29,7 @@ async function main(argv: readonly string[]): Promise<void> {
 function commandLine(): Command {
   const program = new Command('keygate')
     .description('TLS offloader whose private keys never leave a PKCS#11 token.')
-    .version(version(), '-V, --version')
+    .version(describeVersion(), '-V, --version')
     // Settings that commands made below inherit. Messages of commander are printed by main() like all others.
     .exitOverride()
     .configureOutput({ outputError: () => {} })
@@ -165,14 +165,6 @@ function whole(min: number, max: number): (text: string) => number {
     if (value >= min && value <= max) return value;
     throw new InvalidArgumentError(`Expected a whole number from ${min} to ${max}.`);
   };
-}
-
-/** The same path from src/cli and from dist/cli. */
-function version(): string {
-  const { version: text } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8')) as {
-    version: string;
-  };
-  return text;
 }
 
 function exitCodeHelp(): string {

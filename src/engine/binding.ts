@@ -7,6 +7,7 @@ import { accessSync, constants } from 'node:fs';
 import { createRequire } from 'node:module';
 import { isMainThread } from 'node:worker_threads';
 import { ServiceError } from '../errors.ts';
+import { readBuild } from '../version.ts';
 
 export type EngineBinding = typeof import('./native.d.ts');
 
@@ -39,12 +40,15 @@ function load(): EngineBinding {
 
 /** "Cannot find module" is also what Node says of a file that this user may not reach. */
 function hintFor(path: string): string {
+  const build = readBuild();
   try {
     accessSync(path, constants.R_OK);
-    return 'it was built for another system or another Node: run scripts/bootstrap to build it';
+    return build === undefined
+      ? 'it was built for another system or another Node: run scripts/bootstrap to build it'
+      : `it was built for ${build.os}-${build.cpu}, this is ${process.platform}-${process.arch}: install the package for this system`;
   } catch (error) {
-    return error instanceof Error && 'code' in error && error.code === 'EACCES'
-      ? 'this user must be allowed to read what keygate consists of'
-      : 'run scripts/bootstrap to build it';
+    if (error instanceof Error && 'code' in error && error.code === 'EACCES')
+      return 'this user must be allowed to read what keygate consists of';
+    return build === undefined ? 'run scripts/bootstrap to build it' : 'install the package again';
   }
 }
