@@ -13,6 +13,7 @@ import { readFileSync } from 'node:fs';
 import { isDeepStrictEqual } from 'node:util';
 import type { Config, LogConfig, TokenConfig } from '../config/config.ts';
 import { loadConfig } from '../config/load.ts';
+import { logFiles, logFilesOutside } from '../config/log-files.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { giveBackMemorySoon } from '../engine/memory.ts';
 import { ConfigError, formatProblem, KeygateError } from '../errors.ts';
@@ -203,7 +204,7 @@ const busyReport: ReloadReport = {
 
 /** What workers, sockets and tokens were made with once and for all. */
 function restartProblems(former: Config, next: Config): Problem[] {
-  const keys = ['workers', 'user', 'group', 'admin'] as const;
+  const keys = ['workers', 'user', 'group', 'admin', 'sandbox'] as const;
   const fixed: Fixed[] = keys.map((key) => ({ path: key, old: former[key], now: next[key] }));
   // Levels and samples are settings; a file is opened once, by each process.
   for (const [path, file] of Object.entries(logFiles)) {
@@ -216,9 +217,9 @@ function restartProblems(former: Config, next: Config): Problem[] {
       if (name in former.tokens && key !== 'signDeadlineMs') fixed.push({ path: `tokens.${name}.${key}`, old, now });
     }
   }
-  return fixed
+  const changed = fixed
     .filter(({ old, now }) => !isDeepStrictEqual(old, now))
-    .map(({ path, old, now }) => ({
+    .map(({ path, old, now }): Problem => ({
       file: next.file,
       path,
       code: 'config_restart',
@@ -226,6 +227,15 @@ function restartProblems(former: Config, next: Config): Problem[] {
       expected: `${JSON.stringify(old) ?? 'nothing'} as before`,
       hint: `restart keygate to change it${path.startsWith('tokens.') ? ', or give the token another name' : ''}`,
     }));
+  const outside = logFilesOutside(former, logFiles(next.log)).map((found): Problem => ({
+    file: next.file,
+    path: 'log',
+    code: 'config_restart',
+    found,
+    expected: 'a file in a directory that workers could write before: that of a former log file, or sandbox.writable',
+    hint: 'restart keygate to change it: workers in their sandbox can write nowhere else',
+  }));
+  return [...changed, ...outside];
 }
 
 const logFiles: Readonly<Record<string, (log: LogConfig) => string | undefined>> = {

@@ -1,0 +1,599 @@
+//! Owns what a worker gives up for good before a PKCS#11 module is loaded: the policy, and putting it into force with
+//! Landlock (files, TCP ports, signals) and seccomp (system calls). Must not know the configuration, tokens or connections.
+//! JavaScript thread, once; what it puts into force holds for every thread of the process.
+//!
+//! The module is a stranger's code in the process that holds the PIN, and clients send bytes to the same process. Whoever gets
+//! to execute code there can sign with the token while he is there, and that is all: he cannot start a program, keep anything
+//! on disk, listen, look into another process, or try the parts of the kernel that were broken most often.
+//!
+//! **Every thread.** seccomp is put on all threads at once (TSYNC). Landlock restricts the thread that asks and those it
+//! creates later, until ABI 8 (Linux 7.0). Node has started others long before the first line of JavaScript: four V8 workers
+//! and their timer (`node-V8Worker`, `DelayedTaskSche`), which collect garbage and compile. They run no script and no module,
+//! but they share the memory: who can write it can have them do what his own thread may not. So they are made to restrict
+//! themselves, by a signal. The thread that waits for SIGUSR1 to start the debugger blocks every signal; workers are started
+//! without it (src/primary/workers.ts). A thread that cannot be reached is reported as missing.
+//!
+//! **What stays allowed.** Reading files, because modules are opaque and read what they like; connecting, because upstreams and
+//! network HSMs are reached so; ioctl on devices that may be opened; mapping code, because V8 compiles. Of io_uring only
+//! io_uring_enter, where Node's event loop has made its rings before (it aborts without); rings know no exec, ptrace or mount,
+//! and Landlock holds there too.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{c_int, c_long};
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering::SeqCst};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use landlock::{
+    ABI, AccessFs, AccessNet, AddRuleError, AddRulesError, BitFlags, PathBeneath, PathFd, RestrictSelfAttr,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope, make_bitflags,
+};
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, apply_filter_all_threads, sock_filter,
+};
+
+/// What may still be written.
+#[derive(Debug, Default)]
+pub struct Writable {
+    /// Files that are opened again after somebody has renamed them: they may be created, and so others beside them.
+    pub logs: Vec<PathBuf>,
+    /// Files, and directories with everything beneath.
+    pub trees: Vec<PathBuf>,
+}
+
+#[derive(Debug)]
+pub struct Entered {
+    /// 0: Landlock is not in force.
+    pub landlock_abi: u32,
+    pub seccomp: bool,
+    /// What is not in force although it should be, and why.
+    pub missing: Vec<String>,
+}
+
+/// Puts everything into force that the kernel has.
+pub fn enter(writable: &Writable) -> Entered {
+    let mut missing = Vec::new();
+    // First: it opens files and signals threads.
+    let landlock_abi = match confine_files(writable, &mut missing) {
+        Ok(abi) => abi,
+        Err(reason) => {
+            missing.push(format!("Landlock: {reason}"));
+            0
+        }
+    };
+    let seccomp = match confine_calls(writable) {
+        Ok(()) => true,
+        Err(reason) => {
+            missing.push(format!("seccomp: {reason}"));
+            false
+        }
+    };
+    Entered { landlock_abi, seccomp, missing }
+}
+
+// Landlock
+
+/// Everything that changes a file system, and executing. Not IOCTL_DEV: modules talk to their devices with it.
+fn handled() -> BitFlags<AccessFs> {
+    AccessFs::from_write(ABI::V3) | AccessFs::Execute
+}
+
+/// What everything on a Unix expects to be able to write, and that remembers nothing.
+const DEVICES: [&str; 4] = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"];
+
+/// Answers with the version of Landlock that is in force.
+fn confine_files(writable: &Writable, missing: &mut Vec<String>) -> Result<u32, String> {
+    let abi = landlock_abi()?;
+    let error = |error: RulesetError| error.to_string();
+    let mut ruleset = Ruleset::default()
+        .handle_access(handled())
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::BindTcp))
+        .and_then(|ruleset| ruleset.scope(Scope::Signal))
+        .and_then(|ruleset| ruleset.create())
+        .map_err(error)?;
+    for device in DEVICES {
+        // A container may have fewer.
+        let _ = allow(&mut ruleset, Path::new(device), handled());
+    }
+    for tree in &writable.trees {
+        let allowed = allow(&mut ruleset, tree, handled() & !AccessFs::Execute);
+        missing.extend(
+            allowed.err().map(|reason| format!("nothing can be written to {}: {reason}", tree.display())),
+        );
+    }
+    for log in &writable.logs {
+        let allowed = allow_log(&mut ruleset, log);
+        missing.extend(
+            allowed.err().map(|reason| format!("{} cannot be opened again: {reason}", log.display())),
+        );
+    }
+    if abi < TSYNC_SINCE {
+        // Before this thread: some kernels count a signal to a thread outside as one to another process (Landlock erratum 2).
+        let fd: Option<OwnedFd> = ruleset.try_clone().map_err(|error| error.to_string())?.into();
+        if let Some(fd) = fd {
+            let left_out = restrict_other_threads(&fd);
+            missing.extend(
+                left_out.iter().map(|thread| format!("Landlock does not hold for the thread {thread}")),
+            );
+        }
+    }
+    ruleset.all_threads(true).and_then(RulesetCreated::restrict_self).map_err(error)?;
+    for (since, what) in [(3, "truncating files"), (4, "binding TCP ports")] {
+        if abi < since {
+            missing
+                .push(format!("Landlock does not forbid {what}: found ABI {abi}, expected {since} or later"));
+        }
+    }
+    Ok(abi)
+}
+
+/// LANDLOCK_RESTRICT_SELF_TSYNC.
+const TSYNC_SINCE: u32 = 8;
+
+/// The kernel's own number: the crate knows those that existed when it was written.
+fn landlock_abi() -> Result<u32, String> {
+    const LANDLOCK_CREATE_RULESET_VERSION: c_long = 1;
+    // SAFETY: with this flag the call takes no memory and answers with a number (landlock_create_ruleset(2)).
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<u8>(),
+            0,
+            LANDLOCK_CREATE_RULESET_VERSION,
+        )
+    };
+    u32::try_from(abi).map_err(|_| {
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            Some(libc::ENOSYS) => "the kernel has none (Linux 5.13, CONFIG_SECURITY_LANDLOCK)".into(),
+            Some(libc::EOPNOTSUPP) => {
+                "it is in the kernel and not enabled (boot option lsm=landlock,...)".into()
+            }
+            _ => format!("landlock_create_ruleset: {error}"),
+        }
+    })
+}
+
+fn allow(ruleset: &mut RulesetCreated, path: &Path, access: BitFlags<AccessFs>) -> Result<(), String> {
+    let is_directory = fs::metadata(path).map_err(|error| error.to_string())?.is_dir();
+    let access = if is_directory { access } else { access & AccessFs::from_file(ABI::V3) };
+    let fd = PathFd::new(path).map_err(|error| error.to_string())?;
+    match ruleset.add_rule(PathBeneath::new(fd, access & !AccessFs::Execute)) {
+        Ok(_) => Ok(()),
+        // A pipe or a socket that /dev/stdout leads to: it lies in no file system, so it is not restricted.
+        Err(RulesetError::AddRules(AddRulesError::Fs(AddRuleError::AddRuleCall { source, .. })))
+            if source.raw_os_error() == Some(libc::EBADFD) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// The directory, because a log is created anew when somebody has renamed it; of what is no file, only itself.
+fn allow_log(ruleset: &mut RulesetCreated, log: &Path) -> Result<(), String> {
+    match fs::metadata(log) {
+        Ok(found) if !found.is_file() => allow(ruleset, log, make_bitflags!(AccessFs::{WriteFile})),
+        _ => {
+            let directory = log.parent().ok_or("it is in no directory")?;
+            allow(ruleset, directory, make_bitflags!(AccessFs::{WriteFile | MakeReg | Truncate}))
+        }
+    }
+}
+
+// Threads that are there already
+
+/// Nobody else uses it; the C library keeps those below for itself.
+fn restrict_signal() -> c_int {
+    libc::SIGRTMIN() + 7
+}
+
+/// A thread that is not blocked answers within microseconds.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
+const ANSWER_POLL: Duration = Duration::from_micros(50);
+
+static RULESET: AtomicI32 = AtomicI32::new(-1);
+static RESTRICTED: AtomicUsize = AtomicUsize::new(0);
+static FAILED: AtomicUsize = AtomicUsize::new(0);
+
+/// Has every other thread restrict itself, and answers with the names of those that could not be made to.
+fn restrict_other_threads(ruleset: &OwnedFd) -> Vec<String> {
+    let signal = restrict_signal();
+    RULESET.store(ruleset.as_raw_fd(), SeqCst);
+    // SAFETY: an all-zero sigaction is valid; the handler is a plain function that makes system calls only.
+    let former = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        let handler: extern "C" fn(c_int) = restrict_this_thread;
+        action.sa_sigaction = handler as libc::sighandler_t;
+        action.sa_flags = libc::SA_RESTART;
+        let mut former: libc::sigaction = std::mem::zeroed();
+        if libc::sigaction(signal, &raw const action, &raw mut former) != 0 {
+            return vec![format!("that is not the main one: {}", io::Error::last_os_error())];
+        }
+        former
+    };
+    // SAFETY: no arguments.
+    let mut seen = BTreeSet::from([unsafe { libc::gettid() }]);
+    let mut left_out = Vec::new();
+    let mut is_late = false;
+    // Until a look finds nobody new: a thread that is not restricted yet may have created another.
+    loop {
+        let new: Vec<c_int> = threads().into_iter().filter(|thread| seen.insert(*thread)).collect();
+        if new.is_empty() {
+            break;
+        }
+        for thread in new {
+            match restrict_thread(thread, signal) {
+                Outcome::Restricted => {}
+                Outcome::LeftOut => left_out.push(thread_name(thread)),
+                Outcome::Late => {
+                    is_late = true;
+                    left_out.push(thread_name(thread));
+                }
+            }
+        }
+    }
+    // A signal that is still to come would end the process without its handler, and find no ruleset without the descriptor.
+    if is_late {
+        // SAFETY: duplicates a descriptor that is open; the copy is never closed.
+        RULESET.store(unsafe { libc::fcntl(ruleset.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0) }, SeqCst);
+    } else {
+        // SAFETY: puts back what sigaction gave.
+        unsafe { libc::sigaction(signal, &raw const former, std::ptr::null_mut()) };
+    }
+    left_out
+}
+
+enum Outcome {
+    /// Or gone.
+    Restricted,
+    LeftOut,
+    Late,
+}
+
+fn restrict_thread(thread: c_int, signal: c_int) -> Outcome {
+    if blocks(thread, signal) {
+        return Outcome::LeftOut;
+    }
+    let (restricted, failed) = (RESTRICTED.load(SeqCst), FAILED.load(SeqCst));
+    // SAFETY: the call takes three integers.
+    let sent = unsafe { libc::syscall(libc::SYS_tgkill, process::id(), thread, signal) };
+    if sent != 0 {
+        return if is_gone(thread) { Outcome::Restricted } else { Outcome::LeftOut };
+    }
+    let give_up = Instant::now() + ANSWER_DEADLINE;
+    loop {
+        if RESTRICTED.load(SeqCst) > restricted {
+            return Outcome::Restricted;
+        }
+        if FAILED.load(SeqCst) > failed {
+            return Outcome::LeftOut;
+        }
+        if is_gone(thread) {
+            return Outcome::Restricted;
+        }
+        if Instant::now() > give_up {
+            return Outcome::Late;
+        }
+        thread::sleep(ANSWER_POLL);
+    }
+}
+
+/// Signal handler: no memory is allocated, no lock taken, and errno is as it was.
+extern "C" fn restrict_this_thread(_signal: c_int) {
+    // SAFETY: both calls take integers; errno is this thread's own.
+    let is_restricted = unsafe {
+        let errno = libc::__errno_location();
+        let former = *errno;
+        let is_restricted = libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::syscall(libc::SYS_landlock_restrict_self, RULESET.load(SeqCst), 0) == 0;
+        *errno = former;
+        is_restricted
+    };
+    if is_restricted { &RESTRICTED } else { &FAILED }.fetch_add(1, SeqCst);
+}
+
+fn threads() -> Vec<c_int> {
+    fs::read_dir("/proc/self/task")
+        .map(|entries| {
+            entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+        })
+        .unwrap_or_default()
+}
+
+fn is_gone(thread: c_int) -> bool {
+    !Path::new("/proc/self/task").join(thread.to_string()).exists()
+}
+
+/// proc(5): SigBlk is a mask in which signal 1 is the lowest bit.
+fn blocks(thread: c_int, signal: c_int) -> bool {
+    let status = fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap_or_default();
+    let mask =
+        status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigBlk:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & (1 << (signal - 1)) != 0)
+}
+
+fn thread_name(thread: c_int) -> String {
+    let name = fs::read_to_string(format!("/proc/self/task/{thread}/comm")).unwrap_or_default();
+    format!("{} ({thread})", name.trim())
+}
+
+// seccomp
+
+type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
+
+/// A list of what is forbidden, not of what is allowed: modules are opaque, and V8 and the C library use new calls in each
+/// version. EPERM and not an end of the process: a module that tries something and can do without goes on.
+fn confine_calls(writable: &Writable) -> Result<(), String> {
+    let rules = forbidden(writable).map_err(|error| error.to_string())?;
+    let program = compile(rules).map_err(|error| error.to_string())?;
+    apply_filter_all_threads(&program).map_err(|error| error.to_string())
+}
+
+fn forbidden(writable: &Writable) -> Result<Rules, BackendError> {
+    let own = u64::from(process::id());
+    let mut rules: Rules = NEVER.iter().copied().flatten().map(|call| (*call, Vec::new())).collect();
+    if writable.trees.is_empty() {
+        rules.extend(METADATA.iter().map(|call| (*call, Vec::new())));
+    }
+    if !has_rings() {
+        rules.insert(libc::SYS_io_uring_enter, Vec::new());
+    }
+    // Processes: what is no thread, or a thread in namespaces of its own.
+    let mut clone = vec![all_of([masked(0, libc::CLONE_THREAD as u64, 0)?])?];
+    for flag in [
+        libc::CLONE_NEWCGROUP,
+        libc::CLONE_NEWIPC,
+        libc::CLONE_NEWNET,
+        libc::CLONE_NEWNS,
+        libc::CLONE_NEWPID,
+        libc::CLONE_NEWUSER,
+        libc::CLONE_NEWUTS,
+    ] {
+        clone.push(all_of([masked(0, flag as u64, flag as u64)?])?);
+    }
+    rules.insert(libc::SYS_clone, clone);
+    // Signals to others, also where Landlock has no scope for them: nobody but the primary tells a process what to do. tkill
+    // and pidfd_send_signal do not say whose thread it is (in NEVER).
+    for call in [libc::SYS_kill, libc::SYS_tgkill, libc::SYS_rt_sigqueueinfo, libc::SYS_rt_tgsigqueueinfo] {
+        rules.insert(call, vec![all_of([is_not(0, own)?])?]);
+    }
+    // Limits of another process of the same user.
+    rules.insert(libc::SYS_prlimit64, vec![all_of([is_not(0, 0)?, is_not(0, own)?])?]);
+    // Families that are rarely used and often broken. The five are those of upstreams, network HSMs, local daemons, the
+    // resolver (netlink) and enclaves (vsock, also of p11-kit).
+    let families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK, libc::AF_VSOCK];
+    let other_family: Result<Vec<_>, _> = families.iter().map(|family| is_not(0, *family as u64)).collect();
+    let mut socket = vec![all_of(other_family?)?];
+    // Packets that the kernel did not make.
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        socket.push(all_of([
+            masked(0, u64::from(u32::MAX), family as u64)?,
+            masked(1, SOCKET_TYPE_MASK, libc::SOCK_RAW as u64)?,
+        ])?);
+    }
+    rules.insert(libc::SYS_socket, socket);
+    // Typing on the terminal that keygate was started from.
+    let terminal: Result<Vec<_>, BackendError> =
+        [libc::TIOCSTI, libc::TIOCLINUX].iter().map(|request| all_of([is(1, *request)?])).collect();
+    rules.insert(libc::SYS_ioctl, terminal?);
+    Ok(rules)
+}
+
+/// SOCK_TYPE_MASK: the rest are flags (socket(2)).
+const SOCKET_TYPE_MASK: u64 = 0xf;
+
+/// Whatever the arguments.
+const NEVER: [&[c_long]; 10] = [
+    // Starting programs. Modules that do (p11-kit with `remote: |command`) need the sandbox off.
+    &[libc::SYS_execve, libc::SYS_execveat],
+    // Looking into other processes, and taking their descriptors.
+    &[
+        libc::SYS_ptrace,
+        libc::SYS_process_vm_readv,
+        libc::SYS_process_vm_writev,
+        libc::SYS_kcmp,
+        libc::SYS_pidfd_getfd,
+        libc::SYS_process_madvise,
+        libc::SYS_process_mrelease,
+        libc::SYS_move_pages,
+        libc::SYS_migrate_pages,
+    ],
+    // Signals whose receiver the filter cannot see.
+    &[libc::SYS_tkill, libc::SYS_pidfd_send_signal],
+    // New clients: only the primary's sockets have any. Without bind(2) it would take any free port.
+    &[libc::SYS_listen],
+    // Another view of the file system or of the system; opening files by their number passes over directories.
+    &[
+        libc::SYS_mount,
+        libc::SYS_umount2,
+        libc::SYS_move_mount,
+        libc::SYS_mount_setattr,
+        libc::SYS_open_tree,
+        OPEN_TREE_ATTR,
+        libc::SYS_fsopen,
+        libc::SYS_fsconfig,
+        libc::SYS_fsmount,
+        libc::SYS_fspick,
+        libc::SYS_pivot_root,
+        libc::SYS_chroot,
+        libc::SYS_setns,
+        libc::SYS_unshare,
+        libc::SYS_open_by_handle_at,
+        libc::SYS_fanotify_init,
+        libc::SYS_quotactl,
+        libc::SYS_quotactl_fd,
+        libc::SYS_acct,
+        libc::SYS_mknodat,
+    ],
+    // Other identities and capabilities: privileges were given up by the primary, before.
+    &[
+        libc::SYS_setuid,
+        libc::SYS_setgid,
+        libc::SYS_setreuid,
+        libc::SYS_setregid,
+        libc::SYS_setresuid,
+        libc::SYS_setresgid,
+        libc::SYS_setfsuid,
+        libc::SYS_setfsgid,
+        libc::SYS_setgroups,
+        libc::SYS_capset,
+    ],
+    // Parts of the kernel with a long record of holes, and no use here.
+    &[
+        libc::SYS_bpf,
+        libc::SYS_perf_event_open,
+        libc::SYS_userfaultfd,
+        libc::SYS_io_uring_setup,
+        libc::SYS_io_uring_register,
+        libc::SYS_vmsplice,
+        libc::SYS_add_key,
+        libc::SYS_request_key,
+        libc::SYS_keyctl,
+        libc::SYS_personality,
+        libc::SYS_lookup_dcookie,
+        libc::SYS_nfsservctl,
+    ],
+    // The machine itself.
+    &[
+        libc::SYS_init_module,
+        libc::SYS_finit_module,
+        libc::SYS_delete_module,
+        libc::SYS_kexec_load,
+        libc::SYS_kexec_file_load,
+        libc::SYS_reboot,
+        libc::SYS_swapon,
+        libc::SYS_swapoff,
+        libc::SYS_sethostname,
+        libc::SYS_setdomainname,
+        libc::SYS_vhangup,
+        libc::SYS_syslog,
+    ],
+    // Clocks: certificates and tickets are valid by them.
+    &[libc::SYS_settimeofday, libc::SYS_clock_settime, libc::SYS_clock_adjtime, libc::SYS_adjtimex],
+    OF_THIS_ARCHITECTURE,
+];
+
+/// Older names of the above, and ways to the hardware.
+#[cfg(target_arch = "x86_64")]
+const OF_THIS_ARCHITECTURE: &[c_long] = &[
+    libc::SYS_fork,
+    libc::SYS_vfork,
+    libc::SYS_mknod,
+    libc::SYS_uselib,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+    libc::SYS_modify_ldt,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const OF_THIS_ARCHITECTURE: &[c_long] = &[];
+
+/// Changes of files that Landlock has no rights for. A module that may write somewhere may need them there, and the filter
+/// does not see where.
+const METADATA: &[c_long] = &[
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchmodat2,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_setxattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_fsetxattr,
+    SETXATTRAT,
+    libc::SYS_removexattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_fremovexattr,
+    REMOVEXATTRAT,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chmod,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chown,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_lchown,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_utime,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_utimes,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_futimesat,
+];
+
+// Not in the libc crate; the same number on every architecture.
+const SETXATTRAT: c_long = 463;
+const REMOVEXATTRAT: c_long = 466;
+const OPEN_TREE_ATTR: c_long = 467;
+
+/// Whether Node's event loop has made rings, which it will go on to use.
+fn has_rings() -> bool {
+    let Ok(descriptors) = fs::read_dir("/proc/self/fd") else { return true };
+    descriptors
+        .flatten()
+        .filter_map(|descriptor| fs::read_link(descriptor.path()).ok())
+        .any(|target| target.as_os_str() == "anon_inode:[io_uring]")
+}
+
+/// Calls that are allowed whatever their arguments are never shown to the filter: the kernel works out which they are when it
+/// is installed (Linux 5.11). So its length costs nothing on the data path, where only socket(2) is looked at.
+fn compile(rules: Rules) -> Result<BpfProgram, BackendError> {
+    let architecture = std::env::consts::ARCH.try_into()?;
+    // Calls of another architecture (int 0x80) have other numbers: they end the process.
+    let checks: BpfProgram = SeccompFilter::new(
+        rules,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EPERM as u32),
+        architecture,
+    )?
+    .try_into()?;
+    let refuse = |errno: c_int| u32::from(SeccompAction::Errno(errno as u32));
+    let mut program = vec![
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, SYSCALL_NUMBER_OFFSET),
+        // Its flags are in memory, which the filter cannot read. The C library then uses clone.
+        jump(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, libc::SYS_clone3 as u32, 0, 1),
+        statement(libc::BPF_RET | libc::BPF_K, refuse(libc::ENOSYS)),
+    ];
+    if cfg!(target_arch = "x86_64") {
+        // The calls of x32 are those of x86_64 under numbers of their own, and would pass.
+        program.extend([
+            jump(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K, X32_SYSCALL_BIT, 0, 1),
+            statement(libc::BPF_RET | libc::BPF_K, refuse(libc::EPERM)),
+        ]);
+    }
+    program.extend(checks);
+    Ok(program)
+}
+
+const X32_SYSCALL_BIT: u32 = 0x4000_0000;
+/// Of `nr` in struct seccomp_data (seccomp(2)).
+const SYSCALL_NUMBER_OFFSET: u32 = 0;
+
+fn statement(code: u32, value: u32) -> sock_filter {
+    jump(code, value, 0, 0)
+}
+
+/// Skips `yes` or `no` instructions.
+fn jump(code: u32, value: u32, yes: u8, no: u8) -> sock_filter {
+    sock_filter { code: code as u16, jt: yes, jf: no, k: value }
+}
+
+fn all_of(conditions: impl Into<Vec<SeccompCondition>>) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(conditions.into())
+}
+
+fn is(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+fn is_not(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value)
+}
+
+fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompCondition, BackendError> {
+    SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(mask), value)
+}
