@@ -266,7 +266,9 @@ export interface SandboxReport {
 export interface SandboxSettings {
   /** Files that are opened for appending, again and again: others may be created beside them. */
   logs: Array<string>
-  /** Files, and directories with everything in them. */
+  /** Files, and directories with everything in them, that modules are known to keep their state in. */
+  states: Array<string>
+  /** The same, as the configuration says it; with any, modes and owners may be changed. */
   writable: Array<string>
 }
 

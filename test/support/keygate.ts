@@ -92,7 +92,9 @@ export function launchKeygate(
   launched += 1;
   const file = join(token.directory, `keygate-${launched}.yaml`);
   const configure = (other: KeygateDocument): void => {
-    writeFileSync(file, stringify({ ...faultSandbox(options), ...configurationOf(token, other) }), { mode: 0o600 });
+    writeFileSync(file, stringify({ ...faultSandbox(token, options), ...configurationOf(token, other) }), {
+      mode: 0o600,
+    });
   };
   configure(document);
   return new Keygate(launch(token, file, options), file, configure);
@@ -328,10 +330,10 @@ interface ClosedOptions {
   readonly deadlineMs?: number;
 }
 
-/** The fault module counts in its control file, which it must be able to write. */
-function faultSandbox({ env }: LaunchOptions): object {
+/** The fault module counts in its control file; and nobody can know that SoftHSM is behind it. */
+function faultSandbox({ directory }: ProvisionedToken, { env }: LaunchOptions): object {
   const control = env?.['KEYGATE_FAULT_CONTROL'];
-  return control === undefined ? {} : { sandbox: { writable: [dirname(control)] } };
+  return control === undefined ? {} : { sandbox: { writable: [dirname(control), join(directory, 'tokens')] } };
 }
 
 /** One worker unless the document says otherwise: what a test counts is then in one place. */

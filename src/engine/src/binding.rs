@@ -660,7 +660,9 @@ pub fn harden() -> Result<()> {
 pub struct SandboxSettings {
     /// Files that are opened for appending, again and again: others may be created beside them.
     pub logs: Vec<String>,
-    /// Files, and directories with everything in them.
+    /// Files, and directories with everything in them, that modules are known to keep their state in.
+    pub states: Vec<String>,
+    /// The same, as the configuration says it; with any, modes and owners may be changed.
     pub writable: Vec<String>,
 }
 
@@ -678,8 +680,11 @@ pub struct SandboxReport {
 #[napi(catch_unwind)]
 pub fn enter_sandbox(settings: SandboxSettings) -> SandboxReport {
     let paths = |texts: Vec<String>| texts.into_iter().map(PathBuf::from).collect();
-    let entered =
-        sandbox::enter(&sandbox::Writable { logs: paths(settings.logs), trees: paths(settings.writable) });
+    let entered = sandbox::enter(&sandbox::Writable {
+        logs: paths(settings.logs),
+        states: paths(settings.states),
+        trees: paths(settings.writable),
+    });
     SandboxReport { landlock_abi: entered.landlock_abi, seccomp: entered.seccomp, missing: entered.missing }
 }
 

@@ -43,7 +43,9 @@ use seccompiler::{
 pub struct Writable {
     /// Files that are opened again after somebody has renamed them: they may be created, and so others beside them.
     pub logs: Vec<PathBuf>,
-    /// Files, and directories with everything beneath.
+    /// Files, and directories with everything beneath, that modules are known to keep their state in.
+    pub states: Vec<PathBuf>,
+    /// The same, as the operator wants it.
     pub trees: Vec<PathBuf>,
 }
 
@@ -101,7 +103,7 @@ fn confine_files(writable: &Writable, missing: &mut Vec<String>) -> Result<u32, 
         // A container may have fewer.
         let _ = allow(&mut ruleset, Path::new(device), handled());
     }
-    for tree in &writable.trees {
+    for tree in writable.states.iter().chain(&writable.trees) {
         let allowed = allow(&mut ruleset, tree, handled() & !AccessFs::Execute);
         missing.extend(
             allowed.err().map(|reason| format!("nothing can be written to {}: {reason}", tree.display())),
@@ -194,7 +196,9 @@ fn restrict_signal() -> c_int {
     libc::SIGRTMIN() + 7
 }
 
-/// A thread that is not blocked answers within microseconds.
+/// A thread that creates another blocks signals for a moment; one that does so for ever is not waited for.
+const BLOCKED_DEADLINE: Duration = Duration::from_millis(100);
+/// A thread that does not block the signal answers within microseconds.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
 const ANSWER_POLL: Duration = Duration::from_micros(50);
 
@@ -258,8 +262,12 @@ enum Outcome {
 }
 
 fn restrict_thread(thread: c_int, signal: c_int) -> Outcome {
-    if blocks(thread, signal) {
-        return Outcome::LeftOut;
+    let give_up = Instant::now() + BLOCKED_DEADLINE;
+    while blocks(thread, signal) {
+        if Instant::now() > give_up {
+            return Outcome::LeftOut;
+        }
+        thread::sleep(ANSWER_POLL);
     }
     let (restricted, failed) = (RESTRICTED.load(SeqCst), FAILED.load(SeqCst));
     // SAFETY: the call takes three integers.
@@ -596,4 +604,269 @@ fn is_not(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
 
 fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompCondition, BackendError> {
     SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(mask), value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::env;
+    use std::fs::{File, Permissions};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+    use std::sync::mpsc;
+
+    /// There is no way out of a sandbox: each test is in a process of its own, with a directory that is removed outside.
+    fn in_child(test: &str, body: impl FnOnce(&Path)) {
+        const DIRECTORY: &str = "KEYGATE_TEST_SANDBOX";
+        if let Some(directory) = env::var_os(DIRECTORY) {
+            return body(Path::new(&directory));
+        }
+        let directory = env::temp_dir().join(format!("keygate-{test}-{}", process::id()));
+        fs::create_dir(&directory).expect("made");
+        let output = Command::new(env::current_exe().expect("known"))
+            .args([&format!("sandbox::tests::{test}"), "--exact", "--nocapture"])
+            .env(DIRECTORY, &directory)
+            .output();
+        fs::remove_dir_all(&directory).expect("removed");
+        let output = output.expect("started");
+        let text =
+            String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && text.contains("1 passed"), "{}: {text}", output.status);
+    }
+
+    fn errno<T>(result: io::Result<T>) -> Option<c_int> {
+        result.err().and_then(|error| error.raw_os_error())
+    }
+
+    fn errno_of(result: impl Into<i64>) -> Option<c_int> {
+        if result.into() < 0 { io::Error::last_os_error().raw_os_error() } else { None }
+    }
+
+    const REFUSED_PATH: Option<c_int> = Some(libc::EACCES);
+    const REFUSED_CALL: Option<c_int> = Some(libc::EPERM);
+
+    #[test]
+    fn everything_holds_on_this_kernel() {
+        in_child("everything_holds_on_this_kernel", |_| {
+            let entered = enter(&Writable::default());
+            assert!(entered.landlock_abi >= 4 && entered.seccomp, "{entered:?}");
+            assert_eq!(entered.missing, Vec::<String>::new());
+        });
+    }
+
+    #[test]
+    fn files_are_written_where_it_was_said_and_nowhere_else() {
+        in_child("files_are_written_where_it_was_said_and_nowhere_else", |directory| {
+            let [tree, state, logs, other] =
+                ["tree", "state", "logs", "other"].map(|name| directory.join(name));
+            for place in [&tree, &state, &logs, &other] {
+                fs::create_dir(place).expect("made");
+                fs::write(place.join("old"), "old").expect("written");
+            }
+            let one = other.join("one");
+            fs::write(&one, "old").expect("written");
+            let entered = enter(&Writable {
+                logs: vec![logs.join("access.log"), PathBuf::from("/dev/stderr")],
+                states: vec![state.clone()],
+                trees: vec![tree.clone(), one.clone()],
+            });
+            assert_eq!(entered.missing, Vec::<String>::new());
+
+            for place in [&tree, &state] {
+                fs::write(place.join("new"), "new").expect("allowed");
+                fs::create_dir(place.join("inner")).expect("allowed");
+                fs::rename(place.join("new"), place.join("inner/moved")).expect("allowed");
+                fs::remove_file(place.join("inner/moved")).expect("allowed");
+            }
+            fs::set_permissions(tree.join("old"), Permissions::from_mode(0o600)).expect("allowed");
+            fs::write(&one, "new").expect("allowed");
+            fs::write("/dev/null", "new").expect("allowed");
+            // A log that somebody else has renamed is opened anew.
+            File::options().create(true).append(true).open(logs.join("access.log")).expect("allowed");
+            assert_eq!(errno(fs::remove_file(logs.join("old"))), REFUSED_PATH);
+            assert_eq!(errno(fs::rename(logs.join("old"), logs.join("new"))), REFUSED_PATH);
+
+            assert_eq!(fs::read(other.join("old")).expect("reading is free"), b"old");
+            assert_eq!(errno(fs::write(other.join("new"), "new")), REFUSED_PATH);
+            assert_eq!(errno(File::options().append(true).open(other.join("old"))), REFUSED_PATH);
+            assert_eq!(errno(fs::remove_file(&one)), REFUSED_PATH);
+            assert_eq!(errno(fs::create_dir(other.join("made"))), REFUSED_PATH);
+            assert_eq!(errno(std::os::unix::fs::symlink("/", other.join("link"))), REFUSED_PATH);
+            assert_eq!(errno(fs::hard_link(other.join("old"), tree.join("link"))), Some(libc::EXDEV));
+            for place in [&tree, &state] {
+                fs::remove_dir_all(place).expect_err("of it nothing is left but itself");
+            }
+        });
+    }
+
+    #[test]
+    fn modes_and_attributes_can_be_changed_only_by_who_may_write_somewhere() {
+        in_child("modes_and_attributes_can_be_changed_only_by_who_may_write_somewhere", |directory| {
+            let entered = enter(&Writable { states: vec![directory.to_path_buf()], ..Writable::default() });
+            assert_eq!(entered.missing, Vec::<String>::new());
+            assert_eq!(errno(fs::set_permissions(directory, Permissions::from_mode(0o755))), REFUSED_CALL);
+            assert_eq!(errno(std::os::unix::fs::chown(directory, None, None)), REFUSED_CALL);
+        });
+    }
+
+    #[test]
+    fn threads_that_were_there_before_are_in_it_too() {
+        in_child("threads_that_were_there_before_are_in_it_too", |directory| {
+            let path = directory.join("new");
+            let (go, wait) = mpsc::channel::<()>();
+            let earlier = {
+                let path = path.clone();
+                thread::spawn(move || {
+                    wait.recv().expect("told");
+                    (errno(File::create(&path)), errno(Command::new("/bin/true").status()), errno(bind()))
+                })
+            };
+            let entered = enter(&Writable::default());
+            assert_eq!(entered.missing, Vec::<String>::new());
+            go.send(()).expect("waits");
+            assert_eq!(earlier.join().expect("no panic"), (REFUSED_PATH, REFUSED_CALL, REFUSED_PATH));
+            let later = thread::spawn(move || errno(File::create(path)));
+            assert_eq!(later.join().expect("no panic"), REFUSED_PATH);
+        });
+    }
+
+    #[test]
+    fn a_thread_that_cannot_be_reached_is_missing_by_its_name() {
+        in_child("a_thread_that_cannot_be_reached_is_missing_by_its_name", |_| {
+            let (go, wait) = mpsc::channel::<()>();
+            let (blocked, is_blocked) = mpsc::channel::<()>();
+            let deaf = thread::Builder::new().name("deaf".into()).spawn(move || {
+                // SAFETY: an all-zero set is filled before it is used; only this thread's mask changes.
+                unsafe {
+                    let mut all: libc::sigset_t = std::mem::zeroed();
+                    libc::sigfillset(&raw mut all);
+                    libc::pthread_sigmask(libc::SIG_BLOCK, &raw const all, std::ptr::null_mut());
+                }
+                blocked.send(()).expect("waited for");
+                wait.recv().expect("told");
+            });
+            is_blocked.recv().expect("told");
+            let entered = enter(&Writable::default());
+            let [missing] = entered.missing.as_slice() else { panic!("{:?}", entered.missing) };
+            assert!(missing.starts_with("Landlock does not hold for the thread deaf ("), "{missing}");
+            assert!(entered.landlock_abi > 0 && entered.seccomp);
+            go.send(()).expect("waits");
+            deaf.expect("started").join().expect("no panic");
+        });
+    }
+
+    #[test]
+    fn no_program_and_no_process_is_started_and_threads_are() {
+        in_child("no_program_and_no_process_is_started_and_threads_are", |_| {
+            enter(&Writable::default());
+            assert_eq!(errno(Command::new("/bin/true").status()), REFUSED_CALL);
+            // SAFETY: a child, which the test is there to refuse, would end.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(0) };
+            }
+            assert_eq!(errno_of(child), REFUSED_CALL);
+            // SAFETY: refused before the kernel reads its argument.
+            assert_eq!(errno_of(unsafe { libc::syscall(libc::SYS_clone3, 0, 0) }), Some(libc::ENOSYS));
+            assert_eq!(thread::spawn(|| 7).join().expect("no panic"), 7);
+        });
+    }
+
+    #[test]
+    fn signals_and_limits_are_for_itself_only() {
+        in_child("signals_and_limits_are_for_itself_only", |_| {
+            enter(&Writable::default());
+            let own = process::id() as c_int;
+            // SAFETY: signal 0 is sent to nobody; prlimit64 reads nothing and writes nothing with null pointers.
+            unsafe {
+                let parent = libc::getppid();
+                assert_eq!(errno_of(libc::kill(own, 0)), None);
+                assert_eq!(errno_of(libc::kill(parent, 0)), REFUSED_CALL);
+                assert_eq!(errno_of(libc::kill(0, 0)), REFUSED_CALL);
+                assert_eq!(errno_of(libc::syscall(libc::SYS_tgkill, own, libc::gettid(), 0)), None);
+                assert_eq!(errno_of(libc::syscall(libc::SYS_tgkill, parent, parent, 0)), REFUSED_CALL);
+                let null = std::ptr::null::<u8>();
+                for (process, expected) in [(0, None), (own, None), (parent, REFUSED_CALL)] {
+                    let limit = libc::syscall(libc::SYS_prlimit64, process, libc::RLIMIT_NOFILE, null, null);
+                    assert_eq!(errno_of(limit), expected);
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn it_connects_and_never_listens() {
+        in_child("it_connects_and_never_listens", |_| {
+            let upstream = bind().expect("bound");
+            enter(&Writable::default());
+            TcpStream::connect(upstream.local_addr().expect("bound")).expect("allowed");
+            assert_eq!(errno(bind()), REFUSED_PATH);
+            let socket = |family: c_int, kind: c_int| {
+                // SAFETY: numbers; the descriptor is closed with the process.
+                errno_of(unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, 0) })
+            };
+            for (family, kind) in [
+                (libc::AF_UNIX, libc::SOCK_STREAM),
+                (libc::AF_INET, libc::SOCK_DGRAM),
+                (libc::AF_NETLINK, libc::SOCK_RAW),
+            ] {
+                assert_eq!(socket(family, kind), None, "family {family}");
+            }
+            for (family, kind) in [
+                (libc::AF_INET, libc::SOCK_RAW),
+                (libc::AF_INET6, libc::SOCK_RAW | libc::SOCK_NONBLOCK),
+                (libc::AF_PACKET, libc::SOCK_DGRAM),
+                (libc::AF_ALG, libc::SOCK_SEQPACKET),
+            ] {
+                assert_eq!(socket(family, kind), REFUSED_CALL, "family {family}");
+            }
+            // SAFETY: numbers.
+            let unbound = unsafe { libc::listen(libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0), 1) };
+            assert_eq!(errno_of(unbound), REFUSED_CALL);
+        });
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn calls_under_numbers_of_x32_do_not_pass() {
+        in_child("calls_under_numbers_of_x32_do_not_pass", |_| {
+            let execve = c_long::from(X32_SYSCALL_BIT) | 520;
+            // SAFETY: refused, or not there, before the kernel reads an argument.
+            let before = errno_of(unsafe { libc::syscall(execve, 0, 0, 0) });
+            assert_ne!(before, REFUSED_CALL);
+            enter(&Writable::default());
+            // SAFETY: as above.
+            assert_eq!(errno_of(unsafe { libc::syscall(execve, 0, 0, 0) }), REFUSED_CALL);
+        });
+    }
+
+    #[test]
+    fn a_kernel_that_has_neither_is_no_error() {
+        in_child("a_kernel_that_has_neither_is_no_error", |directory| {
+            let path = directory.join("new");
+            // Landlock first: the second filter forbids others.
+            for (call, errno) in
+                [(libc::SYS_landlock_create_ruleset, libc::ENOSYS), (libc::SYS_seccomp, libc::EINVAL)]
+            {
+                let action = SeccompAction::Errno(errno as u32);
+                let architecture = env::consts::ARCH.try_into().expect("known");
+                let filter =
+                    SeccompFilter::new([(call, vec![])].into(), SeccompAction::Allow, action, architecture)
+                        .expect("valid");
+                apply_filter_all_threads(&BpfProgram::try_from(filter).expect("small")).expect("applied");
+            }
+            let entered = enter(&Writable::default());
+            assert!(entered.landlock_abi == 0 && !entered.seccomp, "{entered:?}");
+            let [landlock, seccomp] = entered.missing.as_slice() else { panic!("{:?}", entered.missing) };
+            assert!(landlock.starts_with("Landlock: the kernel has none"), "{landlock}");
+            assert!(seccomp.starts_with("seccomp: "), "{seccomp}");
+            fs::write(path, "new").expect("nothing is forbidden");
+        });
+    }
+
+    fn bind() -> io::Result<TcpListener> {
+        TcpListener::bind("127.0.0.1:0")
+    }
 }
