@@ -4,7 +4,8 @@
  * Runs: against a real `keygate serve` on SoftHSM behind the fault module. Every other system test runs in the sandbox too.
  */
 import assert from 'node:assert/strict';
-import { mkdirSync, readFileSync, readdirSync, statSync, writeFileSync } from 'node:fs';
+import { spawn } from 'node:child_process';
+import { existsSync, mkdirSync, readFileSync, readdirSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { it } from 'node:test';
 import type { TestContext } from 'node:test';
@@ -196,6 +197,30 @@ it('a path that a module should be able to write, and that is not there, is a wa
   assert.equal(faults.deeds.program, 'EPERM');
 });
 
+it('a token behind the socket of p11-kit is served from', async (test) => {
+  using token = await provisionedToken({ www: { kind: 'p256' } });
+  const upstream = await echoUpstream();
+  const socket = join(token.directory, 'p11-kit.sock');
+  const uri = `pkcs11:token=${token.label}`;
+  const server = spawn('p11-kit', ['server', '--foreground', '--name', socket, '--provider', token.module, uri], {
+    env: { ...process.env, ...token.env },
+    stdio: ['ignore', 'ignore', 'inherit'],
+  });
+  test.after(async () => {
+    server.kill('SIGKILL');
+    await upstream.close();
+  });
+  await until('socket of p11-kit', () => existsSync(socket));
+  const document = {
+    tokens: { hsm: { ...token.settings, module: p11KitClient } },
+    upstreams: { echo: { servers: [upstream.address] } },
+    listeners: { https: {} },
+  };
+  await using keygate = await startKeygate(token, document, { env: { P11_KIT_SERVER_ADDRESS: `unix:path=${socket}` } });
+  assert.deepEqual((await keygate.logged({ event: 'sandbox_entered' }))['writable'], []);
+  for (let client = 0; client < 5; client++) await assertServes(keygate);
+});
+
 it('the sandbox cannot be changed by a reload', async (test) => {
   const { keygate, document } = await service(test);
   const report = await keygate.reload({ ...document, sandbox: { enabled: false } });
@@ -203,6 +228,12 @@ it('the sandbox cannot be changed by a reload', async (test) => {
   assert.match(report.reasons[0]?.message ?? '', /sandbox/);
   await assertServes(keygate);
 });
+
+/** Debian's and Fedora's places. */
+const p11KitClient =
+  ['x86_64-linux-gnu', 'aarch64-linux-gnu', '../lib64']
+    .map((directory) => `/usr/lib/${directory}/pkcs11/p11-kit-client.so`)
+    .find(existsSync) ?? 'p11-kit-client.so';
 
 /** Nothing else may be written: not even the token directory. */
 const onlyControl = ({ control }: { readonly control: string }) => ({ sandbox: { writable: [control] } });
