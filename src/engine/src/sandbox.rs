@@ -527,7 +527,7 @@ const OF_THIS_ARCHITECTURE: &[c_long] = &[];
 const METADATA: &[c_long] = &[
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
-    libc::SYS_fchmodat2,
+    FCHMODAT2,
     libc::SYS_fchown,
     libc::SYS_fchownat,
     libc::SYS_utimensat,
@@ -553,7 +553,8 @@ const METADATA: &[c_long] = &[
     libc::SYS_futimesat,
 ];
 
-// Not in the libc crate; the same number on every architecture.
+// Not in the libc crate, or not for all; the same number on every architecture.
+const FCHMODAT2: c_long = 452;
 const SETXATTRAT: c_long = 463;
 const REMOVEXATTRAT: c_long = 466;
 const OPEN_TREE_ATTR: c_long = 467;
