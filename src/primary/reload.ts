@@ -13,7 +13,6 @@ import { readFileSync } from 'node:fs';
 import { isDeepStrictEqual } from 'node:util';
 import type { Config, LogConfig, TokenConfig } from '../config/config.ts';
 import { loadConfig } from '../config/load.ts';
-import { logFiles, logFilesOutside } from '../config/log-files.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { giveBackMemorySoon } from '../engine/memory.ts';
 import { ConfigError, formatProblem, KeygateError } from '../errors.ts';
@@ -217,9 +216,9 @@ function restartProblems(former: Config, next: Config): Problem[] {
       if (name in former.tokens && key !== 'signDeadlineMs') fixed.push({ path: `tokens.${name}.${key}`, old, now });
     }
   }
-  const changed = fixed
+  return fixed
     .filter(({ old, now }) => !isDeepStrictEqual(old, now))
-    .map(({ path, old, now }): Problem => ({
+    .map(({ path, old, now }) => ({
       file: next.file,
       path,
       code: 'config_restart',
@@ -227,15 +226,6 @@ function restartProblems(former: Config, next: Config): Problem[] {
       expected: `${JSON.stringify(old) ?? 'nothing'} as before`,
       hint: `restart keygate to change it${path.startsWith('tokens.') ? ', or give the token another name' : ''}`,
     }));
-  const outside = logFilesOutside(former, logFiles(next.log)).map((found): Problem => ({
-    file: next.file,
-    path: 'log',
-    code: 'config_restart',
-    found,
-    expected: 'a file in a directory that workers could write before: that of a former log file, or sandbox.writable',
-    hint: 'restart keygate to change it: workers in their sandbox can write nowhere else',
-  }));
-  return [...changed, ...outside];
 }
 
 const logFiles: Readonly<Record<string, (log: LogConfig) => string | undefined>> = {

@@ -7,7 +7,6 @@ import { existsSync, readFileSync } from 'node:fs';
 import { homedir } from 'node:os';
 import { basename, join } from 'node:path';
 import type { Config } from '../config/config.ts';
-import { logFiles } from '../config/log-files.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import type { Log } from '../log.ts';
 import type { WorkerSandbox } from '../messages.ts';
@@ -20,12 +19,15 @@ export function enterSandbox(
 ): WorkerSandbox | undefined {
   if (!sandbox.enabled) return undefined;
   const writable = [...sandbox.writable];
-  const logs = [...logFiles(logConfig)];
+  const files = [logConfig.file, logConfig.access?.file, logConfig.keyLog];
+  const logs = files.filter((file) => file !== undefined);
   const states = Object.values(tokens).some(({ module }) => isSoftHsm(module)) ? softHsmState() : [];
   const entered = native.enterSandbox({ logs, states, writable });
   const { landlockAbi, seccomp } = entered;
-  const details = { event: 'sandbox_entered', landlockAbi, seccomp, writable: [...writable, ...states] };
-  log.info(details, 'in the sandbox');
+  log.info(
+    { event: 'sandbox_entered', landlockAbi, seccomp, writable: [...writable, ...states, ...logs] },
+    'in the sandbox',
+  );
   return entered;
 }
 

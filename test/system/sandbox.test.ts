@@ -221,11 +221,17 @@ it('a token behind the socket of p11-kit is served from', async (test) => {
   for (let client = 0; client < 5; client++) await assertServes(keygate);
 });
 
-it('the sandbox cannot be changed by a reload', async (test) => {
-  const { keygate, document } = await service(test);
-  const report = await keygate.reload({ ...document, sandbox: { enabled: false } });
-  assert.deepEqual([report.status, report.outcome, report.reasons[0]?.code], [422, 'refused', 'config_restart']);
-  assert.match(report.reasons[0]?.message ?? '', /sandbox/);
+it('the sandbox cannot be changed by a reload, nor where log lines go', async (test) => {
+  const { token, keygate, document } = await service(test);
+  const access = { file: join(token.directory, 'access.log') };
+  for (const [change, place] of [
+    [{ sandbox: { enabled: false } }, /sandbox/],
+    [{ log: { access } }, /log\./],
+  ] as const) {
+    const report = await keygate.reload({ ...document, ...change });
+    assert.deepEqual([report.status, report.outcome, report.reasons[0]?.code], [422, 'refused', 'config_restart']);
+    assert.match(report.reasons[0]?.message ?? '', place);
+  }
   await assertServes(keygate);
 });
 
