@@ -27,6 +27,8 @@ export interface Setting {
   readonly certificates: number;
   /** The configuration is loaded again and again meanwhile. */
   readonly reload: boolean;
+  /** keygate's workers are in their sandbox. */
+  readonly sandbox: boolean;
 }
 
 /** One who is measured: a contender, in the scenario's setting or a variation of it. */
@@ -87,6 +89,7 @@ const usual: Setting = {
   workers: 1,
   certificates: 1,
   reload: false,
+  sandbox: true,
 };
 
 const all = (...names: readonly ContenderName[]): Subject[] => names.map((contender) => ({ contender }));
@@ -343,6 +346,25 @@ const others: readonly Scenario[] = [
     goals: [],
     short: false,
     connections: 32,
+  },
+  {
+    name: 'sandbox',
+    title: 'full TLS 1.3 handshake, in the sandbox and without it',
+    workload: 'handshakes',
+    setting: usual,
+    subjects: [
+      { contender: 'keygate', title: 'keygate, in the sandbox' },
+      { contender: 'keygate', title: 'keygate, no sandbox', setting: { sandbox: false } },
+    ],
+    goals: [
+      {
+        title: 'CPU per handshake in the sandbox, against none',
+        metric: 'handshake_cpu_us',
+        against: 'keygate',
+        max: 1.03,
+      },
+    ],
+    short: false,
   },
   {
     name: 'certificates',

@@ -4,7 +4,7 @@
  * Runs: types only; the values cross as structured clones (cluster's `advanced` serialization), so byte arrays stay bytes.
  */
 import type { Config } from './config/config.ts';
-import type { EngineSnapshot } from './engine/native.d.ts';
+import type { EngineSnapshot, SandboxReport } from './engine/native.d.ts';
 import type { ErrorCode, Problem } from './errors.ts';
 import type { LogCounts } from './log.ts';
 
@@ -60,7 +60,7 @@ export type WorkerMessage =
   /** Said before each step of a start or a reload that can hang: "proving the tokens hsm-a, hsm-b". */
   | { readonly type: 'doing'; readonly what: string }
   /** The tokens are logged in, the keys proved, connections accepted. */
-  | { readonly type: 'ready'; readonly warnings: readonly string[] }
+  | { readonly type: 'ready'; readonly warnings: readonly string[]; readonly sandbox: WorkerSandbox | undefined }
   /** The worker cannot serve and exits. */
   | { readonly type: 'failed'; readonly failure: WorkerFailure }
   | { readonly type: 'prepared'; readonly reload: number; readonly warnings: readonly string[] }
@@ -87,6 +87,9 @@ export interface ProcessUse {
   /** The longest time since the snapshot before that its JavaScript thread came too late. No connection waits for that thread. */
   readonly eventLoopLagMs: number;
 }
+
+/** What is in force in a worker; undefined where the configuration wants none. */
+export type WorkerSandbox = Readonly<SandboxReport>;
 
 export interface WorkerFailure {
   readonly code: ErrorCode;

@@ -33,6 +33,7 @@ function command(place: Place): Command {
   const config = write(place, 'keygate.yaml', [
     `workers: ${setting.workers}`,
     'log: { level: warn }',
+    ...sandboxOf(place),
     `admin: { listen: "127.0.0.1:${place.adminPort}" }`,
     'tokens:',
     `  hsm: { module: ${token.module}, uri: "pkcs11:token=${key.token}", pin: { file: ${token.pinFile} } }`,
@@ -58,6 +59,13 @@ function command(place: Place): Command {
     env: token.env,
     cwd: place.directory,
   };
+}
+
+/** The module of slow tokens counts in a file of its own. */
+function sandboxOf({ setting, token }: Place): readonly string[] {
+  if (!setting.sandbox) return ['sandbox: { enabled: false }'];
+  const control = token.env['KEYGATE_FAULT_CONTROL'];
+  return control === undefined ? [] : [`sandbox: { writable: [${control}] }`];
 }
 
 function chainsOf(place: Place): readonly { readonly name: string; readonly file: string }[] {

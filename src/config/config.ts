@@ -22,6 +22,7 @@ export interface Config {
   readonly reloadDeadlineMs: number;
   readonly log: LogConfig;
   readonly admin: AdminConfig | undefined;
+  readonly sandbox: SandboxConfig;
   /** At least one. This and the four below: by name, without a prototype. */
   readonly tokens: Readonly<Record<string, TokenConfig>>;
   readonly certificates: Readonly<Record<string, CertificateConfig>>;
@@ -68,6 +69,13 @@ export interface UnixAddress {
 export interface AdminConfig {
   /** A loopback address or a unix socket: the admin server has no authentication of its own. */
   readonly listen: TcpAddress | UnixAddress;
+}
+
+/** What workers give up once they have started. */
+export interface SandboxConfig {
+  readonly enabled: boolean;
+  /** Absolute paths of files, and of directories with everything beneath, that a module must be able to write. */
+  readonly writable: readonly string[];
 }
 
 export interface TokenConfig {

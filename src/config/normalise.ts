@@ -32,6 +32,10 @@ export function normalise(document: Document, file: string, directory: string): 
     reloadDeadlineMs: document.reloadDeadline,
     log: logConfig(document.log, directory),
     admin: document.admin,
+    sandbox: {
+      enabled: document.sandbox.enabled,
+      writable: document.sandbox.writable.map((path) => absolutePath(path, directory)),
+    },
     tokens,
     certificates: named(document.certificates, (name, certificate) =>
       certificateConfig(name, certificate, directory, Object.keys(tokens)),

@@ -270,6 +270,20 @@ export const documentSchema = z.strictObject(
       })
       .optional()
       .describe('Admin server: metrics, health, status, drain. Default: off.'),
+    sandbox: z
+      .strictObject({
+        enabled: z
+          .boolean({ error: 'true or false' })
+          .default(true)
+          .describe('`false`: workers may do whatever `user` may.'),
+        writable: z
+          .array(kind('path', 'a path', parsePath), { error: 'a list of paths' })
+          .max(64, 'at most 64 paths')
+          .default([])
+          .describe('Files, and directories with all that is in them, that a PKCS#11 module must be able to write.'),
+      })
+      .prefault({})
+      .describe('What workers, and so the PKCS#11 modules in them, are kept from: see [Sandbox](#sandbox).'),
     tokens: section('token', token).describe('PKCS#11 tokens, by a name of your choice.'),
     certificates: section('certificate', certificate).describe('Certificates and where their private keys are.'),
     policies: z

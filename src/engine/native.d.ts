@@ -254,6 +254,24 @@ export interface OpenedListener {
   address: string
 }
 
+export interface SandboxReport {
+  /** Version of what the kernel has of Landlock; 0: none is in force. */
+  landlockAbi: number
+  seccomp: boolean
+  /** What is not in force although it should be, and why, for people. */
+  missing: Array<string>
+}
+
+/** What a process in the sandbox may still write; everything else is decided in sandbox.rs. */
+export interface SandboxSettings {
+  /** Files that are opened for appending, again and again: others may be created beside them. */
+  logs: Array<string>
+  /** Files, and directories with everything in them, that modules are known to keep their state in. */
+  states: Array<string>
+  /** The same, as the configuration says it; with any, modes and owners may be changed. */
+  writable: Array<string>
+}
+
 export interface ServerSnapshot {
   address: string
   up: boolean
@@ -332,6 +350,12 @@ export declare function closeReasons(): Array<CloseReason>
 
 /** Ends this process, by SIGKILL, when the process that forked it has ended. */
 export declare function endWithParent(): void
+
+/**
+ * Gives up, for good and for every thread, what a worker has no business with. To be called before a module is loaded and
+ * before the engine starts. What the kernel does not have is missing in the report, and no error.
+ */
+export declare function enterSandbox(settings: SandboxSettings): SandboxReport
 
 /** Puts sockets into the channel, for the worker to take when it hears of the reload. */
 export declare function handOver(channel: number, reload: number, fds: Array<number>): void

@@ -133,7 +133,7 @@ function keyDirectory(open: OpenToken): KeyDirectory {
 
 /** @param there what to list when it is not one key that was found. */
 function onlyKey(
-  { token: { label } }: OpenToken,
+  { token: { label, remembered } }: OpenToken,
   uri: Pkcs11Uri,
   found: readonly TokenKey[],
   there: () => readonly Pick<TokenKey, 'label' | 'id'>[],
@@ -153,7 +153,9 @@ function onlyKey(
   }
   throw new TokenError('token_key_not_found', `${place}: not found; private keys there: ${formatKeys(there())}`, {
     token: label,
-    hint: 'see keygate key list, or make one with keygate key generate',
+    hint: remembered
+      ? 'a key that was made after the start is seen after a restart: SoftHSM that cannot write its token directory looks once'
+      : 'see keygate key list, or make one with keygate key generate',
   });
 }
 

@@ -228,12 +228,15 @@ function describeToken(module: Module, slot: Slot): TokenInSlot | undefined {
   const remembered = rememberedTokens.get(module) ?? new Map<string, TokenInSlot>();
   rememberedTokens.set(module, remembered);
   const key = slot.handle.toString('hex');
+  const earlier = remembered.get(key);
   try {
     const token = tokenInSlot(slot, slot.getToken());
+    // SoftHSM that cannot write answers once without a label and a serial number, when another process has written.
+    const isBlank = (token.flags & TokenFlag.TOKEN_INITIALIZED) !== 0 && token.label === '' && token.serial === '';
+    if (isBlank && earlier !== undefined) return { ...earlier, slot, remembered: true };
     remembered.set(key, token);
     return token;
   } catch (error) {
-    const earlier = remembered.get(key);
     // SoftHSM answers CKR_GENERAL_ERROR for ever once another process logged in at the wrong moment or the token
     // directory is read-only, while sessions and keys are fine. login() sends no PIN on the strength of a memory.
     if (earlier !== undefined && ckrName(error) === 'CKR_GENERAL_ERROR') return { ...earlier, slot, remembered: true };

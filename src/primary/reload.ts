@@ -203,7 +203,7 @@ const busyReport: ReloadReport = {
 
 /** What workers, sockets and tokens were made with once and for all. */
 function restartProblems(former: Config, next: Config): Problem[] {
-  const keys = ['workers', 'user', 'group', 'admin'] as const;
+  const keys = ['workers', 'user', 'group', 'admin', 'sandbox'] as const;
   const fixed: Fixed[] = keys.map((key) => ({ path: key, old: former[key], now: next[key] }));
   // Levels and samples are settings; a file is opened once, by each process.
   for (const [path, file] of Object.entries(logFiles)) {

@@ -23,7 +23,7 @@ import { engine } from '../engine/binding.ts';
 import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { PrimaryMessage, SocketUse, WorkerFailure, WorkerMessage } from '../messages.ts';
+import type { PrimaryMessage, SocketUse, WorkerFailure, WorkerMessage, WorkerSandbox } from '../messages.ts';
 import type { Listeners, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
@@ -61,6 +61,8 @@ interface Slot {
   failure: WorkerFailure | undefined;
   failuresInRow: number;
   restarts: number;
+  /** Of the worker that is ready. */
+  sandbox: WorkerSandbox | undefined;
   /** What the worker was last doing while it started or prepared a reload. */
   doing: string | undefined;
   /** The channel through which its worker is handed sockets. */
@@ -80,6 +82,8 @@ export interface SlotStatus {
   /** When its process was forked; undefined while there is none. */
   readonly startedAt: Date | undefined;
   readonly failure: string | undefined;
+  /** What holds in the worker that is ready; `landlockAbi` is 0 without Landlock. */
+  readonly sandbox: { readonly landlockAbi: number; readonly seccomp: boolean } | undefined;
 }
 
 /** What a worker cannot serve, and so none will. */
@@ -155,13 +159,14 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   get status(): readonly SlotStatus[] {
-    return this.#slots.map(({ index, state, worker, startedAt, restarts, failure }) => ({
+    return this.#slots.map(({ index, state, worker, startedAt, restarts, failure, sandbox }) => ({
       slot: index,
       state,
       pid: worker?.process.pid,
       restarts,
       startedAt: worker === undefined ? undefined : startedAt,
       failure: failure?.message,
+      sandbox: state === 'ready' ? sandboxStatus(sandbox) : undefined,
     }));
   }
 
@@ -372,6 +377,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
     cluster.setupPrimary({
       exec: fileURLToPath(new URL(`../worker/main.${extension}`, import.meta.url)),
       args: [],
+      // Without it the same user can have any process of Node start a debugger, with a thread that no sandbox reaches.
+      execArgv: [...process.execArgv, '--disable-sigusr1'],
       serialization: 'advanced',
       stdio: ['inherit', 'inherit', 'inherit', 'ipc', handover.worker, ...sockets.map(({ fd }) => fd)],
     });
@@ -395,6 +402,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
           slot.doing = message.what;
           return;
         case 'ready':
+          slot.sandbox = message.sandbox;
           this.#ready(slot, message.warnings);
           return;
         case 'failed':
@@ -454,6 +462,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     }
     if (!this.#everReady) {
       for (const warning of warnings) this.#log.warn({ event: 'token_warning' }, warning);
+      this.#warnOfSandbox(slot.sandbox);
     }
     this.#everReady = true;
     this.#proved = true;
@@ -461,6 +470,19 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#adoptOrphans();
     this.#forkDue();
     this.#sayWhatCameToPass();
+  }
+
+  /** Once: every worker's is the same. */
+  #warnOfSandbox(sandbox: WorkerSandbox | undefined): void {
+    if (sandbox === undefined) {
+      this.#log.warn({ event: 'sandbox_off' }, 'workers are in no sandbox: `sandbox.enabled` is false');
+    } else if (sandbox.missing.length > 0) {
+      const { landlockAbi, seccomp, missing } = sandbox;
+      this.#log.warn(
+        { event: 'sandbox_limited', landlockAbi, seccomp, missing },
+        'the sandbox holds less than it should',
+      );
+    }
   }
 
   #gone(slot: Slot, worker: Worker, failure: WorkerFailure): void {
@@ -567,6 +589,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 }
 
+function sandboxStatus(sandbox: WorkerSandbox | undefined): NonNullable<SlotStatus['sandbox']> {
+  return { landlockAbi: sandbox?.landlockAbi ?? 0, seccomp: sandbox?.seccomp ?? false };
+}
+
 function newSlot(index: number): Slot {
   return {
     index,
@@ -576,6 +602,7 @@ function newSlot(index: number): Slot {
     failure: undefined,
     failuresInRow: 0,
     restarts: 0,
+    sandbox: undefined,
     doing: undefined,
     handover: undefined,
     timer: undefined,

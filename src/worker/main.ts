@@ -17,6 +17,7 @@ import { provePlan } from '../pkcs11/plan.ts';
 import { engineSettings } from './plan.ts';
 import { HealthWatch } from './health-watch.ts';
 import { ProcessMeter } from './process-meter.ts';
+import { enterSandbox } from './sandbox.ts';
 import { Sockets } from './sockets.ts';
 
 /** How long the I/O thread and each token get to stop when the process leaves. */
@@ -102,11 +103,12 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   const native = loadEngine();
   native.harden();
   native.endWithParent();
+  const sandbox = enterSandbox(config, native, opened.log);
   const { settings, warnings } = await prove(config, sockets.uses(accept), opened.log);
   const secrets = ticketSecrets.map((secret) => Buffer.from(secret));
   engine = new native.Engine(settings, secrets, opened.access, opened.key);
   watch(engine, opened);
-  tell({ type: 'ready', warnings });
+  tell({ type: 'ready', warnings, sandbox });
   // In a turn of its own, where nothing above refers to what was read any more.
   setImmediate(() => giveBackMemory(native));
 }

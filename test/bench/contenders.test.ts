@@ -34,6 +34,7 @@ const usual: Setting = {
   workers: 1,
   certificates: 1,
   reload: false,
+  sandbox: true,
 };
 /** Each way of configuring something differently is in one of them. */
 const settings: Readonly<Record<string, Partial<Setting>>> = {

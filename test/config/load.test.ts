@@ -30,6 +30,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
     drainDeadlineMs: 30_000,
     reloadDeadlineMs: 60_000,
     log: { level: 'info' },
+    sandbox: { enabled: true, writable: [] },
     tokens: {
       a: {
         name: 'a',
@@ -93,6 +94,14 @@ it('an access log has everything in it unless told otherwise, and log files are 
     file: '/etc/keygate/logs/k.log',
     access: { sample: 1, failures: 'always', rate: 1000 },
     keyLog: '/etc/keygate/k.keys',
+  });
+});
+
+it('what a module may write is a list of paths, relative to the file', () => {
+  const text = document({ more: 'sandbox: { writable: [state, /dev/bus/usb] }' });
+  assert.deepEqual(parseConfig(text, '/etc/keygate/keygate.yaml').sandbox, {
+    enabled: true,
+    writable: ['/etc/keygate/state', '/dev/bus/usb'],
   });
 });
 

@@ -7,6 +7,7 @@
 import { execFileSync } from 'node:child_process';
 import { closeSync, mkdtempSync, openSync, readSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
+import { getSystemErrorName } from 'node:util';
 import type { DisposableToken } from './softhsm.ts';
 
 /** Places in the control file, in the order of test/fault-module/README.md. */
@@ -30,6 +31,31 @@ const functions = [
   'C_Sign',
 ] as const;
 export type Pkcs11Function = (typeof functions)[number];
+
+/** What a module tries that misbehaves, in the order of `DEEDS` in test/fault-module/src/control.rs. */
+const deeds = [
+  'program',
+  'exec',
+  'fork',
+  'create',
+  'overwrite',
+  'truncate',
+  'remove',
+  'make directory',
+  'change mode',
+  'bind TCP',
+  'listen',
+  'raw socket',
+  'odd socket',
+  'trace',
+  'read memory',
+  'signal',
+  'namespace',
+  'keyring',
+  'ring',
+  'identity',
+] as const;
+export type Deed = (typeof deeds)[number];
 
 const fields = {
   delayUs: 0,
@@ -55,6 +81,8 @@ const forEver = 0xffff_ffff_ffff_ffffn;
 /** Words that count broken rules of PKCS#11: a session in two threads, a call before C_Initialize, a C_Finalize too early. */
 const violationWords = [2, 3, 4];
 const exitDelayWord = 5;
+const misbehaveWord = 6;
+const deedsStart = 448;
 
 export class FaultModule {
   /** Absolute path of the module to configure. */
@@ -104,6 +132,17 @@ export class FaultModule {
     this.#write(exitDelayWord, BigInt(delayMs * 1000));
   }
 
+  /** The next signature begins with an attempt at every deed. The processes need KEYGATE_FAULT_PREY. */
+  misbehave(): void {
+    this.#write(misbehaveWord, 1n);
+  }
+
+  /** What became of each: "done", or the name of an errno; undefined when it was not tried. */
+  get deeds(): Readonly<Record<Deed, string | undefined>> {
+    const outcomes = deeds.map((deed, index) => [deed, outcomeOf(this.#read(deedsStart + index))]);
+    return Object.fromEntries(outcomes) as Record<Deed, string | undefined>;
+  }
+
   /** No faults any more. What was counted stays. */
   clear(): void {
     for (const name of functions)
@@ -139,6 +178,11 @@ export class FaultModule {
     readSync(this.#control, bytes, 0, wordBytes, word * wordBytes);
     return bytes.readBigUInt64LE();
   }
+}
+
+function outcomeOf(word: bigint): string | undefined {
+  if (word === 0n) return undefined;
+  return word === 1n ? 'done' : getSystemErrorName(-Number(word >> 32n));
 }
 
 function wordOf(name: Pkcs11Function, field: Field): number {

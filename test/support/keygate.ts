@@ -9,7 +9,7 @@ import type { ChildProcessByStdio } from 'node:child_process';
 import { EventEmitter, once } from 'node:events';
 import { readFileSync, readdirSync, writeFileSync } from 'node:fs';
 import { request } from 'node:http';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { createInterface } from 'node:readline';
 import type { Readable } from 'node:stream';
 import { text } from 'node:stream/consumers';
@@ -92,7 +92,9 @@ export function launchKeygate(
   launched += 1;
   const file = join(token.directory, `keygate-${launched}.yaml`);
   const configure = (other: KeygateDocument): void => {
-    writeFileSync(file, stringify(configurationOf(token, other)), { mode: 0o600 });
+    writeFileSync(file, stringify({ ...faultSandbox(token, options), ...configurationOf(token, other) }), {
+      mode: 0o600,
+    });
   };
   configure(document);
   return new Keygate(launch(token, file, options), file, configure);
@@ -326,6 +328,12 @@ interface ClosedOptions {
   readonly count?: number;
   readonly before?: Readonly<Record<string, number>>;
   readonly deadlineMs?: number;
+}
+
+/** The fault module counts in its control file; and nobody can know that SoftHSM is behind it. */
+function faultSandbox({ directory }: ProvisionedToken, { env }: LaunchOptions): object {
+  const control = env?.['KEYGATE_FAULT_CONTROL'];
+  return control === undefined ? {} : { sandbox: { writable: [dirname(control), join(directory, 'tokens')] } };
 }
 
 /** One worker unless the document says otherwise: what a test counts is then in one place. */

@@ -26,6 +26,7 @@ use crate::log::{LineCounts, Log, Target};
 use crate::policy::{Policy, group_name, suite_name};
 use crate::process;
 use crate::proxy_header::ProxyVersion;
+use crate::sandbox;
 use crate::signing::login_lock;
 use crate::signing::pkcs11::Module;
 use crate::signing::token::{Token, TokenPlan};
@@ -652,6 +653,39 @@ pub fn take_over(channel: i32, reload: u32) -> Result<Vec<i32>> {
 #[napi(catch_unwind)]
 pub fn harden() -> Result<()> {
     process::harden().map_err(|error| invalid(format!("prctl: {error}")))
+}
+
+/// What a process in the sandbox may still write; everything else is decided in sandbox.rs.
+#[napi(object)]
+pub struct SandboxSettings {
+    /// Files that are opened for appending, again and again: others may be created beside them.
+    pub logs: Vec<String>,
+    /// Files, and directories with everything in them, that modules are known to keep their state in.
+    pub states: Vec<String>,
+    /// The same, as the configuration says it; with any, modes and owners may be changed.
+    pub writable: Vec<String>,
+}
+
+#[napi(object)]
+pub struct SandboxReport {
+    /// Version of what the kernel has of Landlock; 0: none is in force.
+    pub landlock_abi: u32,
+    pub seccomp: bool,
+    /// What is not in force although it should be, and why, for people.
+    pub missing: Vec<String>,
+}
+
+/// Gives up, for good and for every thread, what a worker has no business with. To be called before a module is loaded and
+/// before the engine starts. What the kernel does not have is missing in the report, and no error.
+#[napi(catch_unwind)]
+pub fn enter_sandbox(settings: SandboxSettings) -> SandboxReport {
+    let paths = |texts: Vec<String>| texts.into_iter().map(PathBuf::from).collect();
+    let entered = sandbox::enter(&sandbox::Writable {
+        logs: paths(settings.logs),
+        states: paths(settings.states),
+        trees: paths(settings.writable),
+    });
+    SandboxReport { landlock_abi: entered.landlock_abi, seccomp: entered.seccomp, missing: entered.missing }
 }
 
 /// Gives memory that is free inside this process back to the system.

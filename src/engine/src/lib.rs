@@ -19,6 +19,7 @@ mod policy;
 mod process;
 pub mod proxy_header;
 mod relay;
+mod sandbox;
 pub mod signing;
 pub mod stats;
 pub mod stream;

@@ -20,6 +20,7 @@ pub const FOR_EVER: u64 = u64::MAX;
 const WORDS: usize = CONTROL_BYTES / 8;
 const FUNCTIONS_START: usize = 16;
 const FUNCTION_WORDS: usize = 16;
+const DEEDS_START: usize = 448;
 
 /// The number is the place in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +44,54 @@ pub enum Function {
     SignInit = 15,
     Sign = 16,
 }
+
+/// What a module may try that has turned against its host; the order is the place in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deed {
+    Program,
+    Exec,
+    Fork,
+    Create,
+    Overwrite,
+    Truncate,
+    Remove,
+    MakeDirectory,
+    ChangeMode,
+    BindTcp,
+    Listen,
+    RawSocket,
+    OddSocket,
+    Trace,
+    ReadMemory,
+    Signal,
+    Namespace,
+    Keyring,
+    Ring,
+    Identity,
+}
+
+pub const DEEDS: [Deed; 20] = [
+    Deed::Program,
+    Deed::Exec,
+    Deed::Fork,
+    Deed::Create,
+    Deed::Overwrite,
+    Deed::Truncate,
+    Deed::Remove,
+    Deed::MakeDirectory,
+    Deed::ChangeMode,
+    Deed::BindTcp,
+    Deed::Listen,
+    Deed::RawSocket,
+    Deed::OddSocket,
+    Deed::Trace,
+    Deed::ReadMemory,
+    Deed::Signal,
+    Deed::Namespace,
+    Deed::Keyring,
+    Deed::Ring,
+    Deed::Identity,
+];
 
 #[derive(Clone, Copy)]
 pub struct Control {
@@ -122,6 +171,16 @@ impl Control {
 
     pub fn exit_delay_us(&self) -> &AtomicU64 {
         &self.words[5]
+    }
+
+    /// So many signatures still begin with every deed of `DEEDS`.
+    pub fn misbehave_left(&self) -> &AtomicU64 {
+        &self.words[6]
+    }
+
+    /// What became of a deed: 0 while it has not been tried, 1 when it was done, else errno in the upper half.
+    pub fn deed(&self, index: usize) -> &AtomicU64 {
+        &self.words[DEEDS_START + index]
     }
 
     /// All broken contracts together.

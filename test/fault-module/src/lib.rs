@@ -3,13 +3,14 @@
 
 mod contract;
 mod control;
+mod misbehaviour;
 
 use std::env;
 use std::ffi::{CString, c_void};
 use std::path::Path;
 use std::ptr;
 use std::sync::OnceLock;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
 
@@ -195,6 +196,11 @@ extern "C" fn sign(
     signature_bytes: *mut CK_ULONG,
 ) -> CK_RV {
     call(Function::Sign, Some(session), |real| {
+        if let Ok(module) = module()
+            && FunctionControl::selects(1, &AtomicU64::new(1), module.control.misbehave_left())
+        {
+            misbehaviour::misbehave(module.control);
+        }
         // SAFETY: see `initialize`.
         let result = unsafe { real.C_Sign?(session, data, data_bytes, signature, signature_bytes) };
         if result == sys::CKR_OK && !signature.is_null() {
