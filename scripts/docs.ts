@@ -5,6 +5,7 @@
  */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { alertsTable } from '../grafana/rules.ts';
 import { configReference } from '../src/config/reference.ts';
 import { engine } from '../src/engine/binding.ts';
 import { errorCodes, exitCodes } from '../src/errors.ts';
@@ -21,6 +22,7 @@ const sections: Readonly<Record<string, () => string>> = {
   'close-reasons': closeReasonTable,
   metrics: metricsTable,
   events: eventTable,
+  alerts: alertsTable,
 };
 
 const current = readFileSync(readme, 'utf8');
@@ -61,7 +63,11 @@ function errorCodeTable(): string {
 function closeReasonTable(): string {
   const rows = engine()
     .closeReasons()
-    .map(({ side, phase, reason, meaning }) => `| \`${side}/${phase}/${reason}\` | ${meaning} |`);
+    // Dashboards and access logs lead here by these three words.
+    .map(({ side, phase, reason, meaning }) => {
+      const anchor = `<a id="${side}-${phase}-${reason}"></a>`;
+      return `| ${anchor}\`${side}/${phase}/${reason}\` | ${meaning} |`;
+    });
   return ['| side/phase/reason | meaning |', '|---|---|', ...rows].join('\n');
 }
 
