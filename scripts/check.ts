@@ -48,6 +48,7 @@ const checks: readonly Check[] = [
   { name: 'lint-load', command: ['cargo', ...clippy, '--release', ...load, ...sharedTarget, ...denyWarnings] },
   { name: 'dead-code', command: [`${bin}/knip`] },
   { name: 'docs', command: [process.execPath, 'scripts/docs.ts', '--check'] },
+  { name: 'dashboards', command: [process.execPath, 'grafana/dashboards.ts', '--check'] },
   { name: 'binding-types', command: [process.execPath, 'scripts/binding-types.ts', '--check'] },
   { name: 'test-rust', command: ['cargo', 'test', '--release', '--locked', ...manifest], count: countCargo },
   {
