@@ -103,7 +103,7 @@ export const handshakeBoard: Board = {
         }),
         lines({
           title: 'Finished, by listener',
-          description: 'Full and resumed.',
+          description: 'Full and resumed ones together.',
           unit: units.perSecond,
           queries: [
             {

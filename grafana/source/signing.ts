@@ -147,7 +147,7 @@ export const signing: Board = {
         }),
         lines({
           title: 'Signatures made, by mechanism',
-          description: 'Per second.',
+          description: 'Per second. RSA ones cost a token most.',
           unit: units.perSecond,
           stacked: true,
           queries: [
