@@ -12,8 +12,8 @@ export interface DashboardFile {
   readonly panels: readonly PanelModel[];
   readonly targets: readonly PanelTarget[];
   readonly variables: readonly { readonly name: string; readonly query: string }[];
-  /** Expressions of annotations. */
-  readonly marks: readonly string[];
+  /** Annotations: the value of `expr` is a time in milliseconds. */
+  readonly marks: readonly { readonly expr: string; readonly iconColor: string }[];
 }
 
 export interface PanelTarget {
@@ -79,7 +79,7 @@ interface Model {
   readonly templating: {
     readonly list: readonly { readonly type: string; readonly name: string; readonly query: unknown }[];
   };
-  readonly annotations: { readonly list: readonly { readonly expr?: string }[] };
+  readonly annotations: { readonly list: DashboardFile['marks'] };
 }
 
 function fileOf({ uid, title, panels, templating, annotations }: Model): DashboardFile {
@@ -98,6 +98,6 @@ function fileOf({ uid, title, panels, templating, annotations }: Model): Dashboa
     variables: templating.list.flatMap(({ type, name, query }) =>
       type === 'query' ? [{ name, query: (query as { readonly query: string }).query }] : [],
     ),
-    marks: annotations.list.flatMap(({ expr }) => (expr === undefined ? [] : [expr])),
+    marks: annotations.list,
   };
 }

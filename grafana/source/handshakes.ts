@@ -6,7 +6,7 @@
 import { closesOverTime, closesTable } from './closes.ts';
 import type { Board } from './dashboard.ts';
 import { buckets, lines, number, units } from './panels.ts';
-import { chosen, failedHandshakes, handshakes, quantile, rate, sum } from './queries.ts';
+import { chosen, failedHandshakes, handshakes, quantile, rate, ratesSeen, sum } from './queries.ts';
 
 const listener = ['listener'] as const;
 const full = sum(rate(handshakes(listener, false)));
@@ -173,7 +173,7 @@ export const handshakeBoard: Board = {
           stacked: true,
           queries: [
             {
-              expr: `${sum(rate(chosen('keygate_handshakes_by_cipher_total')), 'cipher')} > 0`,
+              expr: ratesSeen(chosen('keygate_handshakes_by_cipher_total'), 'cipher'),
               legend: '{{cipher}}',
             },
           ],
@@ -183,9 +183,7 @@ export const handshakeBoard: Board = {
           description: 'Finished handshakes, of all listeners. X25519MLKEM768 is safe from quantum computers.',
           unit: units.perSecond,
           stacked: true,
-          queries: [
-            { expr: `${sum(rate(chosen('keygate_handshakes_by_group_total')), 'group')} > 0`, legend: '{{group}}' },
-          ],
+          queries: [{ expr: ratesSeen(chosen('keygate_handshakes_by_group_total'), 'group'), legend: '{{group}}' }],
         }),
       ],
     },

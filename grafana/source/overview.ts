@@ -7,7 +7,7 @@ import { closesOverTime, closesTable } from './closes.ts';
 import { boardUrl } from './dashboard.ts';
 import type { Board } from './dashboard.ts';
 import { lines, number, readyOrNot, states, table, units, upOrDown } from './panels.ts';
-import { chosen, daysLeft, failedHandshakes, handshakes, quantile, rate, sum } from './queries.ts';
+import { chosen, daysLeft, failedHandshakes, handshakes, quantile, rate, ratesSeen, sum } from './queries.ts';
 
 const to = (uid: string, title: string) => [{ title, url: boardUrl(uid) }];
 const toHandshakes = to('keygate-handshakes', 'Handshakes');
@@ -95,8 +95,9 @@ export const overview: Board = {
           links: toSigning,
         }),
         number({
-          title: 'Certificate days left',
-          description: 'Of the certificate that expires first. Renew it, put the chain in its place, reload.',
+          title: 'Days to expiry',
+          description:
+            'Days left for the certificate that expires first. Renew it, put the chain in its place, reload.',
           expr: `min(${daysLeft})`,
           decimals: 0,
           base: 'red',
@@ -175,9 +176,7 @@ export const overview: Board = {
             'Attempts by outcome. `refused`: nobody listens; `deadline`: a full accept queue or a firewall; `cancelled`: the client had gone.',
           unit: units.perSecond,
           stacked: true,
-          queries: [
-            { expr: `${sum(rate(chosen('keygate_upstream_connects_total')), 'outcome')} > 0`, legend: '{{outcome}}' },
-          ],
+          queries: [{ expr: ratesSeen(chosen('keygate_upstream_connects_total'), 'outcome'), legend: '{{outcome}}' }],
           colours: { ok: 'green', refused: 'red', deadline: 'orange' },
           links: toRelay,
         }),
@@ -230,8 +229,9 @@ export const overview: Board = {
             worker: 'worker',
           },
           sortBy: 'severity',
+          properties: { alert: [{ id: 'custom.width', value: 300 }] },
           width: 24,
-          height: 6,
+          height: 8,
         }),
       ],
     },

@@ -29,6 +29,11 @@ export function sum(of: string, ...labels: readonly string[]): string {
   return labels.length === 0 ? `sum(${of})` : `sum by (${labels.join(', ')}) (${of})`;
 }
 
+/** Rates by labels of what happened at all in the time that is shown: without a line at 0 for everything that could happen. */
+export function ratesSeen(series: string, ...labels: readonly string[]): string {
+  return `${sum(rate(series), ...labels)} and ${sum(increase(series), ...labels)} > 0`;
+}
+
 /** A latency in seconds that a share of all stays within. `series` is the name of the histogram. */
 export function quantile(
   share: number,
@@ -62,5 +67,5 @@ export function closesByReason(labels: string): string {
 
 /** The same reasons over time. */
 export function closeRates(labels: string): string {
-  return `${sum(rate(closed(labels)), 'side', 'phase', 'reason')} > 0`;
+  return ratesSeen(closed(labels), 'side', 'phase', 'reason');
 }

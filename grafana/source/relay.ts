@@ -6,7 +6,7 @@
 import { closesOverTime, closesTable } from './closes.ts';
 import type { Board } from './dashboard.ts';
 import { buckets, lines, number, states, units } from './panels.ts';
-import { chosen, quantile, rate, sum } from './queries.ts';
+import { chosen, quantile, rate, ratesSeen, sum } from './queries.ts';
 
 const both = ['listener', 'upstream'] as const;
 const ofListener = (name: string, labels?: string) => chosen(name, ['listener'], labels);
@@ -128,7 +128,7 @@ export const relay: Board = {
           stacked: true,
           queries: [
             {
-              expr: `${sum(rate(ofUpstream('keygate_upstream_connects_total')), 'outcome')} > 0`,
+              expr: ratesSeen(ofUpstream('keygate_upstream_connects_total'), 'outcome'),
               legend: '{{outcome}}',
             },
           ],

@@ -6,7 +6,7 @@
 import { closesOverTime, closesTable } from './closes.ts';
 import type { Board } from './dashboard.ts';
 import { buckets, lines, number, states, units, upOrDown } from './panels.ts';
-import { chosen, increase, quantile, rate, sum } from './queries.ts';
+import { chosen, increase, quantile, rate, ratesSeen, sum } from './queries.ts';
 
 const token = ['token'] as const;
 const own = (name: string, labels?: string) => chosen(name, token, labels);
@@ -63,7 +63,7 @@ export const signing: Board = {
           ],
         }),
         number({
-          title: 'Queue, of what may be',
+          title: 'Queue used',
           description: 'The fullest queue. At 100 % handshakes are refused with token/signing/queue_full.',
           expr: `max(${own('keygate_sign_queue_depth')} / ${own('keygate_sign_queue_limit')})`,
           unit: units.share,
@@ -140,7 +140,7 @@ export const signing: Board = {
           unit: units.seconds,
           queries: [
             {
-              expr: `${quantile(0.99, 'keygate_sign_seconds', token, { by: ['mechanism'] })} > 0`,
+              expr: `${quantile(0.99, 'keygate_sign_seconds', token, { by: ['mechanism'] })} and ${sum(increase(own('keygate_sign_seconds_count')), 'mechanism')} > 0`,
               legend: '{{mechanism}}',
             },
           ],
@@ -152,7 +152,7 @@ export const signing: Board = {
           stacked: true,
           queries: [
             {
-              expr: `${sum(rate(own('keygate_signatures_total', 'outcome="ok"')), 'mechanism')} > 0`,
+              expr: ratesSeen(own('keygate_signatures_total', 'outcome="ok"'), 'mechanism'),
               legend: '{{mechanism}}',
             },
           ],

@@ -5,8 +5,12 @@
  * Runs: in a test process, with a token, a keygate and a Prometheus of its own.
  */
 import assert from 'node:assert/strict';
-import { readFileSync } from 'node:fs';
+import { cpSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { after, before, describe, it } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { parse } from 'yaml';
 import { dashboards } from '../../grafana/dashboard-files.ts';
 import { alerts, alertsFile, recordingFile, recordings } from '../../grafana/rules.ts';
 import type { Range } from '../support/prometheus.ts';
@@ -27,6 +31,8 @@ const withoutSeries: Readonly<Record<string, string>> = {
 /** Recorded series without a value after this load; one that has a value must go from the list. */
 const withoutRecord: Readonly<Record<string, string>> = {};
 
+const readme = readFileSync(new URL('../../README.md', import.meta.url), 'utf8');
+const grafana = fileURLToPath(new URL('../../grafana', import.meta.url));
 const scrapeMs = 500;
 const boards = dashboards();
 const targets = boards.flatMap(({ targets: own }) => own);
@@ -45,6 +51,26 @@ describe('dashboards', () => {
   it('ask the Prometheus that is chosen', () => {
     for (const { key, datasource } of targets)
       assert.deepEqual(datasource, { type: 'prometheus', uid: '${datasource}' }, key);
+  });
+
+  it('and rules are found when they are copied as README says', async () => {
+    const directory = mkdtempSync(join(tmpdir(), 'keygate-grafana-'));
+    try {
+      cpSync(join(grafana, 'prometheus'), directory, { recursive: true });
+      const { exitCode, output } = await program('promtool', ['check', 'config', join(directory, 'prometheus.yml')]);
+      assert.equal(exitCode, 0, output);
+      assert.match(output, /2 rule files found/);
+    } finally {
+      rmSync(directory, { recursive: true });
+    }
+    const provider = parse(readFileSync(join(grafana, 'provisioning/dashboards/keygate.yaml'), 'utf8')) as {
+      readonly providers: readonly { readonly options: { readonly path: string } }[];
+    };
+    const path = provider.providers[0]?.options.path;
+    assert.ok(
+      path !== undefined && readme.includes(`cp grafana/dashboards/*.json ${path}/`),
+      `README copies to ${path}`,
+    );
   });
 
   it('lead to dashboards that are there', () => {
@@ -67,7 +93,7 @@ describe('on a real Prometheus', () => {
   let range: Range;
 
   before(async () => {
-    scene = await startScene({ workers: 2, lanes: 2, scrapeMs });
+    scene = await startScene({ workers: 2, lanes: 2, queue: { max: 4, age: '300ms' }, scrapeMs });
     await scene.prometheus.answered('count_over_time(keygate_ready[1m]) > 1');
     const startSeconds = Date.now() / 1000;
     await everythingThatCanHappen(scene);
@@ -92,7 +118,8 @@ describe('on a real Prometheus', () => {
         const [, series = '', label = ''] = /^label_values\((.+), (\w+)\)$/.exec(query) ?? [];
         assert.ok((await scene.prometheus.values(label, concrete(series))).length > 0, `${uid}: $${name} has no value`);
       }
-      for (const expr of marks) assert.ok((await scene.prometheus.now(concrete(expr))).length > 0, `${uid}: ${expr}`);
+      for (const { expr } of marks)
+        assert.ok((await scene.prometheus.now(concrete(expr))).length > 0, `${uid}: ${expr}`);
     }
   });
 
@@ -118,7 +145,6 @@ describe('on a real Prometheus', () => {
   });
 
   it('close reasons on panels lead to rows of README', async () => {
-    const readme = readFileSync(new URL('../../README.md', import.meta.url), 'utf8');
     const series = await scene.prometheus.now('keygate_connections_closed_total');
     assert.ok(series.length > 10);
     for (const { side, phase, reason } of series.map(({ metric }) => metric))

@@ -28,6 +28,8 @@ const sessionHandleInvalid = 0xb3;
 export interface SceneOptions {
   readonly workers: number;
   readonly lanes: number;
+  /** Of the token in the configuration. */
+  readonly queue: { readonly max: number; readonly age: string };
   readonly scrapeMs: number;
 }
 
@@ -58,13 +60,13 @@ export async function startScene(options: SceneOptions): Promise<Scene> {
 }
 
 function documentOf(
-  { workers, lanes }: SceneOptions,
+  { workers, lanes, queue }: SceneOptions,
   token: ProvisionedToken,
   faults: FaultModule,
   upstream: Upstream,
   gone: string,
 ): KeygateDocument {
-  const hsm = { ...token.settings, module: faults.module, lanes, queue: { max: 4, age: '300ms' }, signDeadline: '1s' };
+  const hsm = { ...token.settings, module: faults.module, lanes, queue, signDeadline: '1s' };
   return {
     workers,
     tokens: { hsm },
