@@ -23,6 +23,7 @@ const sections: Readonly<Record<string, () => string>> = {
   metrics: metricsTable,
   events: eventTable,
   alerts: alertsTable,
+  'latency-bounds': latencyBounds,
 };
 
 const current = readFileSync(readme, 'utf8');
@@ -74,6 +75,13 @@ function closeReasonTable(): string {
 function eventTable(): string {
   const rows = Object.entries(logEvents).map(([event, meaning]) => `| \`${event}\` | ${meaning} |`);
   return ['| event | meaning |', '|---|---|', ...rows].join('\n');
+}
+
+function latencyBounds(): string {
+  const bounds = engine()
+    .latencyBoundsUs()
+    .map((us) => (us < 1000 ? `${us} µs` : us < 1e6 ? `${us / 1000} ms` : `${us / 1e6} s`));
+  return `Bounds: ${bounds.join(', ')}.`;
 }
 
 function configExample(): string {
