@@ -36,8 +36,11 @@ export async function startPrometheus(target: string, intervalMs: number): Promi
   writeFileSync(config, stringify(configurationFor(target, intervalMs)));
   const port = await freePort();
   const child = spawn(
-    'prometheus',
+    // It must not outlive a test process that is killed (setpriv(1) becomes it).
+    'setpriv',
     [
+      '--pdeathsig=KILL',
+      'prometheus',
       `--config.file=${config}`,
       `--storage.tsdb.path=${join(directory, 'data')}`,
       `--web.listen-address=127.0.0.1:${port}`,
@@ -73,8 +76,6 @@ export class Prometheus {
       this.#said += String(error);
     });
     this.#exit = once(child, 'close').catch(() => {});
-    // A test process that is ended from outside must not leave one behind.
-    process.on('exit', this.#kill);
   }
 
   async ready(): Promise<void> {
@@ -122,7 +123,6 @@ export class Prometheus {
   async stop(): Promise<void> {
     this.#child.kill('SIGTERM');
     await this.#exit;
-    process.off('exit', this.#kill);
     rmSync(this.#directory, { recursive: true, force: true });
   }
 
@@ -137,10 +137,6 @@ export class Prometheus {
       throw new Error(`${answer.error ?? response.status}: ${JSON.stringify(parameters)}`);
     return answer.data;
   }
-
-  readonly #kill = (): void => {
-    this.#child.kill('SIGKILL');
-  };
 }
 
 interface Answer {
