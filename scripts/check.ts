@@ -49,6 +49,7 @@ const checks: readonly Check[] = [
   { name: 'dead-code', command: [`${bin}/knip`] },
   { name: 'licences', command: [process.execPath, 'scripts/licences.ts', '--check'] },
   { name: 'docs', command: [process.execPath, 'scripts/docs.ts', '--check'] },
+  { name: 'dashboards', command: [process.execPath, 'grafana/dashboards.ts', '--check'] },
   { name: 'binding-types', command: [process.execPath, 'scripts/binding-types.ts', '--check'] },
   { name: 'test-rust', command: ['cargo', 'test', '--release', '--locked', ...manifest], count: countCargo },
   {

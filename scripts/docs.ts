@@ -5,6 +5,7 @@
  */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { alertsTable } from '../grafana/rules.ts';
 import { configReference } from '../src/config/reference.ts';
 import { engine } from '../src/engine/binding.ts';
 import { errorCodes, exitCodes } from '../src/errors.ts';
@@ -21,6 +22,8 @@ const sections: Readonly<Record<string, () => string>> = {
   'close-reasons': closeReasonTable,
   metrics: metricsTable,
   events: eventTable,
+  alerts: alertsTable,
+  'latency-bounds': latencyBounds,
 };
 
 const current = readFileSync(readme, 'utf8');
@@ -61,13 +64,24 @@ function errorCodeTable(): string {
 function closeReasonTable(): string {
   const rows = engine()
     .closeReasons()
-    .map(({ side, phase, reason, meaning }) => `| \`${side}/${phase}/${reason}\` | ${meaning} |`);
+    // Dashboards and access logs lead here by these three words.
+    .map(({ side, phase, reason, meaning }) => {
+      const anchor = `<a id="${side}-${phase}-${reason}"></a>`;
+      return `| ${anchor}\`${side}/${phase}/${reason}\` | ${meaning} |`;
+    });
   return ['| side/phase/reason | meaning |', '|---|---|', ...rows].join('\n');
 }
 
 function eventTable(): string {
   const rows = Object.entries(logEvents).map(([event, meaning]) => `| \`${event}\` | ${meaning} |`);
   return ['| event | meaning |', '|---|---|', ...rows].join('\n');
+}
+
+function latencyBounds(): string {
+  const bounds = engine()
+    .latencyBoundsUs()
+    .map((us) => (us < 1000 ? `${us} µs` : us < 1e6 ? `${us / 1000} ms` : `${us / 1e6} s`));
+  return `Bounds: ${bounds.join(', ')}.`;
 }
 
 function configExample(): string {
