@@ -301,6 +301,20 @@ const families: readonly Family[] = [
     ['worker'],
     ({ processes }) => perWorker(processes, ({ eventLoopLagMs }) => eventLoopLagMs / 1000),
   ),
+  gauge(
+    'worker_sandbox',
+    '1 while the worker is confined by the mechanism; 0 where sandbox.enabled is false or the kernel lacks it.',
+    ['worker', 'mechanism'],
+    ({ workers }) =>
+      workers.flatMap(({ slot, state, sandbox }) => {
+        if (state !== 'ready') return [];
+        const { landlockAbi = 0, seccomp = false } = sandbox ?? {};
+        return [
+          [[String(slot), 'landlock'], Number(landlockAbi > 0)] as const,
+          [[String(slot), 'seccomp'], Number(seccomp)] as const,
+        ];
+      }),
+  ),
   counter(
     'log_lines_total',
     'Lines of the logs: written; left out by sample or rate; or dropped, because of a full disk or a stalled reader.',
