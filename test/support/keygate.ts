@@ -376,8 +376,8 @@ function launch(
   file: string,
   { env, args = [], launcher = [], inherit = [] }: LaunchOptions,
 ): ChildProcessByStdio<null, Readable, Readable> {
-  const [program, ...rest] = [...launcher, process.execPath, main, 'serve', '-c', file, ...args];
-  return spawn(program, rest, {
+  const [program, ...rest] = [...launcher, process.execPath, main];
+  return spawn(program, [...rest, 'serve', '-c', file, ...args], {
     env: { ...process.env, ...token.env, ...env },
     stdio: ['ignore', 'pipe', 'pipe', ...inherit],
     // A process group of its own, by which its workers are found when it has gone.

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Owns: what is checked of the units, inside a machine that systemd has booted. Prints "ok NAME" or "not ok NAME".
-# Runs: as a unit of that machine, started by scripts/test-systemd; its last act is to power it off.
+# Runs: as a unit of that machine, started by systemd.image.ts; its last act is to power it off.
 set -uo pipefail
 
 page=https://www.example.org/
@@ -26,6 +26,17 @@ await() {
 	done
 }
 processes() { cat "/sys/fs/cgroup$(property ControlGroup)/cgroup.procs" "/sys/fs/cgroup/systemd$(property ControlGroup)/cgroup.procs" 2>/dev/null; }
+
+# As README says.
+install() {
+	useradd --system --home-dir /nonexistent --shell /usr/sbin/nologin keygate &&
+		ln -s /opt/keygate/bin/keygate /usr/local/bin/keygate &&
+		cp /opt/native-config/systemd/keygate.* /etc/systemd/system/ &&
+		cp /opt/native-config/logrotate/keygate /etc/logrotate.d/ &&
+		mkdir -m 750 /etc/keygate &&
+		cp /opt/keygate.yaml /opt/native-config/softhsm2.conf /etc/keygate/ &&
+		chown -R root:keygate /etc/keygate && systemctl daemon-reload
+}
 
 provision() {
 	export SOFTHSM2_CONF=/etc/keygate/softhsm2.conf
@@ -57,7 +68,10 @@ is_confined() {
 restart_loses_nobody() {
 	# As many as the restart takes.
 	(
-		until [ -e /tmp/restarted ]; do fetch >/dev/null || echo lost; done >/tmp/lost 2>&1
+		for ((client = 0; client < 500; client++)); do
+			[ -e /tmp/restarted ] && break
+			fetch >/dev/null || echo lost
+		done >/tmp/lost 2>&1
 	) &
 	local clients=$!
 	systemctl restart keygate.service && touch /tmp/restarted
@@ -87,28 +101,32 @@ wrong_pin_is_tried_once() {
 	systemctl start keygate.socket
 	# The client that starts it, and those who would do so again.
 	fetch && return 1
-	await 100 [ "$(property ExecMainStatus)" = 69 ] || return 1
+	await 100 has_failed || return 1
 	for _ in 1 2 3; do fetch && return 1; done
 	systemctl is-active keygate.socket && return 1
 	journalctl -u keygate.service --no-pager -o cat
 	[ "$(journalctl -u keygate.service --no-pager -o cat | grep -c 'CKR_PIN_INCORRECT')" = 1 ]
 }
 
+has_failed() { [ "$(property ExecMainStatus)" = 69 ] && [ "$(property ActiveState)" = failed ]; }
+
 own_ports() {
 	systemd-creds encrypt --with-key=host --name=pin /root/pin /etc/keygate/pin.cred
 	systemctl stop keygate.socket keygate.service
 	mkdir -p /etc/systemd/system/keygate.service.d
-	cp /root/drop-ins/own-ports.conf /etc/systemd/system/keygate.service.d/
+	cp /opt/native-config/systemd/drop-ins/own-ports.conf /etc/systemd/system/keygate.service.d/
 	systemctl daemon-reload && systemctl start keygate.service && [ "$(fetch)" = hello ]
 }
 
+is_active() { systemctl is-active keygate.service; }
 served() { [ "$(fetch)" = hello ]; }
 
+check 'keygate is installed' install
 check 'the token, the certificate and the credential are made' provision
 check 'the units are free of warnings' systemd-analyze verify keygate.service keygate.socket
 systemctl start upstream.service keygate.socket
 check 'the first client starts keygate and is served' served
-check 'keygate is active' systemctl is-active keygate.service
+check 'systemd hears when keygate is ready' await 300 is_active
 check 'every process is confined: no capability, no new privileges, seccomp, no memory that is written and run' is_confined
 check 'systemctl reload waits for the outcome' reload_waits
 check 'the logs rotate' logs_rotate
