@@ -44,6 +44,7 @@ export const logEvents = {
   signal: 'SIGTERM or SIGINT was received',
   drain_requested: 'somebody asked the admin server for a drain',
   drain_started: 'nobody is accepted any more; connections may end',
+  notify_failed: 'systemd cannot be told that keygate is ready, reloads or stops',
   ended: 'no worker is left; with the number of connections that were cut',
   admin_server: 'the admin server could not accept a connection',
   admin_request: 'the admin server could not answer a request',

@@ -345,6 +345,12 @@ export interface UpstreamSnapshot {
   servers: Array<ServerSnapshot>
 }
 
+/**
+ * Takes a listening TCP socket that was opened elsewhere, and says where it listens. The caller's to close.
+ * Throws with what it is instead.
+ */
+export declare function adoptListener(fd: number): string
+
 /** The closed list of reasons why a connection can end. */
 export declare function closeReasons(): Array<CloseReason>
 
@@ -365,6 +371,9 @@ export declare function harden(): void
 
 /** Upper bounds of every latency histogram, in microseconds. */
 export declare function latencyBoundsUs(): Array<number>
+
+/** Sends `state`, lines of `NAME=value`, to the service manager's datagram socket. Throws when it is not taken. */
+export declare function notify(socket: string, state: string): void
 
 /** Opens a channel through which a running worker is handed sockets. Both ends are the caller's to close. */
 export declare function openHandover(): HandoverChannel

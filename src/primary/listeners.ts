@@ -1,6 +1,7 @@
 /**
  * Owns: the listening sockets: opened once for all workers and kept as long as the configuration has them, so that
- * connections waiting in a dead worker's accept queue are never lost; what a reload opens and retires.
+ * connections waiting in a dead worker's accept queue are never lost; what a reload opens and retires. Sockets that were
+ * passed by a service manager are taken instead, and never closed or shut: what waits there is for whoever accepts next.
  * Must not know: TLS, tokens, who accepts.
  * Runs: main thread of the primary.
  */
@@ -11,18 +12,24 @@ import type { Config, ListenerConfig, TcpAddress } from '../config/config.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { ServiceError } from '../errors.ts';
 import type { SocketUse } from '../messages.ts';
+import { formatPassedSocket } from './passed-sockets.ts';
+import type { PassedSocket } from './passed-sockets.ts';
 
 export interface Listeners {
   /** In the order in which workers inherit them. */
   readonly sockets: readonly ListeningSocket[];
   /** Where each listener listens, with the port that was chosen for port 0. */
   readonly addresses: Readonly<Record<string, readonly string[]>>;
+  /** All that there are, also those of addresses that a reload has removed: it may bring them back. */
+  readonly passed: readonly PassedSocket[];
 }
 
-/** One address of a listener has one socket for each worker slot (SO_REUSEPORT). */
+/** One address of a listener has one socket for each worker slot (SO_REUSEPORT), or those that were passed for it. */
 export interface ListeningSocket extends SocketUse {
   readonly fd: number;
-  readonly slot: number;
+  /** Who accepts from it. More than one only when fewer were passed than there are workers. */
+  readonly slots: readonly number[];
+  readonly passed: boolean;
   readonly backlog: number;
   /** As the listener has it. */
   readonly wanted: TcpAddress;
@@ -39,7 +46,7 @@ export interface NextListeners extends Listeners {
   readonly resized: readonly ListeningSocket[];
 }
 
-export const noListeners: Listeners = { sockets: [], addresses: {} };
+export const noListeners: Listeners = { sockets: [], addresses: {}, passed: [] };
 
 /**
  * Opens what `former` lacks. A socket stays what it is when its address does, even if the listener's name changes: nobody
@@ -60,9 +67,10 @@ export function openListeners(
     for (const listener of Object.values(config.listeners)) {
       addresses[listener.name] = listener.bind.map((wanted) => {
         const use = { listener: listener.name, backlog: listener.backlog, wanted };
-        const same = takeOne(kept.get(identity(use)), slots);
-        if (same === undefined) opened.push(...openAddress(use, listener, slots, former, native));
-        const group = same?.map((socket) => ({ ...socket, ...use })) ?? opened.slice(-slots);
+        const same = takeOne(kept.get(identity(use)), slots)?.map((socket) => ({ ...socket, ...use }));
+        const group =
+          same ?? takePassed(use, listener, slots, former, native) ?? openAddress(use, listener, slots, former, native);
+        if (same === undefined) opened.push(...group);
         sockets.push(...group);
         return group[0]?.bound ?? formatAddress(wanted);
       });
@@ -75,6 +83,7 @@ export function openListeners(
   return {
     sockets,
     addresses,
+    passed: former.passed,
     opened,
     retired: former.sockets.filter(({ socket }) => !next.has(socket)),
     resized: former.sockets.flatMap(({ socket, backlog }) => {
@@ -84,14 +93,28 @@ export function openListeners(
   };
 }
 
+/**
+ * A socket that nobody accepts from lets clients wait for ever.
+ * @throws ServiceError `bind_failed`, naming it
+ */
+export function refuseForeignSockets({ sockets, passed, addresses }: Listeners): void {
+  const foreign = passed.filter(({ fd }) => !sockets.some((own) => own.fd === fd));
+  if (foreign.length === 0) return;
+  const found = foreign.map(formatPassedSocket).join(', ');
+  const expected = Object.values(addresses).flat().join(', ');
+  throw new ServiceError('bind_failed', `no listener binds the passed socket ${found}; expected ${expected}`, {
+    hint: 'ListenStream= of the socket unit and `bind` of the listeners must name the same addresses',
+  });
+}
+
 /** Clients are refused from now on, so that they turn to another host; what no worker has accepted is reset. */
-export function shutListeners({ sockets }: Listeners, native: EngineBinding): void {
-  for (const { fd } of sockets) native.shutListener(fd);
+export function shutSockets(sockets: readonly ListeningSocket[], native: EngineBinding): void {
+  for (const { fd, passed } of sockets) if (!passed) native.shutListener(fd);
 }
 
 /** For the primary; who inherited or was handed one has it still. */
 export function closeSockets(sockets: readonly ListeningSocket[]): void {
-  for (const { fd } of sockets) closeSync(fd);
+  for (const { fd, passed } of sockets) if (!passed) closeSync(fd);
 }
 
 /** Port 0 is another port each time, so there the listener says which is meant; else the address does. */
@@ -99,15 +122,38 @@ function identity({ listener, wanted }: Pick<ListeningSocket, 'listener' | 'want
   return wanted.port === 0 ? `${listener} ${formatAddress(wanted)}` : formatAddress(wanted);
 }
 
-/** The sockets of one address; a listener may have several at port 0. */
+/** The sockets of one address; a listener may have several at port 0, where nothing is passed. */
 function takeOne(group: ListeningSocket[] | undefined, slots: number): ListeningSocket[] | undefined {
-  return group === undefined || group.length === 0 ? undefined : group.splice(0, slots);
+  if (group === undefined || group.length === 0) return undefined;
+  return group.splice(0, group[0]?.wanted.port === 0 ? slots : group.length);
 }
 
 let numbered = 0;
 
+/** What the configuration says of an address. */
+type Wanted = Pick<ListeningSocket, 'listener' | 'backlog' | 'wanted'>;
+
+/** Dealt out in turns, until each slot has one and each socket is somebody's. */
+function takePassed(
+  use: Wanted,
+  listener: ListenerConfig,
+  slots: number,
+  { passed }: Listeners,
+  native: EngineBinding,
+): ListeningSocket[] | undefined {
+  const bound = formatAddress(use.wanted);
+  const found = passed.filter(({ address }) => address === bound);
+  if (found.length === 0) return undefined;
+  const turns = Array.from({ length: Math.max(found.length, slots) }, (_, turn) => turn);
+  return found.map(({ fd }, index) => {
+    attempt(listener, bound, () => native.setBacklog(fd, use.backlog));
+    const own = turns.filter((turn) => turn % found.length === index).map((turn) => turn % slots);
+    return { ...use, socket: numbered++, fd, slots: own, passed: true, bound };
+  });
+}
+
 function openAddress(
-  use: Pick<ListeningSocket, 'listener' | 'backlog' | 'wanted'>,
+  use: Wanted,
   listener: ListenerConfig,
   slots: number,
   former: Listeners,
@@ -123,7 +169,7 @@ function openAddress(
     for (let slot = 0; slot < slots; slot++) {
       const { fd, address } = attempt(listener, bound, () => native.openListener(bound, use.backlog));
       bound = address; // the slots share the port that the first was given
-      sockets.push({ ...use, socket: numbered++, fd, slot, bound });
+      sockets.push({ ...use, socket: numbered++, fd, slots: [slot], passed: false, bound });
     }
     return sockets;
   } catch (error) {
@@ -153,7 +199,9 @@ function hintFor(found: string): { hint?: string } {
     return { hint: 'another process listens there already; stop it (ss -ltnp shows which) or choose another port' };
   }
   if (found.startsWith('EACCES')) {
-    return { hint: 'ports below 1024 need root at start, with `user` to give it up, or CAP_NET_BIND_SERVICE' };
+    return {
+      hint: 'ports below 1024 need root at start, with `user` to give it up, CAP_NET_BIND_SERVICE, or a socket unit',
+    };
   }
   if (found.startsWith('EADDRNOTAVAIL')) {
     return { hint: 'no interface of this host has that address' };

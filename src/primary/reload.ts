@@ -18,7 +18,8 @@ import { giveBackMemorySoon } from '../engine/memory.ts';
 import { ConfigError, formatProblem, KeygateError } from '../errors.ts';
 import type { ErrorCode, Problem } from '../errors.ts';
 import type { Log } from '../log.ts';
-import { closeSockets, openListeners } from './listeners.ts';
+import { closeSockets, openListeners, shutSockets } from './listeners.ts';
+import type { ServiceManager } from './service-manager.ts';
 import type { Workers } from './workers.ts';
 
 export const reloadOutcomes = ['committed', 'refused', 'rolled_back'] as const;
@@ -54,6 +55,7 @@ export interface CertificateFacts {
 interface ReloadParts {
   readonly workers: Pick<Workers, 'listening' | 'prepare' | 'commit' | 'discard'>;
   readonly native: EngineBinding;
+  readonly serviceManager: Pick<ServiceManager, 'reloading' | 'reloaded'>;
   /** How many workers there are. */
   readonly slots: number;
   readonly log: Log;
@@ -124,6 +126,7 @@ export class Reloads {
   async reload(): Promise<ReloadReport> {
     if (this.#underWay !== undefined) return busyReport;
     const began = performance.now();
+    this.#parts.serviceManager.reloading();
     this.#underWay = this.#try().then((result): ReloadReport => {
       const report = { ...result, seconds: Math.round(performance.now() - began) / 1000 };
       this.#conclude(report);
@@ -172,7 +175,7 @@ export class Reloads {
     this.#since = new Date();
     this.#onCommit(next);
     // Every worker has accepted what waited there, and let go.
-    for (const { fd } of listeners.retired) native.shutListener(fd);
+    shutSockets(listeners.retired, native);
     closeSockets(listeners.retired);
     return { outcome: 'committed', changes, reasons: [] };
   }
@@ -181,8 +184,10 @@ export class Reloads {
     giveBackMemorySoon(this.#parts.native);
     this.#counts[report.outcome] += 1;
     this.#last = { ...report, at: new Date() };
-    const { log } = this.#parts;
+    const { log, serviceManager } = this.#parts;
     const { outcome, seconds, changes, reasons } = report;
+    const why = reasons[0] === undefined ? '' : `; the last reload was ${outcome}: ${reasons[0].message}`;
+    serviceManager.reloaded(`serving generation ${this.#generation}${why}`);
     if (outcome === 'committed') {
       const event = 'reload_committed';
       const details = { event, seconds, generation: this.#generation, changes: shown(changes) } as const;

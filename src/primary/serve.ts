@@ -12,13 +12,15 @@ import { openLogs } from '../log.ts';
 import type { Log, Logs } from '../log.ts';
 import { startAdmin } from './admin.ts';
 import type { Admin } from './admin.ts';
-import { noListeners, openListeners, shutListeners } from './listeners.ts';
+import { noListeners, openListeners, refuseForeignSockets, shutSockets } from './listeners.ts';
 import type { Listeners } from './listeners.ts';
 import { LogLosses } from './log-losses.ts';
 import { renderMetrics } from './metrics.ts';
 import type { Measurements } from './metrics.ts';
+import { takePassedSockets } from './passed-sockets.ts';
 import { becomeConfigured, logPrivileges } from './privileges.ts';
 import { Reloads } from './reload.ts';
+import { ServiceManager } from './service-manager.ts';
 import { TicketEpochs } from './ticket-epochs.ts';
 import { version } from '../version.ts';
 import { Workers } from './workers.ts';
@@ -51,11 +53,14 @@ export interface Service {
 export async function serve(config: Config, { allowKeyLog = false }: ServeOptions = {}): Promise<Service> {
   if (!allowKeyLog) refuseKeyLog(config);
   const slots = config.workers === 'auto' ? availableParallelism() : config.workers;
-  const listeners = openListeners(noListeners, config, slots, engine());
+  const passed = takePassedSockets(process.env, engine());
+  const listeners = openListeners({ ...noListeners, passed }, config, slots, engine());
+  refuseForeignSockets(listeners);
   const account = becomeConfigured(config);
   // As the account that workers have too: a file that root made would be closed to them.
   const logs = openLogs(config.log);
   const { log } = logs;
+  const serviceManager = new ServiceManager(process.env, engine(), log);
   log.info({ event: 'starting', version, node: process.versions.node, file: config.file }, `keygate ${version}`);
   logPrivileges(account, log);
   if (config.log.keyLog !== undefined) reportKeyLog(config.log.keyLog, log);
@@ -76,7 +81,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
     }, intervalMs);
   let rotation = rotateEvery(config.tickets.rotationMs);
   let rotationMs = config.tickets.rotationMs;
-  const reloads = new Reloads(config, { workers, native: engine(), slots, log }, (next) => {
+  const reloads = new Reloads(config, { workers, native: engine(), serviceManager, slots, log }, (next) => {
     log.level = next.log.level;
     if (next.tickets.rotationMs === rotationMs) return;
     rotationMs = next.tickets.rotationMs;
@@ -88,8 +93,9 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   let draining = false;
   const drain = (deadlineMs: number): void => {
     workers.drain(deadlineMs);
-    if (!draining) shutListeners(workers.listening, engine());
+    if (!draining) shutSockets(workers.listening.sockets, engine());
     draining = true;
+    serviceManager.stopping();
     log.info({ event: 'drain_started', deadlineMs }, 'draining');
   };
   let signals = 0;
@@ -135,6 +141,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   const { addresses } = workers.listening;
   if (workers.unreadiness === undefined) {
     log.info({ event: 'ready', addresses, admin: admin?.address }, 'keygate is ready');
+    serviceManager.ready();
   }
   return { addresses, adminAddress: admin?.address, ended: end };
 }

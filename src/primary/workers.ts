@@ -457,7 +457,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     const adopter = slot.adoptedBy;
     slot.adoptedBy = undefined;
     if (adopter !== undefined) {
-      const sockets = usesOf(this.#listeners, slot).map(({ socket }) => socket);
+      const sockets = orphansOf(this.#listeners, slot, adopter).map(({ socket }) => socket);
       this.#tell(adopter, { type: 'release', sockets });
     }
     if (!this.#everReady) {
@@ -557,7 +557,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   #adopt(orphaned: Slot, adopter: Slot): void {
-    this.#tell(adopter, { type: 'adopt', accept: usesOf(this.#listeners, orphaned) });
+    this.#tell(adopter, { type: 'adopt', accept: orphansOf(this.#listeners, orphaned, adopter) });
   }
 
   /** A worker waits for other processes' logins, once to prove a token and once to start it. */
@@ -619,7 +619,13 @@ function hasCommitted({ commits }: Reload, slot: Slot): void {
 
 /** What the worker in a slot accepts from by itself. */
 function usesOf({ sockets }: Listeners, { index }: Slot): SocketUse[] {
-  return sockets.filter(({ slot }) => slot === index).map(({ socket, listener }) => ({ socket, listener }));
+  return sockets.filter(({ slots }) => slots.includes(index)).map(({ socket, listener }) => ({ socket, listener }));
+}
+
+/** Without those that the sibling shares: it accepts from them, before and after. */
+function orphansOf(listeners: Listeners, orphaned: Slot, sibling: Slot): SocketUse[] {
+  const shared = new Set(usesOf(listeners, sibling).map(({ socket }) => socket));
+  return usesOf(listeners, orphaned).filter(({ socket }) => !shared.has(socket));
 }
 
 function exitFailure(slot: number, code: number | null, signal: string | null): WorkerFailure {

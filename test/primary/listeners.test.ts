@@ -5,7 +5,7 @@
  */
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
-import { readdirSync } from 'node:fs';
+import { closeSync, readdirSync } from 'node:fs';
 import { createServer } from 'node:net';
 import type { AddressInfo } from 'node:net';
 import { afterEach, it } from 'node:test';
@@ -22,7 +22,7 @@ it('an address has a socket for each slot, at the port that the first was given'
   const { sockets, addresses, opened: all } = open(noListeners, 'web: { bind: ["127.0.0.1:0", "[::1]:0"] }');
   assert.deepEqual(all, sockets);
   assert.deepEqual(
-    sockets.map(({ listener, slot, bound }) => [listener, slot, bound]),
+    sockets.map(({ listener, slots: own, bound }) => [listener, ...own, bound]),
     addresses['web']?.flatMap((address) => [
       ['web', 0, address],
       ['web', 1, address],
@@ -73,6 +73,22 @@ it('every address of a port can be bound beside one of them, while its sockets a
   const second = open(first, `web: { bind: ["0.0.0.0:${port}"] }`);
   assert.deepEqual(numbers(second.retired), numbers(first.sockets));
   assert.deepEqual(second.addresses, { web: [`0.0.0.0:${port}`] });
+});
+
+it('passed sockets are dealt out until each slot has one and each socket is accepted from', () => {
+  const dealt = (count: number) => {
+    const first = engine().openListener('127.0.0.1:0', 16);
+    const others = Array.from({ length: count - 1 }, () => engine().openListener(first.address, 16));
+    const passed = [first, ...others].map(({ fd, address }) => ({ fd, name: 'https', address }));
+    const { sockets, opened: taken } = open({ ...noListeners, passed }, `web: { bind: ["${first.address}"] }`);
+    closeSockets(taken);
+    // Not ours: closing what was opened has left them open, and this fails otherwise.
+    for (const { fd } of passed) closeSync(fd);
+    return sockets.map(({ slots: own }) => own);
+  };
+  assert.deepEqual(dealt(1), [[0, 1]]);
+  assert.deepEqual(dealt(2), [[0], [1]]);
+  assert.deepEqual(dealt(3), [[0], [1], [0]]);
 });
 
 it('an address that somebody else has is refused, and nothing stays open', async () => {

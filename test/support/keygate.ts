@@ -54,11 +54,15 @@ export interface EndedKeygate {
   readonly stderr: string;
 }
 
-interface LaunchOptions {
+export interface LaunchOptions {
   /** Added to the environment of the token. */
   readonly env?: Readonly<Record<string, string>>;
   /** Of `serve`, beside the configuration. */
   readonly args?: readonly string[];
+  /** What starts it, with its command line as further arguments; it must become keygate by exec. */
+  readonly launcher?: readonly string[];
+  /** Descriptors that it finds from 3 on. */
+  readonly inherit?: readonly number[];
 }
 
 const startDeadlineMs = 30_000;
@@ -370,14 +374,15 @@ let launched = 0;
 function launch(
   token: ProvisionedToken,
   file: string,
-  { env, args = [] }: LaunchOptions,
+  { env, args = [], launcher = [], inherit = [] }: LaunchOptions,
 ): ChildProcessByStdio<null, Readable, Readable> {
-  return spawn(process.execPath, [main, 'serve', '-c', file, ...args], {
+  const [program, ...rest] = [...launcher, process.execPath, main];
+  return spawn(program, [...rest, 'serve', '-c', file, ...args], {
     env: { ...process.env, ...token.env, ...env },
-    stdio: ['ignore', 'pipe', 'pipe'],
+    stdio: ['ignore', 'pipe', 'pipe', ...inherit],
     // A process group of its own, by which its workers are found when it has gone.
     detached: true,
-  });
+  }) as ChildProcessByStdio<null, Readable, Readable>;
 }
 
 const main = fileURLToPath(new URL('../../src/cli/main.ts', import.meta.url));

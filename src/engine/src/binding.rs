@@ -602,6 +602,20 @@ pub fn open_listener(address: String, backlog: u32) -> Result<OpenedListener> {
     Ok(OpenedListener { fd, address: bound.to_string() })
 }
 
+/// Takes a listening TCP socket that was opened elsewhere, and says where it listens. The caller's to close.
+/// Throws with what it is instead.
+#[napi(catch_unwind)]
+pub fn adopt_listener(fd: i32) -> Result<String> {
+    let address = process::adopt_listener(fd).map_err(|error| invalid(error.to_string()))?;
+    Ok(address.to_string())
+}
+
+/// Sends `state`, lines of `NAME=value`, to the service manager's datagram socket. Throws when it is not taken.
+#[napi(catch_unwind)]
+pub fn notify(socket: String, state: String) -> Result<()> {
+    process::notify(&socket, &state).map_err(|error| invalid(format!("{socket}: {error}")))
+}
+
 /// Refuses clients on a listening socket from now on, in every process that holds it. The descriptor stays open.
 #[napi(catch_unwind)]
 pub fn shut_listener(fd: i32) -> Result<()> {

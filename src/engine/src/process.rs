@@ -1,15 +1,17 @@
 //! Owns what is done to the process or its sockets and has nothing to do with TLS: opening listening sockets for the
-//! primary, giving up privileges that cannot be given up from JavaScript, and leaving without running the destructors of a
+//! primary, taking those that systemd opened and telling it how the service does, giving up privileges that cannot be given up from JavaScript, and leaving without running the destructors of a
 //! library that a thread is still inside. JavaScript thread only.
 
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{IntoRawFd, RawFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::signing::pkcs11::threads_in_modules;
 
@@ -27,6 +29,50 @@ pub fn open_listener(address: SocketAddr, backlog: u32) -> io::Result<(RawFd, So
     socket.listen(i32::try_from(backlog).unwrap_or(i32::MAX))?;
     let bound = socket.local_addr()?.as_socket().unwrap_or(address);
     Ok((socket.into_raw_fd(), bound))
+}
+
+/// Makes a listening socket that another program opened one like ours: non-blocking, which it then is for whoever holds it,
+/// close-on-exec, TCP_NODELAY. It stays open and the caller's.
+///
+/// # Errors
+/// InvalidInput, saying what it is, when it does not listen for TCP, or listens for IPv4 at an IPv6 address, which nobody
+/// can change any more; as fcntl(2) and getsockopt(2).
+pub fn adopt_listener(fd: RawFd) -> io::Result<SocketAddr> {
+    if fd < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: not negative, and the caller's for the time of this call; if it is not open the first call below fails.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let socket = SockRef::from(&borrowed);
+    let refused = |what: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    let Some(address) = socket.local_addr()?.as_socket() else {
+        return refused("it is not a TCP socket");
+    };
+    if socket.r#type()? != Type::STREAM || !socket.is_listener()? {
+        return refused("it is not a TCP socket that listens");
+    }
+    if address.is_ipv6() && address.ip().is_unspecified() && !socket.only_v6()? {
+        return refused("it takes IPv4 as well as IPv6");
+    }
+    socket.set_nonblocking(true)?;
+    socket.set_cloexec(true)?;
+    socket.set_tcp_nodelay(true)?;
+    Ok(address)
+}
+
+/// Tells the service manager something (sd_notify(3)): a datagram to the socket it named. `@` begins an abstract name.
+///
+/// # Errors
+/// As socket(2) and sendto(2).
+pub fn notify(socket: &str, state: &str) -> io::Result<()> {
+    let address = match socket.strip_prefix('@') {
+        Some(name) => UnixSocketAddr::from_abstract_name(name)?,
+        None => UnixSocketAddr::from_pathname(socket)?,
+    };
+    let sender = UnixDatagram::unbound()?;
+    // A manager that does not read must not hold keygate up.
+    sender.set_nonblocking(true)?;
+    sender.send_to_addr(state.as_bytes(), &address).map(drop)
 }
 
 /// Refuses clients on a listening socket from now on, also for the other processes that hold it, and resets what waits in
