@@ -33,7 +33,9 @@ export interface Config {
   readonly listeners: Readonly<Record<string, ListenerConfig>>;
 }
 
-export type LogLevel = 'debug' | 'info' | 'warn' | 'error';
+/** The most talkative first. */
+export const logLevels = ['debug', 'info', 'warn', 'error'] as const;
+export type LogLevel = (typeof logLevels)[number];
 
 export interface LogConfig {
   readonly level: LogLevel;

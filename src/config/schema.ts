@@ -8,7 +8,7 @@
  */
 import * as z from 'zod';
 import { parseAdminAddress, parseBindAddress, parseServerAddress } from './address.ts';
-import { cipherSuites, groups } from './config.ts';
+import { cipherSuites, groups, logLevels } from './config.ts';
 import type { Fault, Parsed } from './fault.ts';
 import { parsePath } from './path.ts';
 import { cipherSuiteVersion } from './policies.ts';
@@ -224,7 +224,7 @@ export const documentSchema = z.strictObject(
     ),
     log: z
       .strictObject({
-        level: oneOf(['debug', 'info', 'warn', 'error'], 'info').describe('The least severe level that is logged.'),
+        level: oneOf(logLevels, 'info').describe('The least severe level that is logged.'),
       })
       .prefault({})
       .describe('Logging, as JSON lines on standard output.'),
@@ -274,8 +274,8 @@ export function jsonSchema(): JsonSchema {
 }
 
 /** Where a PIN or the admin server's token may stand by mistake. */
-export function isSecret([part, name, key]: readonly (string | number)[]): boolean {
-  return (part === 'tokens' && key === 'pin') || (part === 'admin' && name === 'token');
+export function isSecret([part, second, third]: readonly (string | number)[]): boolean {
+  return (part === 'tokens' && third === 'pin') || (part === 'admin' && second === 'token');
 }
 
 let printed: JsonSchema | undefined;

@@ -4,16 +4,18 @@
  * Runs: main thread of the primary.
  */
 import { availableParallelism } from 'node:os';
-import type { Config } from '../config/config.ts';
+import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import { giveBackMemory } from '../engine/memory.ts';
 import { openLog } from '../log.ts';
 import type { Log } from '../log.ts';
 import { startAdmin } from './admin.ts';
-import type { Admin } from './admin.ts';
+import type { Admin, AdminView } from './admin.ts';
+import { History } from './history.ts';
 import { noListeners, openListeners, shutListeners } from './listeners.ts';
 import type { Listeners } from './listeners.ts';
 import { renderMetrics } from './metrics.ts';
+import { overviewOf } from './overview.ts';
 import { dropPrivileges } from './privileges.ts';
 import { Reloads } from './reload.ts';
 import { TicketEpochs } from './ticket-epochs.ts';
@@ -53,7 +55,10 @@ export async function serve(config: Config): Promise<Service> {
   const rotateEvery = (intervalMs: number) => setInterval(() => workers.rotateTickets(), intervalMs);
   let rotation = rotateEvery(config.tickets.rotationMs);
   let rotationMs = config.tickets.rotationMs;
-  const reloads = new Reloads(config, { workers, native: engine(), slots, log }, (next) => {
+  // It shows what reloads do, and they have it read its files again.
+  const opened: { admin?: Admin | undefined } = {};
+  const parts = { workers, native: engine(), slots, log, rereadAdmin: () => opened.admin?.reread() };
+  const reloads = new Reloads(config, parts, (next) => {
     log.level = next.log.level;
     if (next.tickets.rotationMs === rotationMs) return;
     rotationMs = next.tickets.rotationMs;
@@ -80,8 +85,22 @@ export async function serve(config: Config): Promise<Service> {
   process.on('SIGINT', stop);
   process.on('SIGHUP', () => reloads.request());
 
-  const admin = await openAdmin(reloads, workers, () => drain(reloads.config.drainDeadlineMs), log);
-  const observation = setInterval(() => void workers.observe(), observeIntervalMs);
+  const history = new History(engine().latencyBoundsUs());
+  const drainNow = () => drain(reloads.config.drainDeadlineMs);
+  const admin = await openAdmin({ reloads, workers, history, drain: drainNow, log });
+  opened.admin = admin;
+  const observation = setInterval(() => {
+    workers
+      .observe()
+      .then((snapshot) => {
+        history.enter(snapshot, Date.now());
+        admin?.announce();
+      })
+      .catch((error: unknown) => {
+        // A defect in what is shown must not end what serves.
+        log.error({ event: 'admin_status', error }, 'the status page could not be told what was measured');
+      });
+  }, observeIntervalMs);
   workers.start();
   const end = ended.promise.finally(async () => {
     clearInterval(observation);
@@ -100,10 +119,18 @@ export async function serve(config: Config): Promise<Service> {
   return { addresses, adminAddress: admin?.address, ended: end };
 }
 
-async function openAdmin(reloads: Reloads, workers: Workers, drain: () => void, log: Log): Promise<Admin | undefined> {
+interface AdminParts {
+  readonly reloads: Reloads;
+  readonly workers: Workers;
+  readonly history: History;
+  readonly drain: () => void;
+  readonly log: Log;
+}
+
+async function openAdmin({ reloads, workers, history, drain, log }: AdminParts): Promise<Admin | undefined> {
   const { admin } = reloads.config;
   if (admin === undefined) return undefined;
-  const view = {
+  const view: AdminView = {
     get unreadiness() {
       return workers.unreadiness;
     },
@@ -121,8 +148,28 @@ async function openAdmin(reloads: Reloads, workers: Workers, drain: () => void, 
       certificates: reloads.certificates.map(({ name, notAfterMs }) => ({ name, notAfterMs })),
       engine: await workers.observe(),
     }),
+    history: () => ({ points: history.points }),
+    overview: () =>
+      overviewOf({
+        atMs: Date.now(),
+        unreadiness: workers.unreadiness,
+        config: reloads.config,
+        configuration: reloads.status,
+        addresses: workers.listening.addresses,
+        workers: workers.status,
+        certificates: reloads.certificates,
+        logLevel: view.logLevel,
+        history,
+      }),
+    get logLevel() {
+      return log.level as LogLevel;
+    },
+    setLogLevel(level) {
+      log.level = level;
+      workers.setLogLevel(level);
+    },
     reload: async () => reloads.reload(),
     drain,
   };
-  return startAdmin(admin.listen, view, log);
+  return startAdmin(admin, view, log);
 }

@@ -18,7 +18,7 @@ import type { Worker } from 'node:cluster';
 import { EventEmitter } from 'node:events';
 import { closeSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import type { Config } from '../config/config.ts';
+import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import type { EngineSnapshot } from '../engine/native.d.ts';
 import { ConfigError, ServiceError, TokenError } from '../errors.ts';
@@ -56,6 +56,8 @@ interface Slot {
   readonly index: number;
   state: SlotState;
   worker: Worker | undefined;
+  /** When its worker was forked. */
+  forkedAt: Date | undefined;
   failure: WorkerFailure | undefined;
   failuresInRow: number;
   restarts: number;
@@ -74,6 +76,8 @@ export interface SlotStatus {
   readonly slot: number;
   readonly state: SlotState;
   readonly pid: number | undefined;
+  /** When the process was started. */
+  readonly startedAt: Date | undefined;
   readonly restarts: number;
   readonly failure: string | undefined;
 }
@@ -151,10 +155,11 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   get status(): readonly SlotStatus[] {
-    return this.#slots.map(({ index, state, worker, restarts, failure }) => ({
+    return this.#slots.map(({ index, state, worker, forkedAt, restarts, failure }) => ({
       slot: index,
       state,
       pid: worker?.process.pid,
+      startedAt: worker && forkedAt,
       restarts,
       failure: failure?.message,
     }));
@@ -275,6 +280,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
     }
   }
 
+  /** Of every worker there is or will be, until a reload commits its own. */
+  setLogLevel(level: LogLevel): void {
+    this.#config = { ...this.#config, log: { ...this.#config.log, level } };
+    for (const slot of this.#slots) this.#tell(slot, { type: 'log-level', level });
+  }
+
   /**
    * Every worker accepts nothing any more and leaves when its last connection has ended, or at the deadline. A second
    * call moves the deadline.
@@ -370,6 +381,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     closeSync(handover.worker);
     slot.handover = handover.primary;
     slot.worker = worker;
+    slot.forkedAt = new Date();
     slot.state = 'starting';
     slot.doing = undefined;
     let failure: WorkerFailure | undefined;
@@ -562,6 +574,7 @@ function newSlot(index: number): Slot {
     index,
     state: 'due',
     worker: undefined,
+    forkedAt: undefined,
     failure: undefined,
     failuresInRow: 0,
     restarts: 0,

@@ -80,6 +80,9 @@ function obey(message: PrimaryMessage): void {
     case 'drain':
       drain(message.deadlineMs);
       return;
+    case 'log-level':
+      log.level = message.level;
+      return;
     case 'leave':
       return process.exit(0);
     case 'observe':

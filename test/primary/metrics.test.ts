@@ -14,7 +14,14 @@ import { parseScrape } from '../support/prometheus-text.ts';
 import type { ScrapedFamily } from '../support/prometheus-text.ts';
 
 const boundsUs = engine().latencyBoundsUs();
-const readyWorker: SlotStatus = { slot: 0, state: 'ready', pid: 1, restarts: 0, failure: undefined };
+const readyWorker: SlotStatus = {
+  slot: 0,
+  state: 'ready',
+  pid: 1,
+  startedAt: undefined,
+  restarts: 0,
+  failure: undefined,
+};
 const reloads = { counts: { committed: 0, refused: 0, rolled_back: 0 }, last: undefined };
 const certificates = [{ name: 'www', notAfterMs: Date.UTC(2030, 0, 1) }];
 
