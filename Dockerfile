@@ -14,7 +14,7 @@ FROM ${NODE_IMAGE} AS packages
 RUN apt-get update && apt-get install -y --no-install-recommends g++ make python3 && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY . .
-RUN scripts/packages && node_modules/.bin/tsc -p tsconfig.build.json && npm prune --omit=dev
+RUN scripts/packages && npm run build && npm prune --omit=dev
 COPY --from=engine /build/src/engine/target/release/libkeygate_engine.so dist/engine/keygate-engine.node
 
 FROM ${BASE} AS runtime

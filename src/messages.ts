@@ -3,7 +3,7 @@
  * Must not know: how either side does it.
  * Runs: types only; the values cross as structured clones (cluster's `advanced` serialization), so byte arrays stay bytes.
  */
-import type { Config } from './config/config.ts';
+import type { Config, LogLevel } from './config/config.ts';
 import type { EngineSnapshot, SandboxReport } from './engine/native.d.ts';
 import type { ErrorCode, Problem } from './errors.ts';
 import type { LogCounts } from './log.ts';
@@ -53,6 +53,8 @@ export type PrimaryMessage =
   | { readonly type: 'drain'; readonly deadlineMs: number }
   /** What the worker measured last is known. */
   | { readonly type: 'leave' }
+  /** Until a reload commits its own. */
+  | { readonly type: 'log-level'; readonly level: LogLevel }
   /** Answer with `snapshot` and the same id. */
   | { readonly type: 'observe'; readonly id: number };
 

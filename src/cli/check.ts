@@ -10,6 +10,7 @@ import { ConfigError, exitCodes, formatProblem, ServiceError, TokenError } from 
 import { nativeGuard } from '../pkcs11/native-guard.ts';
 import { examinePlan } from '../pkcs11/plan.ts';
 import type { Finding } from '../pkcs11/plan.ts';
+import { readCredentials } from '../primary/admin-credentials.ts';
 import { becomeConfigured, findAccount } from '../primary/privileges.ts';
 import { coloured, printJson, printLine } from './output.ts';
 import type { Colour } from './output.ts';
@@ -50,6 +51,7 @@ async function examine(file: string): Promise<Finding[]> {
   return [
     { severity: 'ok', subject: 'config', message: config.file },
     ...becomeUser(config),
+    ...examineAdmin(config),
     ...examinePlan(config, tools).findings,
     ...(await examineUpstreams(config)),
   ];
@@ -68,6 +70,20 @@ function becomeUser(config: Config): Finding[] {
     const became = becomeConfigured(config) !== undefined;
     const seen = became ? 'all that follows is seen as this user' : 'not checked as this user, which needs root';
     return [{ severity: 'ok', subject, message: `uid ${uid}, gid ${gid}; ${seen}` }];
+  } catch (error) {
+    if (!(error instanceof ServiceError)) throw error;
+    return [{ severity: 'error', subject, message: error.message, error }];
+  }
+}
+
+/** Nothing to say of an admin server that needs no file. */
+function examineAdmin({ admin }: Config): Finding[] {
+  if (admin === undefined || (admin.token === undefined && admin.tls === undefined)) return [];
+  const subject = 'admin';
+  try {
+    const { tls } = readCredentials(admin);
+    const until = tls && `, its certificate is valid until ${new Date(tls.notAfterMs).toISOString().slice(0, 10)}`;
+    return [{ severity: 'ok', subject, message: `token and certificates can be read${until ?? ''}` }];
   } catch (error) {
     if (!(error instanceof ServiceError)) throw error;
     return [{ severity: 'error', subject, message: error.message, error }];

@@ -24,19 +24,18 @@ export function parseServerAddress(text: string): Parsed<TcpAddress | UnixAddres
   return text.startsWith('unix:') ? parseUnixAddress(text) : parseTcpAddress(text, 1);
 }
 
-/** Where the admin server listens: loopback or a unix socket. */
+/** Where the admin server listens: an address of this host or a unix socket. */
 export function parseAdminAddress(text: string): Parsed<TcpAddress | UnixAddress> {
   if (text.startsWith('unix:')) return parseUnixAddress(text);
   const parsed = parseBindAddress(text);
-  if ('fault' in parsed) return parsed;
-  const { host } = parsed.value;
-  if (host === '::1' || (isIPv4(host) && host.startsWith('127.'))) return parsed;
-  return {
-    fault: {
-      expected: 'a loopback address such as 127.0.0.1:9180, or unix:/path',
-      hint: 'the admin server has no authentication; put a proxy that has some in front of it',
-    },
-  };
+  if ('value' in parsed) return parsed;
+  return { fault: { ...parsed.fault, expected: 'IP-ADDRESS:PORT such as 127.0.0.1:9180, or unix:/path' } };
+}
+
+/** Whether only who is on this host can connect there. */
+export function isLocal(address: TcpAddress | UnixAddress): boolean {
+  if ('path' in address) return true;
+  return address.host === '::1' || (isIPv4(address.host) && address.host.startsWith('127.'));
 }
 
 /** `192.0.2.1:443`, `[2001:db8::1]:443`, `unix:/run/web.sock`. */

@@ -7,6 +7,7 @@
  */
 import type { PinSource } from './pin.ts';
 import type { Pkcs11Uri } from './pkcs11-uri.ts';
+import type { SecretPlace } from './secret.ts';
 
 export interface Config {
   /** Absolute path of the file this came from. */
@@ -33,7 +34,9 @@ export interface Config {
   readonly listeners: Readonly<Record<string, ListenerConfig>>;
 }
 
-export type LogLevel = 'debug' | 'info' | 'warn' | 'error';
+/** The most talkative first. */
+export const logLevels = ['debug', 'info', 'warn', 'error'] as const;
+export type LogLevel = (typeof logLevels)[number];
 
 export interface LogConfig {
   readonly level: LogLevel;
@@ -67,8 +70,21 @@ export interface UnixAddress {
 }
 
 export interface AdminConfig {
-  /** A loopback address or a unix socket: the admin server has no authentication of its own. */
+  /** Reachable from other hosts only with a token or client certificates. */
   readonly listen: TcpAddress | UnixAddress;
+  /** Where the bearer token is kept that requests must carry. */
+  readonly token: SecretPlace | undefined;
+  /** Absolute paths of PEM files; undefined: plain HTTP. */
+  readonly tls: AdminTlsConfig | undefined;
+}
+
+export interface AdminTlsConfig {
+  /** The leaf first, then its issuers. */
+  readonly chain: string;
+  /** A file: the primary loads no PKCS#11 module. */
+  readonly key: string;
+  /** Authorities that must have issued the client's certificate; undefined: clients need none. */
+  readonly clientCertificates: string | undefined;
 }
 
 /** What workers give up once they have started. */

@@ -4,6 +4,7 @@
  * Runs: at start, on the main thread.
  */
 import type {
+  AdminConfig,
   CertificateConfig,
   Config,
   HealthConfig,
@@ -14,9 +15,9 @@ import type {
   UpstreamConfig,
 } from './config.ts';
 import { absolutePath } from './path.ts';
-import type { PinSource } from './pin.ts';
 import { builtInPolicies, cipherSuitesOf } from './policies.ts';
 import type { Document } from './schema.ts';
+import type { SecretPlace } from './secret.ts';
 
 /** @param directory what relative paths are relative to. */
 export function normalise(document: Document, file: string, directory: string): Config {
@@ -31,7 +32,7 @@ export function normalise(document: Document, file: string, directory: string): 
     drainDeadlineMs: document.drainDeadline,
     reloadDeadlineMs: document.reloadDeadline,
     log: logConfig(document.log, directory),
-    admin: document.admin,
+    admin: document.admin && adminConfig(document.admin, directory),
     sandbox: {
       enabled: document.sandbox.enabled,
       writable: document.sandbox.writable.map((path) => absolutePath(path, directory)),
@@ -67,12 +68,24 @@ function logConfig({ level, file, access, keyLog }: Document['log'], directory: 
   };
 }
 
+function adminConfig({ listen, token, tls }: NonNullable<Document['admin']>, directory: string): AdminConfig {
+  return {
+    listen,
+    token: token && secretPlace(token, directory),
+    tls: tls && {
+      chain: absolutePath(tls.chain, directory),
+      key: absolutePath(tls.key, directory),
+      clientCertificates: tls.clientCertificates && absolutePath(tls.clientCertificates, directory),
+    },
+  };
+}
+
 function tokenConfig(name: string, token: Document['tokens'][string], directory: string): TokenConfig {
   return {
     name,
     module: absolutePath(token.module, directory),
     uri: token.uri,
-    pin: pinSource(token.pin, directory),
+    pin: secretPlace(token.pin, directory),
     lanes: token.lanes,
     queue: { max: token.queue.max, ageMs: token.queue.age },
     signDeadlineMs: token.signDeadline,
@@ -82,7 +95,7 @@ function tokenConfig(name: string, token: Document['tokens'][string], directory:
   };
 }
 
-function pinSource({ file, env, credential }: Document['tokens'][string]['pin'], directory: string): PinSource {
+function secretPlace({ file, env, credential }: Document['tokens'][string]['pin'], directory: string): SecretPlace {
   if (file !== undefined) return { file: absolutePath(file, directory) };
   if (env !== undefined) return { env };
   // The schema demands exactly one; an empty name would be refused when it is read.

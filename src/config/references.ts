@@ -1,17 +1,23 @@
 /**
- * Owns: what sections say about each other: every name must be defined, no address bound twice.
+ * Owns: what keys say about each other: every name must be defined, no address bound twice, no admin server open to all.
  * Must not know: positions; whether the document is otherwise right, so that its problems are all reported at once.
  * Runs: at start, on the main thread.
  */
 import { isIPv6 } from 'node:net';
-import { parseAdminAddress, parseBindAddress } from './address.ts';
-import type { TcpAddress } from './config.ts';
+import { isLocal, parseAdminAddress, parseBindAddress } from './address.ts';
+import type { TcpAddress, UnixAddress } from './config.ts';
 import { builtInPolicies } from './policies.ts';
 import type { Path, PlacedFault } from './source.ts';
 import { suggest } from './suggestion.ts';
 
 export function referenceFaults(document: unknown): PlacedFault[] {
-  return [...unknownNames(document), ...repeatedNames(document), ...builtInNames(document), ...sharedBinds(document)];
+  return [
+    ...unknownNames(document),
+    ...repeatedNames(document),
+    ...builtInNames(document),
+    ...sharedBinds(document),
+    ...openAdmin(document),
+  ];
 }
 
 function* unknownNames(document: unknown): Generator<PlacedFault> {
@@ -116,10 +122,29 @@ function* boundAddresses(document: unknown): Generator<[Path, TcpAddress]> {
     const parsed = parseBindAddress(text);
     if ('value' in parsed && parsed.value.port !== 0) yield [path, parsed.value];
   }
+  const admin = adminAddress(document);
+  if (admin !== undefined && 'port' in admin && admin.port !== 0) yield [['admin', 'listen'], admin];
+}
+
+/** Whoever reaches the admin server can drain keygate: from other hosts nobody does without proof of who they are. */
+function* openAdmin(document: unknown): Generator<PlacedFault> {
+  const listen = adminAddress(document);
+  const { token, tls } = mapping(mapping(document)['admin']);
+  if (listen === undefined || isLocal(listen)) return;
+  if (token !== undefined || mapping(tls)['clientCertificates'] !== undefined) return;
+  yield {
+    path: ['admin', 'listen'],
+    code: 'config_conflict',
+    expected:
+      'a loopback address such as 127.0.0.1:9180 or unix:/path, or beside it admin.token or admin.tls.clientCertificates',
+    hint: 'without either, everybody who can connect could drain keygate: require a bearer token, `token: { file: PATH }`, or certificates of clients, `tls: { chain: PATH, key: PATH, clientCertificates: PATH }`',
+  };
+}
+
+function adminAddress(document: unknown): TcpAddress | UnixAddress | undefined {
   const { listen } = mapping(mapping(document)['admin']);
   const parsed = typeof listen === 'string' ? parseAdminAddress(listen) : undefined;
-  if (parsed !== undefined && 'value' in parsed && 'port' in parsed.value && parsed.value.port !== 0)
-    yield [['admin', 'listen'], parsed.value];
+  return parsed !== undefined && 'value' in parsed ? parsed.value : undefined;
 }
 
 function namesIn(document: unknown, section: string): string[] {

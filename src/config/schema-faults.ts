@@ -52,7 +52,7 @@ function unknownKeyFaults(parent: Path, keys: readonly string[], document: unkno
 }
 
 function secretHint(path: Path): { hint?: string } {
-  return isSecret(path) ? { hint: 'keep the PIN outside of the configuration; if a PIN stood here, change it' } : {};
+  return isSecret(path) ? { hint: 'keep the secret outside of the configuration; if one stood here, change it' } : {};
 }
 
 function valueAt(document: unknown, path: Path): object | undefined {

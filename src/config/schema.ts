@@ -8,7 +8,7 @@
  */
 import * as z from 'zod';
 import { parseAdminAddress, parseBindAddress, parseServerAddress } from './address.ts';
-import { cipherSuites, groups } from './config.ts';
+import { cipherSuites, groups, logLevels } from './config.ts';
 import type { Fault, Parsed } from './fault.ts';
 import { parsePath } from './path.ts';
 import { cipherSuiteVersion } from './policies.ts';
@@ -26,24 +26,7 @@ const token = z.strictObject({
   uri: kind('PKCS#11 URI', 'a PKCS#11 URI with a token label', tokenUri).describe(
     'Which token: `token` and, to be exact, `serial`, `manufacturer`, `model`. No PIN, no object.',
   ),
-  pin: z
-    .strictObject(
-      {
-        file: path('A file that other users cannot read; one newline at its end is ignored.').optional(),
-        env: kind('name', 'the name of an environment variable', parseVariableName)
-          .describe('An environment variable.')
-          .optional(),
-        credential: kind('name', 'the name of a systemd credential', parseCredentialName)
-          .describe('A systemd credential, read from `$CREDENTIALS_DIRECTORY`.')
-          .optional(),
-      },
-      { error: 'a place where the PIN is kept: {file: PATH}, {env: NAME} or {credential: NAME}' },
-    )
-    .refine(
-      (pin) => Object.values(pin).filter((place) => place !== undefined).length === 1,
-      'exactly one of file, env and credential',
-    )
-    .describe('Where the PIN is kept, never the PIN itself: exactly one of these.'),
+  pin: secretPlace('PIN').describe('Where the PIN is kept, never the PIN itself: exactly one of these.'),
   lanes: whole(1, 256, 8).describe('Signing threads per worker, each with a PKCS#11 session of its own.'),
   queue: z
     .strictObject({
@@ -241,7 +224,7 @@ export const documentSchema = z.strictObject(
     ),
     log: z
       .strictObject({
-        level: oneOf(['debug', 'info', 'warn', 'error'], 'info').describe('The least severe level that is logged.'),
+        level: oneOf(logLevels, 'info').describe('The least severe level that is logged.'),
         file: path('Appended to, and opened again by SIGHUP and SIGUSR2. Default: standard output.').optional(),
         access: z
           .strictObject({
@@ -264,12 +247,29 @@ export const documentSchema = z.strictObject(
       .describe('Logging, as JSON lines.'),
     admin: z
       .strictObject({
-        listen: kind('address', 'a loopback address or unix:/path', parseAdminAddress).describe(
-          '`127.0.0.1:9180` or `unix:/path`. Loopback only: there is no authentication.',
+        listen: kind('address', 'IP-ADDRESS:PORT or unix:/path', parseAdminAddress).describe(
+          '`127.0.0.1:9180` or `unix:/path`. Another address than a loopback one needs `token` or `tls.clientCertificates`.',
         ),
+        token: secretPlace('token')
+          .optional()
+          .describe(
+            'Where the bearer token is kept that requests must carry, 16 to 1024 characters: exactly one of these. Default: none is needed.',
+          ),
+        tls: z
+          .strictObject({
+            chain: path('PEM file with the certificate of the admin server first, then its issuers.'),
+            key: path(
+              "PEM file of its private key, which other users cannot read. A file, because the admin server is the primary's, which never loads a PKCS#11 module.",
+            ),
+            clientCertificates: path(
+              'PEM file of authorities: only clients with a certificate that one of them issued may connect. Default: clients need none.',
+            ).optional(),
+          })
+          .optional()
+          .describe('HTTPS instead of HTTP, TLS 1.2 or newer. Default: off.'),
       })
       .optional()
-      .describe('Admin server: metrics, health, status, drain. Default: off.'),
+      .describe('Admin server: metrics, health, status, log level, reload, drain. Default: off.'),
     sandbox: z
       .strictObject({
         enabled: z
@@ -304,9 +304,9 @@ export function jsonSchema(): JsonSchema {
   return z.toJSONSchema(documentSchema, { io: 'input' }) as JsonSchema;
 }
 
-/** Where a PIN may stand by mistake. */
-export function isSecret([part, , key]: readonly (string | number)[]): boolean {
-  return part === 'tokens' && key === 'pin';
+/** Where a PIN or the admin server's token may stand by mistake. */
+export function isSecret([part, second, third]: readonly (string | number)[]): boolean {
+  return (part === 'tokens' && third === 'pin') || (part === 'admin' && second === 'token');
 }
 
 let printed: JsonSchema | undefined;
@@ -358,6 +358,26 @@ function name() {
 /** Whether the name is defined is the business of references.ts. */
 function reference(what: string) {
   return z.string({ error: `the name of ${what}` }).meta({ title: `name of ${what}` });
+}
+
+function secretPlace(what: string) {
+  return z
+    .strictObject(
+      {
+        file: path('A file that other users cannot read; one newline at its end is ignored.').optional(),
+        env: kind('name', 'the name of an environment variable', parseVariableName)
+          .describe('An environment variable.')
+          .optional(),
+        credential: kind('name', 'the name of a systemd credential', parseCredentialName)
+          .describe('A systemd credential, read from `$CREDENTIALS_DIRECTORY`.')
+          .optional(),
+      },
+      { error: `a place where the ${what} is kept: {file: PATH}, {env: NAME} or {credential: NAME}` },
+    )
+    .refine(
+      (places) => Object.values(places).filter((place) => place !== undefined).length === 1,
+      'exactly one of file, env and credential',
+    );
 }
 
 function account() {

@@ -59,6 +59,14 @@ interface ReloadParts {
   /** How many workers there are. */
   readonly slots: number;
   readonly log: Log;
+  /** Reads the files of the admin server again; undefined when there is none. */
+  readonly rereadAdmin: () => NextCredentials | undefined;
+}
+
+/** What the admin server would go by after a reload. */
+export interface NextCredentials {
+  readonly changes: readonly string[];
+  commit(): void;
 }
 
 /** A log line and an answer that a person reads. */
@@ -106,7 +114,7 @@ export class Reloads {
     return this.#last;
   }
 
-  get status(): object {
+  get status() {
     return {
       file: this.#config.file,
       generation: this.#generation,
@@ -144,19 +152,21 @@ export class Reloads {
   }
 
   async #try(): Promise<Omit<ReloadReport, 'seconds'>> {
-    const { workers, native, slots } = this.#parts;
+    const { workers, native, slots, rereadAdmin } = this.#parts;
     let next: Config;
+    let admin;
     let listeners;
     try {
       next = loadConfig(this.#config.file);
       const [first, ...others] = restartProblems(this.#config, next);
       if (first !== undefined) throw new ConfigError([first, ...others]);
+      admin = rereadAdmin();
       listeners = openListeners(workers.listening, next, slots, native);
     } catch (error) {
       return { outcome: 'refused', changes: [], reasons: reasonsOf(error) };
     }
     const certificates = certificateFacts(next, this.#certificates);
-    const changes = changesOf(this.#config, next, this.#certificates, certificates);
+    const changes = [...changesOf(this.#config, next, this.#certificates, certificates), ...(admin?.changes ?? [])];
     const refusal = (await workers.prepare(next, listeners, next.reloadDeadlineMs)) ?? (await workers.commit());
     if (refusal !== undefined) {
       workers.discard();
@@ -174,6 +184,7 @@ export class Reloads {
     this.#generation += 1;
     this.#since = new Date();
     this.#onCommit(next);
+    admin?.commit();
     // Every worker has accepted what waited there, and let go.
     shutSockets(listeners.retired, native);
     closeSockets(listeners.retired);

@@ -4,19 +4,21 @@
  * Runs: main thread of the primary.
  */
 import { availableParallelism } from 'node:os';
-import type { Config } from '../config/config.ts';
+import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import { giveBackMemory } from '../engine/memory.ts';
 import { ConfigError } from '../errors.ts';
 import { openLogs } from '../log.ts';
 import type { Log, Logs } from '../log.ts';
 import { startAdmin } from './admin.ts';
-import type { Admin } from './admin.ts';
+import type { Admin, AdminView } from './admin.ts';
+import { History } from './history.ts';
 import { noListeners, openListeners, refuseForeignSockets, shutSockets } from './listeners.ts';
 import type { Listeners } from './listeners.ts';
 import { LogLosses } from './log-losses.ts';
 import { renderMetrics } from './metrics.ts';
 import type { Measurements } from './metrics.ts';
+import { overviewOf } from './overview.ts';
 import { takePassedSockets } from './passed-sockets.ts';
 import { becomeConfigured, logPrivileges } from './privileges.ts';
 import { Reloads } from './reload.ts';
@@ -81,7 +83,11 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
     }, intervalMs);
   let rotation = rotateEvery(config.tickets.rotationMs);
   let rotationMs = config.tickets.rotationMs;
-  const reloads = new Reloads(config, { workers, native: engine(), serviceManager, slots, log }, (next) => {
+  // It shows what reloads do, and they have it read its files again.
+  const opened: { admin?: Admin | undefined } = {};
+  const rereadAdmin = () => opened.admin?.reread();
+  const parts = { workers, native: engine(), serviceManager, slots, log, rereadAdmin };
+  const reloads = new Reloads(config, parts, (next) => {
     log.level = next.log.level;
     if (next.tickets.rotationMs === rotationMs) return;
     rotationMs = next.tickets.rotationMs;
@@ -117,15 +123,23 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   });
   process.on('SIGUSR2', reopenLogs);
 
-  const admin = await openAdmin(
-    { reloads, workers, epochs, slots, logs },
-    () => drain(reloads.config.drainDeadlineMs),
-    log,
-  );
   const losses = new LogLosses(log);
-  const observation = setInterval(async () => {
-    const { logs: ofWorkers } = await workers.observe();
-    losses.look([ofWorkers, logs.counts]);
+  const history = new History(engine().latencyBoundsUs());
+  const drainNow = () => drain(reloads.config.drainDeadlineMs);
+  const admin = await openAdmin({ reloads, workers, epochs, slots, logs, history, drain: drainNow });
+  opened.admin = admin;
+  const observation = setInterval(() => {
+    workers
+      .observe()
+      .then(({ engine: measured, logs: ofWorkers }) => {
+        losses.look([ofWorkers, logs.counts]);
+        history.enter(measured, Date.now());
+        admin?.announce();
+      })
+      .catch((error: unknown) => {
+        // A defect in what is shown must not end what serves.
+        log.error({ event: 'admin_status', error }, 'the status page could not be told what was measured');
+      });
   }, observeIntervalMs);
   workers.start();
   const end = ended.promise.finally(async () => {
@@ -152,13 +166,16 @@ interface Parts {
   readonly epochs: TicketEpochs;
   readonly slots: number;
   readonly logs: Logs;
+  readonly history: History;
+  readonly drain: () => void;
 }
 
-async function openAdmin(parts: Parts, drain: () => void, log: Log): Promise<Admin | undefined> {
-  const { reloads, workers } = parts;
+async function openAdmin(parts: Parts): Promise<Admin | undefined> {
+  const { reloads, workers, history, drain } = parts;
+  const { log } = parts.logs;
   const { admin } = reloads.config;
   if (admin === undefined) return undefined;
-  const view = {
+  const view: AdminView = {
     get unreadiness() {
       return workers.unreadiness;
     },
@@ -178,10 +195,30 @@ async function openAdmin(parts: Parts, drain: () => void, log: Log): Promise<Adm
         engine: measured,
       };
     },
+    history: () => ({ points: history.points }),
+    overview: () =>
+      overviewOf({
+        atMs: Date.now(),
+        unreadiness: workers.unreadiness,
+        config: reloads.config,
+        configuration: reloads.status,
+        addresses: workers.listening.addresses,
+        workers: workers.status,
+        certificates: reloads.certificates,
+        logLevel: view.logLevel,
+        history,
+      }),
+    get logLevel() {
+      return log.level as LogLevel;
+    },
+    setLogLevel(level) {
+      log.level = level;
+      workers.setLogLevel(level);
+    },
     reload: async () => reloads.reload(),
     drain,
   };
-  return startAdmin(admin.listen, view, log);
+  return startAdmin(admin, view, log);
 }
 
 async function measurements({ reloads, workers, epochs, slots, logs }: Parts): Promise<Measurements> {

@@ -18,7 +18,7 @@ import type { Worker } from 'node:cluster';
 import { EventEmitter } from 'node:events';
 import { closeSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import type { Config } from '../config/config.ts';
+import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
@@ -287,6 +287,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
 
   reopenLogs(): void {
     for (const slot of this.#slots) this.#tell(slot, { type: 'reopen-logs' });
+  }
+
+  /** Of every worker there is or will be, until a reload commits its own. */
+  setLogLevel(level: LogLevel): void {
+    this.#config = { ...this.#config, log: { ...this.#config.log, level } };
+    for (const slot of this.#slots) this.#tell(slot, { type: 'log-level', level });
   }
 
   /**

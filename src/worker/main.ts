@@ -84,6 +84,9 @@ function obey(message: PrimaryMessage): void {
     case 'drain':
       drain(message.deadlineMs);
       return;
+    case 'log-level':
+      if (logs !== undefined) logs.log.level = message.level;
+      return;
     case 'leave':
       return process.exit(0);
     case 'observe':

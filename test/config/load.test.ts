@@ -105,6 +105,27 @@ it('what a module may write is a list of paths, relative to the file', () => {
   });
 });
 
+it('an admin server may be reachable from other hosts with a token or client certificates', () => {
+  const listen = 'listen: "0.0.0.0:9180"';
+  const tls = 'tls: { chain: admin.pem, key: admin-key.pem, clientCertificates: ca.pem }';
+  const adminOf = (keys: string) => parseConfig(document({ more: `admin: { ${keys} }` }), '/etc/keygate/k.yaml').admin;
+  assert.deepEqual(plain(adminOf(`${listen}, token: { file: token }`)), {
+    listen: { host: '0.0.0.0', port: 9180 },
+    token: { file: '/etc/keygate/token' },
+  });
+  assert.deepEqual(plain(adminOf(`${listen}, ${tls}`)), {
+    listen: { host: '0.0.0.0', port: 9180 },
+    tls: {
+      chain: '/etc/keygate/admin.pem',
+      key: '/etc/keygate/admin-key.pem',
+      clientCertificates: '/etc/keygate/ca.pem',
+    },
+  });
+  assert.deepEqual(adminOf('listen: "127.0.0.1:0", token: { credential: admin-token }')?.token, {
+    credential: 'admin-token',
+  });
+});
+
 it('the example that is shipped loads', () => {
   const file = join(import.meta.dirname, '../../native-config/keygate.yaml');
   const config = parseConfig(readFileSync(file, 'utf8'), file);
@@ -346,11 +367,37 @@ const placed: Record<string, Placed> = {
     path: 'certificates.www.tokens[0]',
     code: 'config_reference',
   },
-  'a public address of the admin server': {
+  'an admin server that everybody can reach': {
     sections: { more: 'admin: { listen: ▸"0.0.0.0:9180" }' },
     path: 'admin.listen',
+    code: 'config_conflict',
+    expected: /loopback.*admin\.token or admin\.tls\.clientCertificates/,
+  },
+  'an admin server that everybody can reach with TLS': {
+    sections: { more: 'admin: { listen: ▸"[::]:9180", tls: { chain: c, key: k } }' },
+    path: 'admin.listen',
+    code: 'config_conflict',
+  },
+  'a name as the address of the admin server': {
+    sections: { more: 'admin: { listen: ▸"localhost:9180" }' },
+    path: 'admin.listen',
     code: 'config_value',
-    expected: /loopback/,
+    expected: /127\.0\.0\.1:9180/,
+  },
+  'a token in the place of its place': {
+    sections: { more: 'admin: { listen: "127.0.0.1:9180", token: ▸"9876987698769876" }' },
+    path: 'admin.token',
+    code: 'config_type',
+  },
+  'two places of the admin token': {
+    sections: { more: 'admin: { listen: "127.0.0.1:9180", token: ▸{ file: token, env: TOKEN } }' },
+    path: 'admin.token',
+    code: 'config_value',
+  },
+  'TLS of the admin server without a key': {
+    sections: { more: 'admin: { listen: "127.0.0.1:9180", ▸tls: { chain: c } }' },
+    path: 'admin.tls.key',
+    code: 'config_missing_key',
   },
   'a mode of a later version': {
     sections: listener('certificates: [www], upstream: web, mode: ▸bridge'),
@@ -441,6 +488,16 @@ it('two listeners that cannot both bind are a conflict at both places', () => {
     const line = text.split('\n').findIndex((each) => each.includes(bind)) + 1;
     const column = (text.split('\n')[line - 1]?.indexOf(`"${bind}"`) ?? 0) + 1;
     assert.equal(problem?.hint, `it cannot be beside listeners.a.bind[0] at ${line}:${column}`);
+  }
+});
+
+it('a token that stands in the configuration itself is not repeated in what is said about it', () => {
+  for (const wrong of ['"98769876987698769876"', '{ 98769876987698769876: x }', '[98769876987698769876]']) {
+    const said = problemsOf(document({ more: `admin: { listen: "127.0.0.1:9180", token: ${wrong} }` })).map(
+      formatProblem,
+    );
+    assert.doesNotMatch(said.join('\n'), /9876/, wrong);
+    assert.match(said.join('\n'), /keep the secret outside of the configuration/, wrong);
   }
 });
 
@@ -631,7 +688,7 @@ it('arbitrary values at known keys are a configuration or a ConfigError, nothing
   const documents = fc.record({
     workers: value,
     log: fc.oneof(value, entry('level')),
-    admin: fc.oneof(value, entry('listen')),
+    admin: fc.oneof(value, entry('listen', 'token', 'tls')),
     tokens: fc.oneof(
       value,
       fc.dictionary(fc.string(), fc.oneof(value, entry('module', 'uri', 'pin', 'lanes', 'queue', 'verify'))),

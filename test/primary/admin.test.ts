@@ -16,36 +16,21 @@ import { join } from 'node:path';
 import { text } from 'node:stream/consumers';
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test';
 import pino from 'pino';
+import type { AdminConfig, LogLevel } from '../../src/config/config.ts';
 import { ServiceError } from '../../src/errors.ts';
 import { startAdmin } from '../../src/primary/admin.ts';
 import type { Admin, AdminView } from '../../src/primary/admin.ts';
 
-const loopback = { host: '127.0.0.1', port: 0 };
+const loopback: AdminConfig = { listen: { host: '127.0.0.1', port: 0 }, token: undefined, tls: undefined };
 
 describe('the admin server', () => {
   let logged: string[];
-  let view: AdminView & { unreadiness: string | undefined; scrapes: number; drains: number };
+  let view: TestView;
   let admin: Admin;
   let port: number;
   beforeEach(async () => {
     logged = [];
-    view = {
-      unreadiness: undefined,
-      scrapes: 0,
-      drains: 0,
-      async metrics() {
-        return `scrapes ${++this.scrapes}\n`;
-      },
-      async status() {
-        return { version: '1.2.3', listeners: { https: ['127.0.0.1:443'] } };
-      },
-      async reload() {
-        return { outcome: 'committed', seconds: 0.5, changes: ['certificates.www changed'], reasons: [] };
-      },
-      drain() {
-        this.drains += 1;
-      },
-    };
+    view = testView();
     admin = await startAdmin(loopback, view, pino({ errorKey: 'error' }, { write: (line) => logged.push(line) }));
     port = Number(admin.address.split(':')[1]);
   });
@@ -108,11 +93,14 @@ describe('the admin server', () => {
     assert.equal(status, 200);
     assert.match(
       String(headers['content-security-policy']),
-      /^default-src 'none'; script-src 'self'; style-src 'self'/,
+      /^default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'/,
     );
     assert.doesNotMatch(body, /<style|<script>|\sstyle=|\son[a-z]+=/);
-    const parts = [...body.matchAll(/(?:src|href)="([^"]+)"/g)].map(([, path]) => path ?? '');
-    assert.deepEqual(parts, ['/status.css', '/status.js', '/status.json']);
+    const parts = [...body.matchAll(/(?:src|href)="([^"#]+)"/g)].map(([, path]) => path ?? '');
+    assert.deepEqual(
+      [...new Set(parts)],
+      ['/status/icon.svg', '/status/uplot.css', '/status.css', '/status/uplot.js', '/status.js'],
+    );
     for (const part of parts) assert.equal((await get(part)).status, 200, part);
     assert.match(String((await get('/status.js')).headers['content-type']), /^text\/javascript/);
   });
@@ -159,6 +147,7 @@ describe('the admin server', () => {
       ['DELETE', '/status', 'GET, HEAD'],
       ['OPTIONS', '/drain', 'POST'],
       ['GET', '/drain', 'POST'],
+      ['DELETE', '/log-level', 'GET, HEAD, POST'],
       ['HEAD', '/drain', 'POST'],
     ] as const) {
       const { status, headers } = await get(path, { method });
@@ -296,24 +285,21 @@ describe('the admin server', () => {
   });
 
   it('names the address when the port is in use', async () => {
-    await assert.rejects(startAdmin({ host: '127.0.0.1', port }, view, pino({ enabled: false })), (error) => {
-      assert.ok(error instanceof ServiceError);
-      assert.equal(error.code, 'admin_failed');
-      assert.match(error.message, new RegExp(`127\\.0\\.0\\.1:${port}: .*EADDRINUSE`));
-      return true;
-    });
+    await assert.rejects(
+      startAdmin({ ...loopback, listen: { host: '127.0.0.1', port } }, view, pino({ enabled: false })),
+      (error) => {
+        assert.ok(error instanceof ServiceError);
+        assert.equal(error.code, 'admin_failed');
+        assert.match(error.message, new RegExp(`127\\.0\\.0\\.1:${port}: .*EADDRINUSE`));
+        return true;
+      },
+    );
   });
 });
 
 describe('the admin server on a unix socket', () => {
   const log = pino({ enabled: false });
-  const view: AdminView = {
-    metrics: async () => '',
-    unreadiness: undefined,
-    status: async () => ({}),
-    reload: async () => assert.fail('nobody asked for it'),
-    drain: () => {},
-  };
+  const view = testView();
   let directory: string;
   let path: string;
   before(() => {
@@ -327,7 +313,7 @@ describe('the admin server on a unix socket', () => {
 
   it('is reachable by its user only, and leaves nothing behind', async (t) => {
     const umask = process.umask();
-    const admin = await startAdmin({ path }, view, log);
+    const admin = await startAdmin({ ...loopback, listen: { path } }, view, log);
     t.after(async () => admin.close());
     assert.equal(admin.address, `unix:${path}`);
     assert.equal(statSync(path).mode & 0o777, 0o600);
@@ -351,7 +337,7 @@ describe('the admin server on a unix socket', () => {
     former.kill('SIGKILL');
     await once(former, 'exit');
     assert.ok(statSync(path).isSocket());
-    const admin = await startAdmin({ path }, view, log);
+    const admin = await startAdmin({ ...loopback, listen: { path } }, view, log);
     t.after(async () => admin.close());
     assert.equal((await ask({ socketPath: path, path: '/live' })).status, 200);
     assert.equal(statSync(path).mode & 0o777, 0o600);
@@ -362,7 +348,7 @@ describe('the admin server on a unix socket', () => {
     t.after(() => other.close());
     other.listen(path);
     await once(other, 'listening');
-    await assert.rejects(startAdmin({ path }, view, log), (error) => {
+    await assert.rejects(startAdmin({ ...loopback, listen: { path } }, view, log), (error) => {
       assert.ok(error instanceof ServiceError);
       assert.equal(error.code, 'admin_failed');
       assert.ok(error.message.includes(`unix:${path}: another process has it`), error.message);
@@ -373,18 +359,49 @@ describe('the admin server on a unix socket', () => {
 
   it('does not replace a file that is not a socket', async () => {
     writeFileSync(path, 'precious');
-    await assert.rejects(startAdmin({ path }, view, log), { code: 'admin_failed', message: /not a socket/ });
+    await assert.rejects(startAdmin({ ...loopback, listen: { path } }, view, log), {
+      code: 'admin_failed',
+      message: /not a socket/,
+    });
     assert.equal(statSync(path).size, 'precious'.length);
   });
 
   it('names the path when its directory does not exist', async () => {
     const missing = join(directory, 'missing', 'admin.sock');
-    await assert.rejects(startAdmin({ path: missing }, view, log), {
+    await assert.rejects(startAdmin({ ...loopback, listen: { path: missing } }, view, log), {
       code: 'admin_failed',
       message: new RegExp(missing),
     });
   });
 });
+
+type TestView = AdminView & { unreadiness: string | undefined; scrapes: number; drains: number; logLevel: LogLevel };
+
+function testView(): TestView {
+  return {
+    unreadiness: undefined,
+    logLevel: 'info',
+    scrapes: 0,
+    drains: 0,
+    async metrics() {
+      return `scrapes ${++this.scrapes}\n`;
+    },
+    async status() {
+      return { version: '1.2.3', listeners: { https: ['127.0.0.1:443'] } };
+    },
+    history: () => ({ points: [1, 2, 3] }),
+    overview: () => ({ ready: true }),
+    setLogLevel(level) {
+      this.logLevel = level;
+    },
+    async reload() {
+      return { outcome: 'committed', seconds: 0.5, changes: ['certificates.www changed'], reasons: [] };
+    },
+    drain() {
+      this.drains += 1;
+    },
+  };
+}
 
 interface Reply {
   readonly status: number | undefined;
