@@ -51,7 +51,7 @@ export const logEvents = {
   admin_status: 'the status page could not be told what was measured: a defect, report it',
   admin_tls: 'a client of the admin server did not get through TLS (debug)',
   admin_token_in_clear: 'the admin token is sent without TLS over the network',
-  admin_token_refused: 'requests to the admin server came with a wrong token; once a minute for each source',
+  admin_token_refused: 'requests to the admin server came with a wrong token; once in ten seconds for each source',
   log_level_changed: 'somebody asked the admin server for another log level',
   logs_reopened: 'log files were opened again',
   log_reopen_failed: 'a log file could not be opened again; the old one is still used',

@@ -6,6 +6,7 @@
 import type { Config } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import type {
+  CloseReason,
   CloseSnapshot,
   EngineSnapshot,
   ListenerSnapshot,
@@ -159,16 +160,6 @@ function configurationOf({ file, generation, since, lastReload }: Reloads['statu
   return { file, generation, since, lastReload: { outcome, at, reasons: reasons.slice(0, reasonsMax) } };
 }
 
-/** Reasons for which connections end on a day on which nothing is wrong; scans and health checks belong to every day. */
-export const normalCloses: ReadonlySet<string> = new Set([
-  'client/handshake/closed',
-  'client/relay/closed',
-  'client/relay/truncated',
-  'upstream/relay/closed',
-  'proxy/relay/idle_deadline',
-  'proxy/relay/lifetime_deadline',
-]);
-
 function tokenRow(token: TokenSnapshot, { history, workers }: Subjects): TokenRow {
   const { name, lanesIdle, lanesBusy, lanesLost, reopened, loggedIn, refound, wentDown } = token;
   const latencies = (snapshot: EngineSnapshot) =>
@@ -242,23 +233,24 @@ function failedOf(server: Pick<ServerSnapshot, 'connects'> | undefined): number 
 
 function closeRow(close: CloseSnapshot, history: History): CloseRow {
   const words = wordsOf(close);
+  const reason = closeReasons().get(words);
   return {
     ...close,
-    meaning: meaningsOfCloses().get(words) ?? '',
-    isNormal: normalCloses.has(words),
+    meaning: reason?.meaning ?? '',
+    isNormal: reason?.ordinary === true,
     perSecond: history.rate(({ closes }) => closes.find((other) => wordsOf(other) === words)?.count),
   };
 }
 
-let meanings: ReadonlyMap<string, string> | undefined;
+let reasons: ReadonlyMap<string, CloseReason> | undefined;
 
-function meaningsOfCloses(): ReadonlyMap<string, string> {
-  meanings ??= new Map(
+function closeReasons(): ReadonlyMap<string, CloseReason> {
+  reasons ??= new Map(
     engine()
       .closeReasons()
-      .map((reason) => [wordsOf(reason), reason.meaning]),
+      .map((reason) => [wordsOf(reason), reason]),
   );
-  return meanings;
+  return reasons;
 }
 
 function wordsOf({ side, phase, reason }: { side: string; phase: string; reason: string }): string {

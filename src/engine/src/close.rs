@@ -79,14 +79,17 @@ close_reasons! {
 }
 
 impl Close {
-    /// Whether connections that served their purpose end like this. Everything else is worth a look.
+    /// Whether connections end like this on a day on which nothing is wrong; scans and health checks belong to every day.
+    /// Everything else is worth a look.
     pub fn is_ordinary(self) -> bool {
         matches!(
             self,
-            Self::ClientRelayClosed
+            Self::ClientHandshakeClosed
+                | Self::ClientRelayClosed
                 | Self::ClientRelayTruncated
                 | Self::UpstreamRelayClosed
                 | Self::ProxyRelayIdleDeadline
+                | Self::ProxyRelayLifetimeDeadline
         )
     }
 
