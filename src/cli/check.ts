@@ -82,8 +82,8 @@ function examineAdmin({ admin }: Config): Finding[] {
   const subject = 'admin';
   try {
     const { tls } = readCredentials(admin);
-    const until = tls && `, its certificate is valid until ${new Date(tls.notAfterMs).toISOString().slice(0, 10)}`;
-    return [{ severity: 'ok', subject, message: `token and certificates can be read${until ?? ''}` }];
+    const until = tls && `, the certificate until ${new Date(tls.notAfterMs).toISOString().slice(0, 10)}`;
+    return [{ severity: 'ok', subject, message: `its files can be used${until ?? ''}` }];
   } catch (error) {
     if (!(error instanceof ServiceError)) throw error;
     return [{ severity: 'error', subject, message: error.message, error }];

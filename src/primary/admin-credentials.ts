@@ -100,7 +100,10 @@ function readTls({ chain, key, clientCertificates }: AdminTlsConfig): AdminTls {
   }
 }
 
-/** Node ignores what is no certificate, and with no authority left it would refuse every client. */
+/**
+ * Node ignores what is no certificate, and with no authority left it would refuse every client. A certificate that begins
+ * on the line where another ends, as in files put together from several, is such a thing: each gets its own lines.
+ */
 function readCertificates(path: string, owner: string): { readonly pem: string; readonly notAfterMs: number } {
   const refuse = (what: string, details: { cause?: unknown; hint?: string }) =>
     new ServiceError('admin_failed', `${owner}: file ${path} ${what}`, details);
@@ -117,7 +120,7 @@ function readCertificates(path: string, owner: string): { readonly pem: string; 
   }
   try {
     const [first] = blocks.map((block) => new X509Certificate(block));
-    return { pem, notAfterMs: first?.validToDate.getTime() ?? 0 };
+    return { pem: `${blocks.join('\n')}\n`, notAfterMs: first?.validToDate.getTime() ?? 0 };
   } catch (cause) {
     throw refuse('holds a certificate that cannot be decoded', { cause });
   }

@@ -121,17 +121,19 @@ export function overviewOf(subjects: Subjects): Overview {
     configuration: configurationOf(configuration),
     now: history.points.at(-1),
     tokens: table(
-      snapshot?.tokens,
+      byName(snapshot?.tokens),
       ({ up }) => Number(up),
       (token) => tokenRow(token, subjects),
     ),
     listeners: table(
-      snapshot?.listeners,
+      byName(snapshot?.listeners),
       ({ connectionsOpen }) => -connectionsOpen,
       (listener) => listenerRow(listener, subjects),
     ),
     servers: table(
-      snapshot?.upstreams.flatMap(({ name, servers }) => servers.map((server) => ({ upstream: name, ...server }))),
+      byName(snapshot?.upstreams).flatMap(({ name, servers }) =>
+        servers.map((server) => ({ upstream: name, ...server })),
+      ),
       (server) => (server.up ? -failedOf(server) : -Infinity),
       (server) => serverRow(server, subjects),
     ),
@@ -268,6 +270,11 @@ function tokenIn({ tokens }: EngineSnapshot, name: string): TokenSnapshot | unde
 
 function countOf<T>(items: readonly T[] | undefined, count: (item: T) => number): number {
   return (items ?? []).reduce((sum, item) => sum + count(item), 0);
+}
+
+/** An engine has them in no order. */
+function byName<Named extends { readonly name: string }>(all: readonly Named[] = []): Named[] {
+  return all.toSorted((a, b) => (a.name < b.name ? -1 : 1));
 }
 
 /** All in their order, or where they are too many, the first by `rank`. */

@@ -37,6 +37,22 @@ it('a configuration that can be served ends with 0, every part of it ok', async 
   assert.match(stdout, /^0 errors, 0 warnings$/m);
 });
 
+it('the files of the admin server are checked as serve would read them', async (test) => {
+  const bench = await openBench(test);
+  await bench.generate('www');
+  const file = join(bench.disposable.directory, 'admin-token');
+  const extra = `admin: { listen: "0.0.0.0:0", token: { file: ${file} } }`;
+  bench.configure({ certificates: { www: await bench.chain('www') }, extra });
+  writeFileSync(file, 'short', { mode: 0o600 });
+  const refused = await bench.check();
+  assert.equal(refused.exitCode, 1, refused.stdout);
+  assert.match(refused.stdout, /^error +admin +admin\.token: file .* is shorter than 16 characters$/m);
+  writeFileSync(file, 'long-enough-for-a-token');
+  const { exitCode, stdout } = await bench.check();
+  assert.equal(exitCode, 0, stdout);
+  assert.match(stdout, /^ok +admin +its files can be used$/m);
+});
+
 it('absent, ambiguous, extractable and foreign keys and bad chains are all reported in one run, by name', async (test) => {
   const bench = await openBench(test);
   await bench.generate('good');

@@ -7,8 +7,7 @@ import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync, mkdtempSync, rmSync, statSync, writeFileSync } from 'node:fs';
-import { request as httpRequest } from 'node:http';
-import type { IncomingHttpHeaders, RequestOptions } from 'node:http';
+import type { IncomingMessage, RequestOptions } from 'node:http';
 import { connect, createServer } from 'node:net';
 import type { Socket } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -16,12 +15,13 @@ import { join } from 'node:path';
 import { text } from 'node:stream/consumers';
 import { after, afterEach, before, beforeEach, describe, it } from 'node:test';
 import pino from 'pino';
-import type { AdminConfig, LogLevel } from '../../src/config/config.ts';
 import { ServiceError } from '../../src/errors.ts';
 import { startAdmin } from '../../src/primary/admin.ts';
-import type { Admin, AdminView } from '../../src/primary/admin.ts';
-
-const loopback: AdminConfig = { listen: { host: '127.0.0.1', port: 0 }, token: undefined, tls: undefined };
+import type { Admin } from '../../src/primary/admin.ts';
+import { pagesMax } from '../../src/primary/status-feed.ts';
+import { ask, begin, brief, loopback, testView } from '../support/admin.ts';
+import type { TestView } from '../support/admin.ts';
+import { until } from '../support/until.ts';
 
 describe('the admin server', () => {
   let logged: string[];
@@ -260,6 +260,95 @@ describe('the admin server', () => {
     assert.equal((await get('/metrics')).status, 200);
   });
 
+  it('says the log level, and sets it when it is asked with the header x-keygate', async () => {
+    const post = async (path: string, headers = { 'x-keygate': '1' }) => get(path, { method: 'POST', headers });
+    assert.deepEqual(brief(await get('/log-level')), [200, 'info\n']);
+    assert.deepEqual(brief(await post('/log-level?level=debug')), [200, 'debug\n']);
+    assert.deepEqual(brief(await get('/log-level')), [200, 'debug\n']);
+    assert.equal((await get('/log-level?level=warn', { method: 'POST' })).status, 403);
+    assert.equal(view.logLevel, 'debug');
+    assert.match(logged.join(''), /"event":"log_level_changed","from":"info","to":"debug"/);
+  });
+
+  it('refuses a log level that there is not, and says which there are', async () => {
+    for (const path of [
+      '/log-level',
+      '/log-level?level=',
+      '/log-level?level=trace',
+      '/log-level?level=DEBUG',
+      '/log-level?level=debug&level=info',
+      '/log-level?level=debug&for=1h',
+      '/log-level?Level=debug',
+    ]) {
+      const { status, body } = await get(path, { method: 'POST', headers: { 'x-keygate': '1' } });
+      assert.equal(status, 400, path);
+      assert.match(body, /debug, info, warn, error/);
+    }
+    assert.equal(view.logLevel, 'info');
+  });
+
+  it('tells a page the last minutes first, then what is, each time something was measured', async () => {
+    const page = await begin({ port, path: '/status/events' });
+    assert.equal(page.headers['content-type'], 'text/event-stream');
+    assert.equal(
+      await chunk(page),
+      'event: history\ndata: {"points":[1,2,3]}\n\nevent: overview\ndata: {"ready":true,"filler":""}\n\n',
+    );
+    view.unreadiness = 'draining';
+    admin.announce();
+    assert.equal(await chunk(page), 'event: overview\ndata: {"ready":false,"filler":""}\n\n');
+    page.destroy();
+  });
+
+  it('has a bounded number of pages open, and room for another when one is closed', async () => {
+    const pages = [];
+    for (let count = 0; count < pagesMax; count += 1) pages.push(await begin({ port, path: '/status/events' }));
+    const refused = await get('/status/events');
+    assert.deepEqual([refused.status, refused.headers['retry-after']], [503, '5']);
+    assert.equal((await get('/metrics')).status, 200);
+    pages[0]?.destroy();
+    const next = await until('room for another page', async () => {
+      const page = await begin({ port, path: '/status/events' });
+      return page.statusCode === 200 && page;
+    });
+    for (const page of [...pages, next]) page.destroy();
+  });
+
+  it('drops a page that takes nothing', async () => {
+    const page = await open(port);
+    page.pause();
+    page.write('GET /status/events HTTP/1.1\r\nHost: localhost\r\n\r\n');
+    const other = await begin({ port, path: '/status/events' });
+    // What the kernel held for the page is read at last, and then there is an end.
+    let told = 0;
+    other.on('data', ({ length }: Buffer) => {
+      told += length;
+      if (told > 32 * view.overviewBytes) page.resume();
+    });
+    view.overviewBytes = 1024 * 1024;
+    const dropped = Promise.withResolvers<void>();
+    page.once('close', dropped.resolve).on('error', () => {});
+    const telling = setInterval(() => admin.announce(), 20);
+    await dropped.promise;
+    clearInterval(telling);
+    assert.equal(other.destroyed, false);
+    other.destroy();
+  });
+
+  it('answers HEAD of the stream with its headers alone', async () => {
+    const { status, body } = await get('/status/events', { method: 'HEAD' });
+    assert.deepEqual([status, body], [200, '']);
+  });
+
+  it('ends the pages at once when it closes', async () => {
+    const page = await begin({ port, path: '/status/events' });
+    const ended = text(page);
+    const began = performance.now();
+    await admin.close();
+    await ended;
+    assert.ok(performance.now() - began < 900, 'it waited for the page');
+  });
+
   it('closes without waiting for a client that never asks', async () => {
     const silent = await open(port);
     const ended = once(silent, 'close');
@@ -375,53 +464,13 @@ describe('the admin server on a unix socket', () => {
   });
 });
 
-type TestView = AdminView & { unreadiness: string | undefined; scrapes: number; drains: number; logLevel: LogLevel };
-
-function testView(): TestView {
-  return {
-    unreadiness: undefined,
-    logLevel: 'info',
-    scrapes: 0,
-    drains: 0,
-    async metrics() {
-      return `scrapes ${++this.scrapes}\n`;
-    },
-    async status() {
-      return { version: '1.2.3', listeners: { https: ['127.0.0.1:443'] } };
-    },
-    history: () => ({ points: [1, 2, 3] }),
-    overview: () => ({ ready: true }),
-    setLogLevel(level) {
-      this.logLevel = level;
-    },
-    async reload() {
-      return { outcome: 'committed', seconds: 0.5, changes: ['certificates.www changed'], reasons: [] };
-    },
-    drain() {
-      this.drains += 1;
-    },
-  };
-}
-
-interface Reply {
-  readonly status: number | undefined;
-  readonly headers: IncomingHttpHeaders;
-  readonly body: string;
-}
-
-async function ask(options: RequestOptions): Promise<Reply> {
-  const request = httpRequest({ host: '127.0.0.1', agent: false, ...options });
-  request.end();
-  const [response] = await once(request, 'response');
-  return { status: response.statusCode, headers: response.headers, body: await text(response) };
-}
-
-function brief({ status, body }: Reply): readonly [number | undefined, string] {
-  return [status, body];
-}
-
 async function open(port: number): Promise<Socket> {
   const socket = connect(port, '127.0.0.1');
   await once(socket, 'connect');
   return socket;
+}
+
+async function chunk(page: IncomingMessage): Promise<string> {
+  const [data] = (await once(page, 'data')) as [Buffer];
+  return data.toString();
 }

@@ -116,6 +116,7 @@ describe('the status page', { timeout: 110_000 }, () => {
       'it scrolls sideways',
     );
     await page.screenshot({ path: join(artifacts, 'status-phone.png'), fullPage: true });
+    await page.screenshot({ path: join(artifacts, 'status-phone-top.png') });
     tab.assertClean();
   });
 
@@ -183,11 +184,18 @@ describe('the status page', { timeout: 110_000 }, () => {
     tab.assertClean();
   });
 
-  it('stays, and says that it is old, when keygate has stopped', async () => {
+  it('says why keygate is not ready, and stays, as old, when it has stopped', async () => {
     await using tab = await open(browser, keygate, { viewport: desk });
     const { page } = tab;
     await page.waitForSelector('#freshness.live');
     stopping.abort();
+    const held = await tlsClient({ port: keygate.port() });
+    await keygate.admin('/drain', 'POST');
+    await page.waitForSelector('.verdict.bad');
+    assert.equal(await page.title(), 'NOT READY · keygate');
+    assert.match(await page.innerText('.verdict-text'), /^Not ready\s+draining/);
+    await page.screenshot({ path: join(artifacts, 'status-not-ready.png') });
+    held.destroy();
     await keygate.stop();
     await page.waitForSelector('#board.stale');
     assert.equal(await page.title(), 'stale · keygate');

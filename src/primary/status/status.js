@@ -538,9 +538,14 @@ class Charts {
     // A size is there only when the board is.
     if ($('board').hidden) return;
     if (this.#plots.length === 0) this.#plots = definitions.map(newChart);
-    const times = this.#points.map(({ atMs }) => atMs / 1000);
+    // Of a while in which nothing was measured nothing is drawn.
+    const isAfterGap = (point, index) => index > 0 && point.atMs - this.#points[index - 1].atMs > staleAfterMs;
+    const points = this.#points.flatMap((point, index) =>
+      isAfterGap(point, index) ? [{ atMs: point.atMs - 1 }, point] : [point],
+    );
+    const times = points.map(({ atMs }) => atMs / 1000);
     for (const { plot, fields, place, title, outputs, format } of this.#plots) {
-      plot.setData([times, ...fields.map((field) => this.#points.map((point) => point[field]))]);
+      plot.setData([times, ...fields.map((field) => points.map((point) => point[field] ?? null))]);
       const newest = fields.map((field) => format(this.#points.at(-1)?.[field]));
       for (const [index, output] of outputs.entries())
         if ((plot.cursor.idx ?? null) === null) setText(output, newest[index]);
@@ -589,7 +594,7 @@ function newChart({ id, title, series, format, incrs }) {
           grid: { stroke: colour('line'), width: 1 },
           size: 62,
           ...(incrs === undefined ? {} : { incrs }),
-          space: 36,
+          space: 30,
           values: (_, values) => values.map((value) => (value === 0 ? '0' : format(value))),
         },
       ],
