@@ -37,7 +37,7 @@ export interface AdminTls {
 /** @throws ServiceError `admin_failed`, naming the file and what is wrong with it, never what is in it */
 export function readCredentials({ token, tls }: AdminConfig): AdminCredentials {
   return {
-    tokenHash: token && createHash('sha256').update(readToken(token)).digest(),
+    tokenHash: token && hashOfToken(token),
     tls: tls && readTls(tls),
   };
 }
@@ -51,6 +51,13 @@ export function changedCredentials(former: AdminCredentials, now: AdminCredentia
     ...(old?.cert === next?.cert && same(old?.key, next?.key) ? [] : ['admin.tls changed']),
     ...(old?.ca === next?.ca ? [] : ['admin.tls.clientCertificates changed']),
   ];
+}
+
+function hashOfToken(place: SecretPlace): Buffer {
+  const token = readToken(place);
+  const hash = createHash('sha256').update(token).digest();
+  token.fill(0);
+  return hash;
 }
 
 function readToken(place: SecretPlace): Buffer {

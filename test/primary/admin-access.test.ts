@@ -179,6 +179,16 @@ describe('an admin server with a token', () => {
     assert.equal(await attempt('secret-of-many-characters', 0o644), 'is open to every user of this machine');
   });
 
+  it('asks for it on a unix socket too', async (test) => {
+    const path = join(privateDirectory(test), 'admin.sock');
+    await started(test, { listen: { path } });
+    assert.equal((await ask({ socketPath: path, path: '/metrics' })).status, 401);
+    assert.equal((await ask({ socketPath: path, path: '/metrics', headers: bearer(token) })).status, 200);
+    for (let count = 0; count < 10; count += 1)
+      await ask({ socketPath: path, path: '/metrics', headers: bearer('wrong') });
+    assert.equal((await ask({ socketPath: path, path: '/metrics', headers: bearer(token) })).status, 429);
+  });
+
   it('warns when the token would cross a network in the clear', async (test) => {
     const everywhere = await started(test, { listen: { host: '0.0.0.0', port: 0 } });
     assert.match(everywhere.logged(), /"level":40.*admin_token_in_clear/);

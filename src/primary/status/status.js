@@ -556,7 +556,7 @@ class Charts {
 
 function newChart({ id, title, series, format, incrs }) {
   const figure = $(id);
-  const outputs = series.map(() => element('output'));
+  const outputs = series.map(() => element('span', 'now'));
   const key = element(
     'span',
     'key',
