@@ -7,7 +7,7 @@
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
 import { once } from 'node:events';
-import { closeSync, readFileSync } from 'node:fs';
+import { closeSync, readdirSync, readFileSync } from 'node:fs';
 import { connect, createServer } from 'node:net';
 import { it } from 'node:test';
 import type { TestContext } from 'node:test';
@@ -239,11 +239,22 @@ async function assertBothAccept(keygate: Keygate, { port }: OpenedSocket): Promi
   for (const { pid } of await keygate.workers()) {
     process.kill(pid, 'SIGSTOP');
     try {
+      // A thread that has not noticed yet could accept the client, and keep it waiting.
+      await until('process that stands still', () => threadStates(pid).every((state) => state === 'T'));
       await assertServed(port);
     } finally {
       process.kill(pid, 'SIGCONT');
     }
   }
+}
+
+/** proc_pid_stat(5): what follows the name, which may hold anything. */
+function threadStates(pid: number): string[] {
+  return readdirSync(`/proc/${pid}/task`).map((thread) =>
+    readFileSync(`/proc/${pid}/task/${thread}/stat`, 'utf8')
+      .replace(/^.*\) /s, '')
+      .slice(0, 1),
+  );
 }
 
 /** Is in the accept queue when it is `connected`, and may have to wait there for the handshake. */
