@@ -5,6 +5,7 @@
  */
 import { loadConfig } from '../config/load.ts';
 import type { Config } from '../config/config.ts';
+import { keyLogProblem } from '../config/key-log.ts';
 import { readPin } from '../config/pin.ts';
 import { ConfigError, exitCodes, formatProblem, ServiceError, TokenError } from '../errors.ts';
 import { nativeGuard } from '../pkcs11/native-guard.ts';
@@ -19,24 +20,28 @@ import { examineUpstreams } from './reachability.ts';
 export interface CheckOptions {
   readonly config: string;
   readonly json?: boolean;
+  /** As `serve` will be started. */
+  readonly allowKeyLog?: boolean;
 }
 
 /**
  * Prints every finding and sets the exit code: 78 when the configuration or a certificate file is wrong, else 69 when
  * a token, PIN or key is, else what serve would end with, else 0, also with warnings. Root becomes the configured user.
  */
-export async function run({ config: file, json }: CheckOptions): Promise<void> {
-  const findings = await examine(file);
+export async function run({ config: file, json, allowKeyLog = false }: CheckOptions): Promise<void> {
+  const findings = await examine(file, allowKeyLog);
   const exitCode = exitCodeOf(findings);
   if (json === true) printJson({ ok: exitCode === exitCodes.ok, exitCode, findings: findings.map(describe) });
   else printFindings(findings);
   process.exitCode = exitCode;
 }
 
-async function examine(file: string): Promise<Finding[]> {
+async function examine(file: string, allowKeyLog: boolean): Promise<Finding[]> {
   let config: Config;
   try {
     config = loadConfig(file);
+    const refused = allowKeyLog ? undefined : keyLogProblem(config);
+    if (refused !== undefined) throw new ConfigError([refused]);
   } catch (error) {
     if (!(error instanceof ConfigError)) throw error;
     // Tokens and upstreams of a configuration that is wrong are guesses.

@@ -47,6 +47,7 @@ function commandLine(): Command {
     .description('Check configuration, tokens, keys, certificates and upstreams, and report all problems at once.')
     .requiredOption('-c, --config <file>', 'configuration file')
     .option('--json', 'print findings as JSON')
+    .option('--allow-key-log', 'check for a serve with this flag')
     .action(async (options: CheckOptions) => (await import('./check.ts')).run(options));
   program
     .command('demo')

@@ -263,8 +263,8 @@ const families: readonly Family[] = [
   ),
 
   gauge('ready', '1 while /ready says so.', [], ({ ready }) => [[[], Number(ready)]]),
-  gauge('worker_up', '1 while the worker is ready.', ['worker'], ({ workers }) =>
-    workers.map(({ slot, state }) => [[String(slot)], Number(state === 'ready')]),
+  gauge('worker_up', '1 while the worker is ready and answers.', ['worker'], ({ workers }) =>
+    workers.map(({ slot, state, answers }) => [[String(slot)], Number(state === 'ready' && answers)]),
   ),
   counter('worker_restarts_total', 'How often the worker was replaced.', ['worker'], ({ workers }) =>
     workers.map(({ slot, restarts }) => [[String(slot)], restarts]),

@@ -5,6 +5,7 @@
  */
 import { availableParallelism } from 'node:os';
 import type { Config, LogLevel } from '../config/config.ts';
+import { keyLogProblem } from '../config/key-log.ts';
 import { engine } from '../engine/binding.ts';
 import { giveBackMemory } from '../engine/memory.ts';
 import { ConfigError } from '../errors.ts';
@@ -53,7 +54,8 @@ export interface Service {
  * first worker failed with
  */
 export async function serve(config: Config, { allowKeyLog = false }: ServeOptions = {}): Promise<Service> {
-  if (!allowKeyLog) refuseKeyLog(config);
+  const refused = allowKeyLog ? undefined : keyLogProblem(config);
+  if (refused !== undefined) throw new ConfigError([refused]);
   const slots = config.workers === 'auto' ? availableParallelism() : config.workers;
   const passed = takePassedSockets(process.env, engine());
   const listeners = openListeners({ ...noListeners, passed }, config, slots, engine());
@@ -236,21 +238,6 @@ async function measurements({ reloads, workers, epochs, slots, logs }: Parts): P
     reloads,
     ticketEpoch: epochs.current,
   };
-}
-
-/** @throws ConfigError `config_key_log` */
-function refuseKeyLog({ file, log: { keyLog } }: Config): void {
-  if (keyLog === undefined) return;
-  throw new ConfigError([
-    {
-      file,
-      path: 'log.keyLog',
-      code: 'config_key_log',
-      found: keyLog,
-      expected: 'nothing, or keygate serve --allow-key-log',
-      hint: 'whoever reads that file can decrypt every connection: remove the key, or start with the flag to debug',
-    },
-  ]);
 }
 
 /** Again and again: a key log that was forgotten is a hole. */

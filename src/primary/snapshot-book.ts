@@ -37,6 +37,7 @@ export class SnapshotBook {
   #retired: Pick<WorkerSnapshot, 'engine' | 'logs'> | undefined;
   /** By slot. */
   readonly #retiredCpu = new Map<number, CpuUse>();
+  readonly #answeredAt = new Map<number, number>();
   #awaited = { id: 0, slots: new Set<number>(), done: () => {} };
 
   /** Resolves when each of `slots` has answered observation `id`. A later call supersedes an earlier one. */
@@ -50,14 +51,22 @@ export class SnapshotBook {
 
   enter(id: number, slot: number, snapshot: WorkerSnapshot): void {
     this.#living.set(slot, snapshot);
+    this.#answeredAt.set(slot, performance.now());
     if (id !== this.#awaited.id) return;
     this.#awaited.slots.delete(slot);
     if (this.#awaited.slots.size === 0) this.#awaited.done();
   }
 
+  /** Milliseconds since the worker said what it has measured; undefined when it has not yet. */
+  silenceMs(slot: number): number | undefined {
+    const answeredAt = this.#answeredAt.get(slot);
+    return answeredAt === undefined ? undefined : performance.now() - answeredAt;
+  }
+
   /** The worker is gone: its counts stay, its gauges go with it. */
   retire(slot: number): void {
     const last = this.#living.get(slot);
+    this.#answeredAt.delete(slot);
     this.#living.delete(slot);
     if (last === undefined) return;
     const { engine, logs } = this.#retired ?? nothing;

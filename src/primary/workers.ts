@@ -40,6 +40,8 @@ const stableAfterMs = 60_000;
 const crashLoopFailures = 4;
 /** Answers to `observe` that come later are not waited for; the last known snapshot serves. */
 const observeDeadlineMs = 250;
+/** A worker is asked each second; one that has not answered for so long is not up. */
+const silenceMsMax = 5_000;
 /** What a worker may take beyond the drain deadline before it is killed. */
 const killGraceMs = 2_000;
 /** A worker that has prepared a reload commits it in no time; one that does not is killed, and its replacement is whole. */
@@ -82,6 +84,8 @@ export interface SlotStatus {
   /** When its process was forked; undefined while there is none. */
   readonly startedAt: Date | undefined;
   readonly failure: string | undefined;
+  /** False when it is ready and says nothing any more: its JavaScript thread hangs, or the process was stopped. */
+  readonly answers: boolean;
   /** What holds in the worker that is ready; `landlockAbi` is 0 without Landlock. */
   readonly sandbox: { readonly landlockAbi: number; readonly seccomp: boolean } | undefined;
 }
@@ -166,6 +170,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       restarts,
       startedAt: worker === undefined ? undefined : startedAt,
       failure: failure?.message,
+      answers: (this.#book.silenceMs(index) ?? 0) < silenceMsMax,
       sandbox: state === 'ready' ? sandboxStatus(sandbox) : undefined,
     }));
   }

@@ -24,6 +24,7 @@ const readyWorker: SlotStatus = {
   restarts: 0,
   startedAt: new Date(Date.UTC(2029, 0, 1)),
   failure: undefined,
+  answers: true,
   sandbox: undefined,
 };
 const certificates = [{ name: 'www', notAfterMs: Date.UTC(2030, 0, 1) }];

@@ -71,6 +71,25 @@ it('a killed worker costs its own connections, and no other client notices', asy
   assert.deepEqual(others, []);
 });
 
+it('a worker that hangs costs a scrape no more than a moment, is not up, and is up again when it goes on', async (test) => {
+  const { keygate } = await service(test, { workers: 2 });
+  const before = await counters(keygate);
+  const [, hung] = await keygate.workers();
+  assert.ok(hung !== undefined);
+  const up = async () => keygate.metric('keygate_worker_up', { worker: String(hung.slot) });
+  assert.equal(await up(), 1);
+  process.kill(hung.pid, 'SIGSTOP');
+  try {
+    await until('worker that is not up', async () => (await up()) === 0, { deadlineMs: 20_000 });
+    assertNeverBackwards([before, await counters(keygate)]);
+    const other = String(1 - hung.slot);
+    assert.equal(await keygate.metric('keygate_worker_up', { worker: other }), 1);
+  } finally {
+    process.kill(hung.pid, 'SIGCONT');
+  }
+  await until('worker that is up again', async () => (await up()) === 1);
+});
+
 it('a worker that crashes again and again is replaced ever later, and keygate is not ready until it holds', async (test) => {
   const { keygate, faults } = await service(test, { workers: 2 });
   assert.equal((await keygate.admin('/ready')).status, 200);

@@ -291,6 +291,9 @@ describe('the logs', { timeout: 110_000 }, () => {
     const { exitCode, stderr } = await keygate.ended();
     assert.equal(exitCode, 78);
     assert.match(stderr, /log\.keyLog: TLS secrets would be written without permission: .*--allow-key-log/);
+    const checked = await command(['check', '-c', keygate.file], token.env);
+    assert.equal(checked.exitCode, 78, 'check says what serve will');
+    assert.equal((await command(['check', '-c', keygate.file, '--allow-key-log'], token.env)).exitCode, 0);
     assert.ok(!existsSync(keyLog));
   });
 
