@@ -141,7 +141,7 @@ async function install(test: TestContext, name: string, options: readonly string
   mkdirSync(join(home, 'bin'), { recursive: true });
   await run('npm', ['install', '--global', '--prefix', prefix, ...options, tarball], {
     cwd: home,
-    env: { ...process.env, HOME: home, CC: 'false', CXX: 'false', MAKE: 'false' },
+    env: { ...withoutNpm(process.env), HOME: home, CC: 'false', CXX: 'false', MAKE: 'false' },
   });
   const installed = join(prefix, 'lib/node_modules/keygate');
   assert.ok(existsSync(installed));
@@ -154,6 +154,11 @@ async function install(test: TestContext, name: string, options: readonly string
     run: (...args: readonly string[]) => spawnSync(launcher, args, { cwd: home, env, encoding: 'utf8' }),
     demo: () => startDemo(test, launcher, home, env),
   };
+}
+
+/** `npm test` hands its settings on, among them what npm then installs; an operator's shell has none. */
+function withoutNpm(env: NodeJS.ProcessEnv): NodeJS.ProcessEnv {
+  return Object.fromEntries(Object.entries(env).filter(([name]) => !/^npm_/i.test(name)));
 }
 
 /** The few commands that the launcher calls, in a directory that holds no Node. */
