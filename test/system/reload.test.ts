@@ -472,10 +472,15 @@ it('100 reloads leave no descriptor open and no memory in use', { timeout: 120_0
       found: () => descriptors,
     },
   );
-  for (const [pid, after] of Object.entries(await memoryOf(keygate))) {
-    const grown = after - (bytes[pid] ?? 0);
-    assert.ok(grown < memoryGrowthBytesMax, `process ${pid} has grown by ${grown} bytes`);
+  const grown = async () =>
+    Object.entries(await memoryOf(keygate))
+      .map(([pid, after]) => ({ pid, bytes: after - (bytes[pid] ?? 0) }))
+      .filter((process) => process.bytes >= memoryGrowthBytesMax);
+  // V8 collects garbage when it sees fit, so what is left over for a moment says nothing. A leak only grows with more rounds.
+  for (let more = 0; more < 5 && (await grown()).length > 0; more++) {
+    for (let round = 1; round <= 20; round++) await turn(round);
   }
+  assert.deepEqual(await grown(), []);
   await assertEchoes(established);
 });
 
