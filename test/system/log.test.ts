@@ -7,7 +7,7 @@
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, readFileSync, renameSync, statSync } from 'node:fs';
+import { chmodSync, existsSync, readFileSync, renameSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, before, describe, it } from 'node:test';
 import type { TestContext } from 'node:test';
@@ -325,6 +325,30 @@ describe('the logs', { timeout: 110_000 }, () => {
     const shown = JSON.parse((await keygate.admin('/status.json')).body) as { keyLog?: string };
     assert.equal(shown.keyLog, keyLog);
     assert.ok(!JSON.stringify(keygate.log).includes('CLIENT_RANDOM'));
+  });
+
+  it('a key log does not go into a file that others can read', async () => {
+    const keyLog = join(token.directory, 'exposed.keys');
+    writeFileSync(keyLog, '');
+    chmodSync(keyLog, 0o644);
+    const keygate = launchKeygate(token, document({ keyLog }), { args: ['--allow-key-log'] });
+    const { exitCode, stderr } = await keygate.ended();
+    assert.equal(exitCode, 1);
+    assert.match(stderr, /log_failed: .*exposed\.keys: it is open to others \(mode 644, expected 600\)/);
+  });
+
+  it('signals that reach workers too end none of them', async (test) => {
+    const keygate = await started(test, {});
+    const before = await keygate.workers();
+    for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR2'] as const) {
+      for (const { pid } of before) process.kill(pid, signal);
+    }
+    await connection(keygate);
+    assert.deepEqual(
+      (await keygate.workers()).map(({ pid }) => pid),
+      before.map(({ pid }) => pid),
+    );
+    assert.equal(keygate.log.filter(({ event }) => event === 'worker_lost').length, 0);
   });
 
   it('serve says in its help what the flag does', async () => {

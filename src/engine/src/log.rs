@@ -7,10 +7,10 @@
 //!  I/O thread -------- record ---+--> queue (bounded) --> keygate-log: format, write --> file, pipe, terminal
 //! ```
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -28,6 +28,9 @@ const COLLECT: Duration = Duration::from_millis(20);
 /// A write of several lines. To a pipe, which several processes share, no more than what it takes as one piece (PIPE_BUF, pipe(7)).
 const CHUNK_BYTES_MAX: usize = 256 * 1024;
 const PIPE_CHUNK_BYTES_MAX: usize = libc::PIPE_BUF;
+/// To a unix socket, as systemd has them for standard output: the kernel takes what fits into one buffer as one piece
+/// (32 KiB and more), and others get in between the pieces of more.
+const SOCKET_CHUNK_BYTES_MAX: usize = 16 * 1024;
 /// How often `flush` tries to get into a queue that is full.
 const FLUSH_POLL: Duration = Duration::from_millis(2);
 
@@ -73,7 +76,8 @@ impl LogStats {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     StandardOutput,
-    /// Appended to; made with this mode when it is not there.
+    /// Appended to; made with this mode when it is not there. With a mode that lets nobody else in, one that is there must be
+    /// as private: a regular file of this user's, no link.
     File {
         path: PathBuf,
         mode: u32,
@@ -100,6 +104,8 @@ enum Entry {
     Record(Box<dyn Record>),
     /// To be dropped when everything before it is written.
     Flush(SyncSender<()>),
+    /// There is another file: without it a log that has nothing to say would keep the old one.
+    Reopened,
 }
 
 impl Log {
@@ -147,6 +153,8 @@ impl Log {
         }
         let file = open(&self.shared.target)?;
         *self.shared.reopened.lock().unwrap_or_else(PoisonError::into_inner) = Some(file);
+        // A queue that is full wakes the writer too.
+        let _ = self.queue.try_send(Entry::Reopened);
         Ok(())
     }
 
@@ -182,7 +190,29 @@ fn open(target: &Target) -> io::Result<File> {
 
 /// O_NONBLOCK: opening a FIFO that nobody reads must fail, and not wait.
 fn open_file(path: &Path, mode: u32) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(mode).custom_flags(libc::O_NONBLOCK).open(path)
+    let is_private = mode & 0o077 == 0;
+    let flags = libc::O_NONBLOCK | if is_private { libc::O_NOFOLLOW } else { 0 };
+    let file = OpenOptions::new().append(true).create(true).mode(mode).custom_flags(flags).open(path)?;
+    if is_private {
+        refuse_exposed(&file.metadata()?)?;
+    }
+    Ok(file)
+}
+
+/// Somebody may have put a file there before, to read what is written to it.
+fn refuse_exposed(found: &Metadata) -> io::Result<()> {
+    // SAFETY: no arguments, and it cannot fail.
+    let own = unsafe { libc::geteuid() };
+    let problem = if !found.is_file() {
+        "it is not a regular file".into()
+    } else if found.uid() != own {
+        format!("it belongs to user {}, and not to {own}, who writes it", found.uid())
+    } else if found.mode() & 0o077 != 0 {
+        format!("it is open to others (mode {:o}, expected 600)", found.mode() & 0o777)
+    } else {
+        return Ok(());
+    };
+    Err(io::Error::new(ErrorKind::PermissionDenied, problem))
 }
 
 /// A descriptor of our own: what is inherited stays open whatever happens to this one.
@@ -241,6 +271,7 @@ impl Writer {
                 self.write();
                 return drop(done);
             }
+            Entry::Reopened => return self.write(),
             Entry::Line(line) => {
                 self.shared.waiting_bytes.fetch_sub(line.len(), Relaxed);
                 self.chunk.extend_from_slice(&line);
@@ -319,6 +350,7 @@ fn wait_writable(file: &File) {
 
 fn chunk_bytes_max(file: &File) -> usize {
     match file.metadata() {
+        Ok(metadata) if metadata.file_type().is_socket() => SOCKET_CHUNK_BYTES_MAX,
         Ok(metadata) if !metadata.file_type().is_fifo() => CHUNK_BYTES_MAX,
         _ => PIPE_CHUNK_BYTES_MAX,
     }
@@ -329,6 +361,7 @@ mod tests {
     use super::*;
     use std::io::Read;
     use std::os::fd::FromRawFd;
+    use std::os::unix::fs::PermissionsExt;
 
     const SHORT: Duration = Duration::from_secs(10);
 
@@ -361,6 +394,10 @@ mod tests {
         assert_eq!(unsafe { libc::pipe(ends.as_mut_ptr()) }, 0);
         // SAFETY: both were made a moment ago and belong to nobody else.
         let [reader, writer] = ends.map(|fd| File::from(unsafe { OwnedFd::from_raw_fd(fd) }));
+        (log_into(writer), reader)
+    }
+
+    fn log_into(file: File) -> Log {
         let (queue, waiting) = sync_channel(WAITING_MAX);
         let shared = Arc::new(Shared {
             target: Target::StandardOutput,
@@ -368,9 +405,9 @@ mod tests {
             waiting_bytes: AtomicUsize::new(0),
             stats: LogStats::default(),
         });
-        let thread = Writer::new(writer, shared.clone());
+        let thread = Writer::new(file, shared.clone());
         thread::spawn(move || thread.run(&waiting));
-        (Log { queue, shared }, reader)
+        Log { queue, shared }
     }
 
     #[test]
@@ -403,6 +440,77 @@ mod tests {
         assert_eq!(lines_of(&directory.join("a.log.1")), ["one", "two"]);
         assert_eq!(lines_of(&path), ["three"]);
         std::fs::remove_dir_all(directory).expect("removed");
+    }
+
+    #[test]
+    fn a_log_that_says_nothing_lets_go_of_the_old_file() {
+        let directory = directory("quiet");
+        let path = directory.join("a.log");
+        let log = Log::open(target(&directory)).expect("a log");
+        let old = path.metadata().expect("a file").ino();
+        std::fs::rename(&path, directory.join("a.log.1")).expect("renamed");
+        log.reopen().expect("opened again");
+        let has_old = || {
+            std::fs::read_dir("/proc/self/fd")
+                .expect("descriptors")
+                .flatten()
+                .any(|fd| std::fs::metadata(fd.path()).is_ok_and(|open| open.ino() == old))
+        };
+        let until = Instant::now() + SHORT;
+        while has_old() {
+            assert!(Instant::now() < until, "the old file is still open");
+            thread::yield_now();
+        }
+        std::fs::remove_dir_all(directory).expect("removed");
+    }
+
+    #[test]
+    fn what_only_its_user_may_read_is_not_written_to_what_others_can() {
+        let directory = directory("private");
+        let path = directory.join("keys.log");
+        let open = || Log::open(Target::File { path: path.clone(), mode: 0o600 });
+        drop(open().expect("made"));
+        assert_eq!(path.metadata().expect("a file").mode() & 0o777, 0o600);
+        drop(open().expect("its own, again"));
+
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).expect("opened to others");
+        let refused = open().err().expect("refused").to_string();
+        assert_eq!(refused, "it is open to others (mode 640, expected 600)");
+
+        std::fs::rename(&path, directory.join("elsewhere")).expect("renamed");
+        std::os::unix::fs::symlink(directory.join("elsewhere"), &path).expect("a link");
+        assert_eq!(open().err().and_then(|error| error.raw_os_error()), Some(libc::ELOOP));
+        std::fs::remove_dir_all(directory).expect("removed");
+    }
+
+    #[test]
+    fn lines_of_several_writers_to_one_socket_stay_whole() {
+        const LINES: usize = 400;
+        let (reader, writer) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let texts: [&'static str; 4] = ["a", "b", "c", "d"].map(|letter| &*letter.repeat(600).leak());
+        let writers = texts.map(|text| {
+            let log = log_into(File::from(OwnedFd::from(writer.try_clone().expect("a clone"))));
+            thread::spawn(move || {
+                for _ in 0..LINES {
+                    log.record(Box::new(Text(text)));
+                }
+                assert!(log.flush(SHORT));
+            })
+        });
+        // Until nothing more fits: from then on each waits in turn for room.
+        let mut room = libc::pollfd { fd: writer.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+        // SAFETY: one pollfd that lives through the call.
+        while unsafe { libc::poll(&raw mut room, 1, 0) } != 0 {
+            thread::yield_now();
+        }
+        drop(writer);
+        let lines: Vec<String> =
+            std::io::BufRead::lines(io::BufReader::new(reader)).map(|line| line.expect("a line")).collect();
+        for writer in writers {
+            writer.join().expect("all written");
+        }
+        assert_eq!(lines.len(), texts.len() * LINES);
+        assert!(lines.iter().all(|line| texts.contains(&line.as_str())));
     }
 
     #[test]
