@@ -20,7 +20,7 @@ export interface Listeners {
   readonly sockets: readonly ListeningSocket[];
   /** Where each listener listens, with the port that was chosen for port 0. */
   readonly addresses: Readonly<Record<string, readonly string[]>>;
-  /** All that there are, also those of addresses that a reload has removed: it may bring them back. */
+  /** All that there are: each belongs to a listener, also after a reload. */
   readonly passed: readonly PassedSocket[];
 }
 
@@ -51,7 +51,8 @@ export const noListeners: Listeners = { sockets: [], addresses: {}, passed: [] }
 /**
  * Opens what `former` lacks. A socket stays what it is when its address does, even if the listener's name changes: nobody
  * who waits in its queue notices.
- * @throws ServiceError `bind_failed`, naming listener and address; then nothing stays open.
+ * @throws ServiceError `bind_failed`, naming listener and address, or the passed socket that no listener wants; then nothing
+ * stays open.
  */
 export function openListeners(
   former: Listeners,
@@ -75,6 +76,7 @@ export function openListeners(
         return group[0]?.bound ?? formatAddress(wanted);
       });
     }
+    refuseForeignSockets(former.passed, sockets, addresses);
   } catch (error) {
     closeSockets(opened);
     throw error;
@@ -93,11 +95,12 @@ export function openListeners(
   };
 }
 
-/**
- * A socket that nobody accepts from lets clients wait for ever.
- * @throws ServiceError `bind_failed`, naming it
- */
-export function refuseForeignSockets({ sockets, passed, addresses }: Listeners): void {
+/** A passed socket that nobody accepts from lets clients wait for ever: only whoever passed it can close it. */
+function refuseForeignSockets(
+  passed: readonly PassedSocket[],
+  sockets: readonly ListeningSocket[],
+  addresses: Listeners['addresses'],
+): void {
   const foreign = passed.filter(({ fd }) => !sockets.some((own) => own.fd === fd));
   if (foreign.length === 0) return;
   const found = foreign.map(formatPassedSocket).join(', ');

@@ -34,6 +34,8 @@ export class StatusFeed {
 
   /** Its headers have been sent, and nothing else. */
   add(page: ServerResponse): void {
+    // Others that asked at the same time came first.
+    if (this.isFull) return void page.end();
     this.#pages.add(page);
     page.once('close', () => this.#pages.delete(page));
     page.write(event('history', this.#source.history()) + event('overview', this.#source.overview()));
@@ -44,9 +46,14 @@ export class StatusFeed {
     if (this.#pages.size === 0) return;
     const news = event('overview', this.#source.overview());
     for (const page of this.#pages) {
-      if (page.writableLength > unsentBytesMax) page.destroy();
+      if (page.writableLength > unsentBytesMax) this.#cut(page);
       else page.write(news);
     }
+  }
+
+  #cut(page: ServerResponse): void {
+    this.#pages.delete(page);
+    page.destroy();
   }
 
   /** Whoever may go on opens a new one. */

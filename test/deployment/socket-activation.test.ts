@@ -74,7 +74,7 @@ it('a restart loses no client: who comes while it drains, or while none runs, is
   assert.ok(((await second.metric('keygate_connections_accepted_total', { listener: 'https' })) ?? 0) >= 1);
 });
 
-it('a reload keeps a passed socket, and one that it drops can come back', async (test) => {
+it('a reload keeps a passed socket, and is refused when it would drop one', async (test) => {
   const { start, https, document } = await ingredients(test);
   await using keygate = await start([https]);
   const changed = { ...document, listeners: { https: { bind: [https.address], alpn: ['http/1.1'] } } };
@@ -82,11 +82,13 @@ it('a reload keeps a passed socket, and one that it drops can come back', async 
   await assertServed(https.port);
 
   const elsewhere = { ...document, listeners: { https: { bind: ['127.0.0.1:0'] } } };
-  assert.equal((await keygate.reload(elsewhere)).outcome, 'committed');
-  const waiting = waitingClient(https.port);
-  await waiting.connected;
+  const { outcome, reasons } = await keygate.reload(elsewhere);
+  assert.equal(outcome, 'refused');
+  assert.equal(reasons[0]?.code, 'bind_failed');
+  assert.match(reasons[0].message, new RegExp(`no listener binds the passed socket .*:${https.port}`));
+  await assertServed(https.port);
+
   assert.equal((await keygate.reload(document)).outcome, 'committed');
-  await endServed(await waiting.handshake);
   await assertBothAccept(keygate, https);
 });
 
