@@ -11,6 +11,16 @@ const pathBytesMax = 4095;
 
 /** Replaces `${NAME}` by the environment variable: only paths have this, so a secret cannot come in this way. */
 export function parsePath(text: string): Parsed<string> {
+  // What was pasted here by mistake may be a key: it is refused before anything shows it.
+  if (text.includes('\n') || text.includes('-----BEGIN')) {
+    return {
+      fault: {
+        expected: 'a path of one line',
+        found: 'several lines or a PEM block, not shown',
+        hint: 'write what belongs into a file, and its path here; if it was a key, replace it',
+      },
+    };
+  }
   const unset = [...text.matchAll(variable)].map(([, name]) => name ?? '').find((name) => !process.env[name]);
   if (unset !== undefined) {
     return {

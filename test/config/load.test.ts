@@ -155,6 +155,14 @@ it('a name that every object has is an ordinary name, and no name is defined by 
   assert.equal(problem?.code, 'config_reference');
 });
 
+it('what was pasted where a path belongs is refused and not shown', () => {
+  const admin = 'admin: { listen: "127.0.0.1:0", tls: { chain: a.pem, key: "-----BEGIN SECRET" } }';
+  const [problem] = problemsOf(document({ more: admin }));
+  assert.equal(problem?.path, 'admin.tls.key');
+  assert.match(problem.hint ?? '', /replace it/);
+  assert.doesNotMatch(JSON.stringify(problem), /SECRET/);
+});
+
 it('environment variables are substituted in paths, and only there', (test) => {
   process.env['KEYGATE_TEST_DIRECTORY'] = '/run/secrets';
   test.after(() => delete process.env['KEYGATE_TEST_DIRECTORY']);
