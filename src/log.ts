@@ -20,7 +20,7 @@ export const logEvents = {
   privileges_dropped: 'root was given up for the configured user',
   privileges_kept: 'keygate runs as root, because no `user` is configured',
   sandbox_entered: 'a worker is in its sandbox, and what holds there',
-  sandbox_limited: 'the sandbox holds less than it should, and what is missing',
+  sandbox_limited: 'the sandbox of a worker is not as it should be, and what is missing; again when that changes',
   sandbox_off: 'workers are in no sandbox, because `sandbox.enabled` is false',
   ready: 'every worker serves; with the addresses of listeners and admin server',
   worker_ready: 'a worker serves',

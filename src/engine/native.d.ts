@@ -264,7 +264,7 @@ export interface SandboxReport {
 
 /** What a process in the sandbox may still write; everything else is decided in sandbox.rs. */
 export interface SandboxSettings {
-  /** Files that are opened for appending, again and again: others may be created beside them. */
+  /** Files that are opened for appending, again and again: others may be created beside and beneath them. */
   logs: Array<string>
   /** Files, and directories with everything in them, that modules are known to keep their state in. */
   states: Array<string>
@@ -389,6 +389,12 @@ export declare function preloadModule(path: string, isolate: boolean): void
 
 /** Throws if somebody already listens at the address, or if it cannot be bound. */
 export declare function probeAddress(address: string): void
+
+/**
+ * For the primary, before it forks workers in a sandbox: no ring of io_uring can be made any more, here and in them. Where the
+ * kernel cannot be asked for that, the report of `enterSandbox` in the worker says so.
+ */
+export declare function refuseRings(): void
 
 /** Sets the length of a listening socket's accept queue, also of one that has waiting connections. */
 export declare function setBacklog(fd: number, backlog: number): void

@@ -13,6 +13,7 @@ import { readFileSync } from 'node:fs';
 import { isDeepStrictEqual } from 'node:util';
 import type { Config, LogConfig, TokenConfig } from '../config/config.ts';
 import { loadConfig } from '../config/load.ts';
+import { isSoftHsm } from '../config/softhsm.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { giveBackMemorySoon } from '../engine/memory.ts';
 import { ConfigError, formatProblem, KeygateError } from '../errors.ts';
@@ -229,18 +230,25 @@ function restartProblems(former: Config, next: Config): Problem[] {
     for (const [key, now] of Object.entries(token)) {
       const old = former.tokens[name]?.[key as keyof TokenConfig];
       // Certificates have the deadline, and those are new.
-      if (name in former.tokens && key !== 'signDeadlineMs') fixed.push({ path: `tokens.${name}.${key}`, old, now });
+      if (name in former.tokens && key !== 'signDeadlineMs') {
+        fixed.push({ path: `tokens.${name}.${key}`, old, now, isOfToken: true });
+      }
     }
+  }
+  // What the sandbox lets be written is settled when a worker starts.
+  if (next.sandbox.enabled && !Object.values(former.tokens).some(isSoftHsm)) {
+    const first = Object.entries(next.tokens).find(([, token]) => isSoftHsm(token));
+    if (first !== undefined) fixed.push({ path: `tokens.${first[0]}.module`, old: 'no SoftHSM', now: first[1].module });
   }
   return fixed
     .filter(({ old, now }) => !isDeepStrictEqual(old, now))
-    .map(({ path, old, now }) => ({
+    .map(({ path, old, now, isOfToken }) => ({
       file: next.file,
       path,
       code: 'config_restart',
       found: JSON.stringify(now) ?? 'nothing',
       expected: `${JSON.stringify(old) ?? 'nothing'} as before`,
-      hint: `restart keygate to change it${path.startsWith('tokens.') ? ', or give the token another name' : ''}`,
+      hint: `restart keygate to change it${isOfToken === true ? ', or give the token another name' : ''}`,
     }));
 }
 
@@ -255,6 +263,8 @@ interface Fixed {
   readonly path: string;
   readonly old: unknown;
   readonly now: unknown;
+  /** Of a token that both have: under another name it would be another token. */
+  readonly isOfToken?: boolean;
 }
 
 /** Every section and key that differs, by name; a certificate also when its file does. */

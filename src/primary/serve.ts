@@ -14,7 +14,7 @@ import type { Log, Logs } from '../log.ts';
 import { startAdmin } from './admin.ts';
 import type { Admin, AdminView } from './admin.ts';
 import { History } from './history.ts';
-import { noListeners, openListeners, refuseForeignSockets, shutSockets } from './listeners.ts';
+import { noListeners, openListeners, shutSockets } from './listeners.ts';
 import type { Listeners } from './listeners.ts';
 import { LogLosses } from './log-losses.ts';
 import { renderMetrics } from './metrics.ts';
@@ -54,12 +54,13 @@ export interface Service {
  * first worker failed with
  */
 export async function serve(config: Config, { allowKeyLog = false }: ServeOptions = {}): Promise<Service> {
+  // A signal ends a process that does not listen to it. One that comes early is obeyed below: nothing here awaits before.
+  for (const signal of ['SIGHUP', 'SIGUSR2'] as const) process.on(signal, () => {});
   const refused = allowKeyLog ? undefined : keyLogProblem(config);
   if (refused !== undefined) throw new ConfigError([refused]);
   const slots = config.workers === 'auto' ? availableParallelism() : config.workers;
   const passed = takePassedSockets(process.env, engine());
   const listeners = openListeners({ ...noListeners, passed }, config, slots, engine());
-  refuseForeignSockets(listeners);
   const account = becomeConfigured(config);
   // As the account that workers have too: a file that root made would be closed to them.
   const logs = openLogs(config.log);
@@ -70,6 +71,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   if (config.log.keyLog !== undefined) reportKeyLog(config.log.keyLog, log);
 
   engine().harden();
+  if (config.sandbox.enabled) engine().refuseRings();
 
   const epochs = new TicketEpochs();
   const workers = new Workers(config, slots, listeners, epochs, log);

@@ -137,6 +137,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
   #settled: (() => void) | undefined;
   #draining = false;
   #everReady = false;
+  /** What is missing in the sandbox, as it was logged last. */
+  #sandboxSaid = JSON.stringify([]);
   #allReadySaid = false;
   /** A worker has logged in since the last loss. */
   #proved = false;
@@ -473,8 +475,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
     }
     if (!this.#everReady) {
       for (const warning of warnings) this.#log.warn({ event: 'token_warning' }, warning);
-      this.#warnOfSandbox(slot.sandbox);
     }
+    this.#warnOfSandbox(slot.sandbox);
     this.#everReady = true;
     this.#proved = true;
     this.#log.info({ event: 'worker_ready', worker: slot.index, workerPid: slot.worker?.process.pid }, 'worker ready');
@@ -483,16 +485,16 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#sayWhatCameToPass();
   }
 
-  /** Once: every worker's is the same. */
+  /** When it is not what was said last: as a rule every worker's is the same. */
   #warnOfSandbox(sandbox: WorkerSandbox | undefined): void {
+    const said = JSON.stringify(sandbox?.missing ?? 'off');
+    if (said === this.#sandboxSaid) return;
+    this.#sandboxSaid = said;
     if (sandbox === undefined) {
       this.#log.warn({ event: 'sandbox_off' }, 'workers are in no sandbox: `sandbox.enabled` is false');
     } else if (sandbox.missing.length > 0) {
       const { landlockAbi, seccomp, missing } = sandbox;
-      this.#log.warn(
-        { event: 'sandbox_limited', landlockAbi, seccomp, missing },
-        'the sandbox holds less than it should',
-      );
+      this.#log.warn({ event: 'sandbox_limited', landlockAbi, seccomp, missing }, 'the sandbox is not as it should be');
     }
   }
 

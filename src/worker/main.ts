@@ -39,9 +39,9 @@ let draining = false;
 let drainTimer: NodeJS.Timeout | undefined;
 let leaving = false;
 
-// Ctrl-C and systemd reach the whole process group; the primary decides what that means for its workers. A worker that
-// went by itself would leave its accept queue to nobody.
-for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => {});
+// Ctrl-C, systemd and pkill reach workers too; the primary decides what that means for them. A worker that went by itself
+// would leave its accept queue to nobody.
+for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR2'] as const) process.on(signal, () => {});
 process.on('uncaughtException', (error) => {
   if (logs === undefined) process.stderr.write(`keygate: a defect ended a worker: ${error.stack}\n`);
   logs?.log.fatal({ event: 'worker_crashed', error }, 'a defect ended this worker');

@@ -5,13 +5,14 @@
  */
 import { existsSync, readFileSync } from 'node:fs';
 import { homedir } from 'node:os';
-import { basename, join } from 'node:path';
+import { join } from 'node:path';
 import type { Config } from '../config/config.ts';
+import { isSoftHsm } from '../config/softhsm.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import type { Log } from '../log.ts';
 import type { WorkerSandbox } from '../messages.ts';
 
-/** What the kernel lacks is left out, and said by the primary once for all workers. */
+/** What the kernel lacks is left out, and the primary warns of it. */
 export function enterSandbox(
   { sandbox, tokens, log: logConfig }: Pick<Config, 'sandbox' | 'tokens' | 'log'>,
   native: Pick<EngineBinding, 'enterSandbox'>,
@@ -21,18 +22,14 @@ export function enterSandbox(
   const writable = [...sandbox.writable];
   const files = [logConfig.file, logConfig.access?.file, logConfig.keyLog];
   const logs = files.filter((file) => file !== undefined);
-  const states = Object.values(tokens).some(({ module }) => isSoftHsm(module)) ? softHsmState() : [];
+  const states = Object.values(tokens).some(isSoftHsm) ? softHsmState() : [];
   const entered = native.enterSandbox({ logs, states, writable });
-  const { landlockAbi, seccomp } = entered;
+  const { landlockAbi, seccomp, missing } = entered;
   log.info(
-    { event: 'sandbox_entered', landlockAbi, seccomp, writable: [...writable, ...states, ...logs] },
+    { event: 'sandbox_entered', landlockAbi, seccomp, missing, writable: [...writable, ...states, ...logs] },
     'in the sandbox',
   );
   return entered;
-}
-
-function isSoftHsm(module: string): boolean {
-  return basename(module).startsWith('libsofthsm');
 }
 
 /**

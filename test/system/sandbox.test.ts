@@ -5,7 +5,7 @@
  */
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync, readdirSync, statSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, readdirSync, readlinkSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { it } from 'node:test';
 import type { TestContext } from 'node:test';
@@ -98,6 +98,11 @@ it('every thread of a worker is in the sandbox, and none starts a debugger', asy
   for (const name of ['node-MainThread', 'node-V8Worker', 'keygate-io', 'lane-1']) assert.ok(named.has(name), name);
   const outside = threads.filter(({ noNewPrivileges, seccomp }) => noNewPrivileges !== '1' || seccomp !== '2');
   assert.deepEqual(outside, []);
+  const open = readdirSync(`/proc/${worker.pid}/fd`).map((fd) => readlinkSync(`/proc/${worker.pid}/fd/${fd}`));
+  assert.deepEqual(
+    open.filter((target) => target.includes('io_uring')),
+    [],
+  );
   process.kill(worker.pid, 'SIGUSR1');
   await assertServes(keygate);
   const names = readdirSync(`/proc/${worker.pid}/task`).map((thread) =>
@@ -219,6 +224,13 @@ it('a token behind the socket of p11-kit is served from', async (test) => {
   await using keygate = await startKeygate(token, document, { env: { P11_KIT_SERVER_ADDRESS: `unix:path=${socket}` } });
   assert.deepEqual((await keygate.logged({ event: 'sandbox_entered' }))['writable'], []);
   for (let client = 0; client < 5; client++) await assertServes(keygate);
+
+  // SoftHSM itself could not write there, and would not see new keys: that is said, and not found out.
+  const both = { ...document, tokens: { ...document.tokens, direct: token.settings } };
+  const { outcome, reasons } = await keygate.reload(both);
+  assert.equal(outcome, 'refused');
+  assert.equal(reasons[0]?.code, 'config_restart');
+  assert.match(reasons[0].message, /tokens\.direct\.module/);
 });
 
 it('the sandbox cannot be changed by a reload, nor where log lines go', async (test) => {

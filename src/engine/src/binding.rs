@@ -672,7 +672,7 @@ pub fn harden() -> Result<()> {
 /// What a process in the sandbox may still write; everything else is decided in sandbox.rs.
 #[napi(object)]
 pub struct SandboxSettings {
-    /// Files that are opened for appending, again and again: others may be created beside them.
+    /// Files that are opened for appending, again and again: others may be created beside and beneath them.
     pub logs: Vec<String>,
     /// Files, and directories with everything in them, that modules are known to keep their state in.
     pub states: Vec<String>,
@@ -700,6 +700,13 @@ pub fn enter_sandbox(settings: SandboxSettings) -> SandboxReport {
         trees: paths(settings.writable),
     });
     SandboxReport { landlock_abi: entered.landlock_abi, seccomp: entered.seccomp, missing: entered.missing }
+}
+
+/// For the primary, before it forks workers in a sandbox: no ring of io_uring can be made any more, here and in them. Where the
+/// kernel cannot be asked for that, the report of `enterSandbox` in the worker says so.
+#[napi(catch_unwind)]
+pub fn refuse_rings() {
+    let _ = sandbox::refuse_rings();
 }
 
 /// Gives memory that is free inside this process back to the system.

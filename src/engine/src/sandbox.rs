@@ -14,9 +14,11 @@
 //! without it (src/primary/workers.ts). A thread that cannot be reached is reported as missing.
 //!
 //! **What stays allowed.** Reading files, because modules are opaque and read what they like; connecting, because upstreams and
-//! network HSMs are reached so; ioctl on devices that may be opened; mapping code, because V8 compiles. Of io_uring only
-//! io_uring_enter, where Node's event loop has made its rings before (it aborts without); rings know no exec, ptrace or mount,
-//! and Landlock holds there too.
+//! network HSMs are reached so; ioctl on devices that may be opened; mapping code, because V8 compiles.
+//!
+//! **Rings of io_uring** do much of what seccomp forbids, listening above all, without a system call that it sees. Node's event
+//! loop makes three before the first line of JavaScript runs and aborts when it cannot enter them any more. So the primary
+//! gives up making any before it forks (`refuse_rings`): workers inherit that, and their event loops do without.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{c_int, c_long};
@@ -41,7 +43,7 @@ use seccompiler::{
 /// What may still be written.
 #[derive(Debug, Default)]
 pub struct Writable {
-    /// Files that are opened again after somebody has renamed them: they may be created, and so others beside them.
+    /// Files that are opened again after somebody has renamed them: they may be created, and so others beside and beneath them.
     pub logs: Vec<PathBuf>,
     /// Files, and directories with everything beneath, that modules are known to keep their state in.
     pub states: Vec<PathBuf>,
@@ -76,6 +78,9 @@ pub fn enter(writable: &Writable) -> Entered {
             false
         }
     };
+    if has_rings() {
+        missing.push("seccomp: rings of io_uring, which are open already, go around it".into());
+    }
     Entered { landlock_abi, seccomp, missing }
 }
 
@@ -178,12 +183,14 @@ fn allow(ruleset: &mut RulesetCreated, path: &Path, access: BitFlags<AccessFs>) 
     }
 }
 
-/// The directory, because a log is created anew when somebody has renamed it; of what is no file, only itself.
+/// The directory, because a log is created anew when somebody has renamed it, and with it all that is beneath, because
+/// Landlock knows no less; of what is no file, only itself. Through a link, the directory of what it leads to.
 fn allow_log(ruleset: &mut RulesetCreated, log: &Path) -> Result<(), String> {
     match fs::metadata(log) {
         Ok(found) if !found.is_file() => allow(ruleset, log, make_bitflags!(AccessFs::{WriteFile})),
         _ => {
-            let directory = log.parent().ok_or("it is in no directory")?;
+            let target = fs::canonicalize(log).unwrap_or_else(|_| log.to_owned());
+            let directory = target.parent().ok_or("it is in no directory")?;
             allow(ruleset, directory, make_bitflags!(AccessFs::{WriteFile | MakeReg | Truncate}))
         }
     }
@@ -342,6 +349,24 @@ fn confine_calls(writable: &Writable) -> Result<(), String> {
     let rules = forbidden(writable).map_err(|error| error.to_string())?;
     let program = compile(rules).map_err(|error| error.to_string())?;
     install(&program).map_err(|error| error.to_string())
+}
+
+/// For the primary, before it forks workers: from now on neither it nor they can make a ring. ENOSYS is what kernels without
+/// rings answer, and what event loops are prepared for.
+///
+/// # Errors
+/// As seccomp(2). Workers then report that they have rings.
+pub fn refuse_rings() -> io::Result<()> {
+    let architecture = std::env::consts::ARCH.try_into().map_err(io::Error::other)?;
+    let program: BpfProgram = SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_io_uring_setup, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        architecture,
+    )
+    .and_then(TryInto::try_into)
+    .map_err(io::Error::other)?;
+    install(&program)
 }
 
 /// On every thread. The crate's own function would switch on the mitigation of Speculative Store Bypass on kernels before 5.16,
@@ -559,7 +584,7 @@ const SETXATTRAT: c_long = 463;
 const REMOVEXATTRAT: c_long = 466;
 const OPEN_TREE_ATTR: c_long = 467;
 
-/// Whether Node's event loop has made rings, which it will go on to use.
+/// Whether Node's event loop has made rings, which it will go on to use: nobody has called `refuse_rings` in the primary.
 fn has_rings() -> bool {
     let Ok(descriptors) = fs::read_dir("/proc/self/fd") else { return true };
     descriptors
