@@ -432,10 +432,14 @@ fn forbidden(writable: &Writable) -> Result<Rules, BackendError> {
         ])?);
     }
     rules.insert(libc::SYS_socket, socket);
-    // Typing on the terminal that keygate was started from.
-    let terminal: Result<Vec<_>, BackendError> =
-        [libc::TIOCSTI, libc::TIOCLINUX].iter().map(|request| all_of([is(1, *request)?])).collect();
-    rules.insert(libc::SYS_ioctl, terminal?);
+    // Typing on the terminal that keygate was started from; attributes, for which a file that may be read is enough.
+    let mut requests = vec![libc::TIOCSTI, libc::TIOCLINUX];
+    if writable.trees.is_empty() {
+        requests.extend([FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR]);
+    }
+    let requests: Result<Vec<_>, BackendError> =
+        requests.into_iter().map(|request| all_of([is(1, request)?])).collect();
+    rules.insert(libc::SYS_ioctl, requests?);
     Ok(rules)
 }
 
@@ -553,6 +557,7 @@ const METADATA: &[c_long] = &[
     libc::SYS_fchmod,
     libc::SYS_fchmodat,
     FCHMODAT2,
+    FILE_SETATTR,
     libc::SYS_fchown,
     libc::SYS_fchownat,
     libc::SYS_utimensat,
@@ -583,6 +588,10 @@ const FCHMODAT2: c_long = 452;
 const SETXATTRAT: c_long = 463;
 const REMOVEXATTRAT: c_long = 466;
 const OPEN_TREE_ATTR: c_long = 467;
+const FILE_SETATTR: c_long = 469;
+/// linux/fs.h.
+const FS_IOC_SETFLAGS: u64 = 0x4008_6602;
+const FS_IOC_FSSETXATTR: u64 = 0x401c_5820;
 
 /// Whether Node's event loop has made rings, which it will go on to use: nobody has called `refuse_rings` in the primary.
 fn has_rings() -> bool {
@@ -702,6 +711,35 @@ mod tests {
     }
 
     #[test]
+    fn a_log_behind_a_link_can_be_opened_again() {
+        in_child("a_log_behind_a_link_can_be_opened_again", |directory| {
+            let [links, logs] = ["links", "logs"].map(|name| directory.join(name));
+            for place in [&links, &logs] {
+                fs::create_dir(place).expect("made");
+            }
+            let (link, log) = (links.join("a.log"), logs.join("a.log"));
+            fs::write(&log, "old").expect("written");
+            std::os::unix::fs::symlink(&log, &link).expect("a link");
+            let entered = enter(&Writable { logs: vec![link.clone()], ..Writable::default() });
+            assert_eq!(entered.missing, Vec::<String>::new());
+            fs::write(&link, "new").expect("allowed");
+            assert_eq!(errno(fs::write(links.join("other"), "")), REFUSED_PATH);
+            File::create(logs.join("again")).expect("allowed: the log may have been renamed");
+        });
+    }
+
+    #[test]
+    fn what_was_given_up_before_leaves_no_ring_to_go_around_it() {
+        in_child("what_was_given_up_before_leaves_no_ring_to_go_around_it", |_| {
+            refuse_rings().expect("given up");
+            // SAFETY: without room for its parameters the call would fail anyhow, with another error.
+            let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, std::ptr::null::<u8>()) };
+            assert_eq!(errno_of(ring), Some(libc::ENOSYS));
+            assert_eq!(enter(&Writable::default()).missing, Vec::<String>::new());
+        });
+    }
+
+    #[test]
     fn files_are_written_where_it_was_said_and_nowhere_else() {
         in_child("files_are_written_where_it_was_said_and_nowhere_else", |directory| {
             let [tree, state, logs, other] =
@@ -753,6 +791,12 @@ mod tests {
             assert_eq!(entered.missing, Vec::<String>::new());
             assert_eq!(errno(fs::set_permissions(directory, Permissions::from_mode(0o755))), REFUSED_CALL);
             assert_eq!(errno(std::os::unix::fs::chown(directory, None, None)), REFUSED_CALL);
+            let opened = File::open(directory).expect("readable");
+            for request in [FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR] {
+                // SAFETY: both read 28 bytes at most.
+                let answer = unsafe { libc::ioctl(opened.as_raw_fd(), request, [0_u8; 28].as_ptr()) };
+                assert_eq!(errno_of(answer), REFUSED_CALL, "{request:x}");
+            }
         });
     }
 
