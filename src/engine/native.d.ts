@@ -38,7 +38,7 @@ export interface CloseReason {
   phase: string
   reason: string
   meaning: string
-  /** Connections that served their purpose end like this. */
+  /** Connections end like this on a day on which nothing is wrong. */
   ordinary: boolean
 }
 

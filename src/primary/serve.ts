@@ -100,11 +100,14 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   });
 
   // Before anything is forked: a signal during the start must end what was started.
-  let draining = false;
+  let drainEndsAtMs = Infinity;
   const drain = (deadlineMs: number): void => {
+    const endsAtMs = performance.now() + deadlineMs;
+    // Whoever asked before counts on it: a drain only becomes shorter.
+    if (endsAtMs >= drainEndsAtMs) return;
     workers.drain(deadlineMs);
-    if (!draining) shutSockets(workers.listening.sockets, engine());
-    draining = true;
+    if (drainEndsAtMs === Infinity) shutSockets(workers.listening.sockets, engine());
+    drainEndsAtMs = endsAtMs;
     serviceManager.stopping();
     log.info({ event: 'drain_started', deadlineMs }, 'draining');
   };

@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::io::Write;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use jiff::Timestamp;
@@ -264,7 +264,8 @@ impl Ended {
 
 /// The worker's slot, as in every other line of its process.
 fn worker() -> Option<u32> {
-    std::env::var("KEYGATE_SLOT").ok()?.parse().ok()
+    static SLOT: OnceLock<Option<u32>> = OnceLock::new();
+    *SLOT.get_or_init(|| std::env::var("KEYGATE_SLOT").ok()?.parse().ok())
 }
 
 fn shortened(text: &str) -> &str {

@@ -214,7 +214,7 @@ pub struct CloseReason {
     pub phase: String,
     pub reason: String,
     pub meaning: String,
-    /// Connections that served their purpose end like this.
+    /// Connections end like this on a day on which nothing is wrong.
     pub ordinary: bool,
 }
 

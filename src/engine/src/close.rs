@@ -79,7 +79,7 @@ close_reasons! {
 }
 
 impl Close {
-    /// Whether connections end like this on a day on which nothing is wrong; scans and health checks belong to every day.
+    /// Whether connections end like this on a day on which nothing is wrong; health checks and browsers that think better of it belong to every day.
     /// Everything else is worth a look.
     pub fn is_ordinary(self) -> bool {
         matches!(

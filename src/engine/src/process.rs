@@ -1,6 +1,7 @@
 //! Owns what is done to the process or its sockets and has nothing to do with TLS: opening listening sockets for the
-//! primary, taking those that systemd opened and telling it how the service does, giving up privileges that cannot be given up from JavaScript, and leaving without running the destructors of a
-//! library that a thread is still inside. JavaScript thread only.
+//! primary, taking those that systemd opened and telling it how the service does, giving up privileges that cannot be given
+//! up from JavaScript, and leaving without running the destructors of a library that a thread is still inside. JavaScript
+//! thread only.
 
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -10,10 +11,14 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::signing::pkcs11::threads_in_modules;
+
+/// How long a message to the service manager may wait for room.
+const NOTIFY_BUDGET: Duration = Duration::from_millis(500);
 
 /// Opens a listening socket with SO_REUSEPORT, so that each worker slot can have one of its own at the same address.
 /// Non-blocking and close-on-exec; TCP_NODELAY is inherited by what it accepts, which saves a system call for each.
@@ -70,8 +75,8 @@ pub fn notify(socket: &str, state: &str) -> io::Result<()> {
         None => UnixSocketAddr::from_pathname(socket)?,
     };
     let sender = UnixDatagram::unbound()?;
-    // A manager that does not read must not hold keygate up.
-    sender.set_nonblocking(true)?;
+    // READY=1 is said once, so a manager that is busy is waited for; one that does not read must not hold keygate up.
+    sender.set_write_timeout(Some(NOTIFY_BUDGET))?;
     sender.send_to_addr(state.as_bytes(), &address).map(drop)
 }
 
