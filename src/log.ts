@@ -37,6 +37,7 @@ export const logEvents = {
   server_up: 'it does not any more',
   upstream_unresolved: 'the name of a server has no address; the server is left out',
   tickets_rotated: 'another key issues session tickets',
+  tickets_not_rotated: 'no token could derive the next ticket key, and why; the former one is used on',
   reload_requested: 'somebody asked the admin server for a reload',
   reload_committed: 'the file is what is served; with what has changed',
   reload_refused: 'the file is wrong, and where; nothing has changed',

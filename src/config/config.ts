@@ -163,9 +163,18 @@ export type CipherSuite = (typeof cipherSuites)[number];
  * issued at the end of an epoch can be opened for one more rotation and no longer.
  */
 export interface TicketsConfig {
+  /** Tokens derive the secrets of tickets from it; undefined: they are random. */
+  readonly key: TicketKeyConfig | undefined;
   /** At most 7 days (RFC 8446 4.6.1). */
   readonly lifetimeMs: number;
   readonly rotationMs: number;
+}
+
+export interface TicketKeyConfig {
+  /** Says which secret key; has `object` or `id`. */
+  readonly uri: Pkcs11Uri;
+  /** Names of tokens that hold it; at least one. */
+  readonly tokens: readonly string[];
 }
 
 export interface UpstreamConfig {

@@ -11,6 +11,7 @@ import type {
   ListenerConfig,
   LogConfig,
   PolicyConfig,
+  TicketsConfig,
   TokenConfig,
   UpstreamConfig,
 } from './config.ts';
@@ -42,7 +43,7 @@ export function normalise(document: Document, file: string, directory: string): 
       certificateConfig(name, certificate, directory, Object.keys(tokens)),
     ),
     policies,
-    tickets: { lifetimeMs: document.tickets.lifetime, rotationMs: document.tickets.rotation },
+    tickets: ticketsConfig(document.tickets, Object.keys(tokens)),
     upstreams: named(document.upstreams, upstreamConfig),
     listeners: named(document.listeners, listenerConfig),
   };
@@ -113,6 +114,17 @@ function certificateConfig(
     chain: absolutePath(certificate.chain, directory),
     key: certificate.key,
     tokens: certificate.tokens ?? allTokens,
+  };
+}
+
+function ticketsConfig(
+  { key, tokens, lifetime, rotation }: Document['tickets'],
+  allTokens: readonly string[],
+): TicketsConfig {
+  return {
+    key: key && { uri: key, tokens: tokens ?? allTokens },
+    lifetimeMs: lifetime,
+    rotationMs: rotation,
   };
 }
 

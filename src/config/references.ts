@@ -23,6 +23,10 @@ export function referenceFaults(document: unknown): PlacedFault[] {
 function* unknownNames(document: unknown): Generator<PlacedFault> {
   const policies = [...builtInPolicies.map(({ name }) => name), ...namesIn(document, 'policies')];
   yield* undefinedNames(document, 'certificates', 'tokens', 'tokens', namesIn(document, 'tokens'));
+  // `tickets` is one section and not several by name.
+  const section = { all: { tickets: mapping(document)['tickets'] } };
+  for (const fault of undefinedNames(section, 'all', 'tokens', 'tokens', namesIn(document, 'tokens')))
+    yield { ...fault, path: fault.path.slice(1) };
   yield* undefinedNames(document, 'listeners', 'certificates', 'certificates', namesIn(document, 'certificates'));
   yield* undefinedNames(document, 'listeners', 'policy', 'policies', policies);
   yield* undefinedNames(document, 'listeners', 'upstream', 'upstreams', namesIn(document, 'upstreams'));

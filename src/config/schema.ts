@@ -107,6 +107,16 @@ const policy = z
 
 const tickets = z
   .strictObject({
+    key: kind('PKCS#11 URI', 'a PKCS#11 URI with object or id', secretKeyUri)
+      .describe(
+        "A secret key in the tokens, made by `keygate key generate --type ticket`: every keygate with it resumes the others' TLS sessions. Default: random keys, known to this keygate alone.",
+      )
+      .optional(),
+    tokens: z
+      .array(reference('a token'), { error: 'a list of token names' })
+      .min(1, 'at least one token')
+      .optional()
+      .describe('Tokens that hold `key`. Default: all tokens.'),
     lifetime: duration(1000, ticketLifetimeMsMax, '12h').describe(
       'How long a session ticket is accepted; at most `rotation`.',
     ),
@@ -117,6 +127,11 @@ const tickets = z
   .refine(({ lifetime, rotation }) => lifetime <= rotation, {
     path: ['lifetime'],
     error: 'a lifetime of at most the rotation: keys are kept for one rotation after their last ticket',
+    params: { code: 'config_conflict' },
+  })
+  .refine(({ key, tokens }) => key !== undefined || tokens === undefined, {
+    path: ['tokens'],
+    error: 'no tokens without a key',
     params: { code: 'config_conflict' },
   });
 
@@ -449,6 +464,14 @@ function tokenUri(text: string): Parsed<Pkcs11Uri> {
 }
 
 function keyUri(text: string): Parsed<Pkcs11Uri> {
+  return objectUri(text, 'private');
+}
+
+function secretKeyUri(text: string): Parsed<Pkcs11Uri> {
+  return objectUri(text, 'secret-key');
+}
+
+function objectUri(text: string, wanted: NonNullable<Pkcs11Uri['type']>): Parsed<Pkcs11Uri> {
   const parsed = parsePkcs11Uri(text);
   if ('fault' in parsed) return parsed;
   const { object, id, type, ...tokenAttributes } = parsed.value;
@@ -457,7 +480,7 @@ function keyUri(text: string): Parsed<Pkcs11Uri> {
       fault: { expected: 'a URI with only object, id and type', hint: 'say which tokens hold the key with "tokens"' },
     };
   }
-  if (type !== undefined && type !== 'private') return { fault: { expected: 'type=private or no type' } };
+  if (type !== undefined && type !== wanted) return { fault: { expected: `type=${wanted} or no type` } };
   if ((object ?? id) === undefined) return { fault: { expected: 'a URI with object=LABEL or id=%XX...' } };
   return parsed;
 }

@@ -86,7 +86,15 @@ export declare class Engine {
   accept(listener: string, socket: number): void
   /** Leaves a socket to the sibling that is back. */
   stopAccepting(socket: number): void
-  /** `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. */
+  /**
+   * Has a token derive the secrets of this epoch, in the background; `snapshot` tells what came of it. Nothing happens while
+   * a token is still at it, or when no token derives secrets.
+   */
+  rotateTickets(epoch: number): void
+  /**
+   * `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. Not while a token
+   * derives them.
+   */
   setTicketSecrets(secrets: Array<Buffer>): void
   /** Accepts no more connections; established ones go on. */
   drain(): void
@@ -104,6 +112,8 @@ export interface EngineSettings {
   upstreams: Array<UpstreamSettings>
   listeners: Array<ListenerSettings>
   ticketLifetimeMs: number
+  /** Undefined: `set_ticket_secrets` says which secrets are used. */
+  ticketKey?: TicketKeySettings
   /** Undefined: no access log. */
   access?: AccessSettings
 }
@@ -120,6 +130,7 @@ export interface EngineSnapshot {
   /** Finished handshakes by key exchange group; a resumed TLS 1.2 session has none. */
   groups: Array<GroupSnapshot>
   access: AccessSnapshot
+  tickets: TicketSnapshot
   /** CPU time of the I/O thread. */
   ioCpuUs: number
 }
@@ -150,7 +161,7 @@ export interface HealthSettings {
   rise: number
 }
 
-/** Where a token holds the private key of a certificate. At least one of id and label. */
+/** Where a token holds a key. At least one of id and label. */
 export interface KeyPlace {
   token: string
   id?: Buffer
@@ -278,6 +289,25 @@ export interface ServerSnapshot {
   connectionsOpen: number
   connects: Array<ConnectSnapshot>
   connectLatency: LatencySnapshot
+}
+
+/** The secret key from which tokens derive the secrets of session tickets. */
+export interface TicketKeySettings {
+  /** At least one; all must hold the same key. */
+  places: Array<KeyPlace>
+  /** How long an epoch lasts. */
+  rotationMs: number
+  /** The epoch that issues tickets. */
+  epoch: number
+}
+
+export interface TicketSnapshot {
+  /** The epoch whose secrets a token has derived and that issues tickets; undefined: no token derives them. */
+  epoch?: number
+  /** A token is at it. */
+  deriving: boolean
+  /** Why the last try came to nothing; the secrets that were there are used on. */
+  failure?: string
 }
 
 /** A token and how to use it. Durations are milliseconds. */

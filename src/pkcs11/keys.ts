@@ -61,11 +61,20 @@ export function listKeys(open: OpenToken): TokenKey[] {
  * @throws TokenError `token_key_not_found` for none or several, listing what is there by label and id.
  */
 export function findPrivateKey(open: OpenToken, uri: Pkcs11Uri): TokenKey {
+  return findKey(open, 'private', uri);
+}
+
+/** The same for a secret key. */
+export function findSecretKey(open: OpenToken, uri: Pkcs11Uri): TokenKey {
+  return findKey(open, 'secret', uri);
+}
+
+function findKey(open: OpenToken, kind: TokenKey['kind'], uri: Pkcs11Uri): TokenKey {
   const template: ITemplate = {
     ...(uri.object === undefined ? {} : { label: uri.object }),
     ...(uri.id === undefined ? {} : { id: Buffer.from(uri.id, 'hex') }),
   };
-  return onlyKey(open, uri, findKeys(open, 'private', template), () => findKeys(open, 'private', {}));
+  return onlyKey(open, kind, uri, findKeys(open, kind, template), () => findKeys(open, kind, {}));
 }
 
 /**
@@ -92,7 +101,7 @@ export class KeySearch {
     const found = (named ?? []).filter((entry) => id === undefined || entry.id.toString('hex') === id);
     try {
       const described = found.map(({ object }) => describeKey(object, 'private'));
-      return onlyKey(this.#open, uri, described, () => directory.entries);
+      return onlyKey(this.#open, 'private', uri, described, () => directory.entries);
     } catch (error) {
       throw tokenFailure(error, this.#open.token.label, 'C_GetAttributeValue');
     }
@@ -134,13 +143,14 @@ function keyDirectory(open: OpenToken): KeyDirectory {
 /** @param there what to list when it is not one key that was found. */
 function onlyKey(
   { token: { label, remembered } }: OpenToken,
+  kind: TokenKey['kind'],
   uri: Pkcs11Uri,
   found: readonly TokenKey[],
   there: () => readonly Pick<TokenKey, 'label' | 'id'>[],
 ): TokenKey {
   const [key] = found;
   if (key !== undefined && found.length === 1) return key;
-  const place = `token ${label}: private key ${formatPkcs11Uri(uri)}`;
+  const place = `token ${label}: ${kind} key ${formatPkcs11Uri(uri)}`;
   if (found.length > 1) {
     throw new TokenError(
       'token_key_not_found',
@@ -151,7 +161,7 @@ function onlyKey(
       },
     );
   }
-  throw new TokenError('token_key_not_found', `${place}: not found; private keys there: ${formatKeys(there())}`, {
+  throw new TokenError('token_key_not_found', `${place}: not found; ${kind} keys there: ${formatKeys(there())}`, {
     token: label,
     hint: remembered
       ? 'a key that was made after the start is seen after a restart: SoftHSM that cannot write its token directory looks once'
@@ -221,7 +231,7 @@ export function proveKey(open: OpenToken, key: TokenKey, certificateSpki: Buffer
       hint: 'a key that wants the PIN before every signature cannot serve handshakes; generate one without it',
     });
   }
-  requireMechanisms(open.token, algorithm);
+  requireMechanisms(open.token, algorithmTraits[algorithm].signing, `${algorithm} keys need`);
 
   const message = randomBytes(64);
   const scheme = handshakeScheme(algorithm);
@@ -237,6 +247,30 @@ export function proveKey(open: OpenToken, key: TokenKey, certificateSpki: Buffer
     );
   }
   return algorithm;
+}
+
+/**
+ * Proves that session tickets' secrets can be derived from the key.
+ * @returns a MAC that tells it from other keys, and nothing about what it makes of tickets.
+ * @throws TokenError `token_mechanism` or `token_operation` naming the key.
+ */
+export function proveTicketKey(open: OpenToken, key: TokenKey): Buffer {
+  const { label } = open.token;
+  if (key.sign === false) {
+    throw new TokenError(
+      'token_mechanism',
+      `token ${label}: key ${formatKey(key)}: found CKA_SIGN false, expected true`,
+      { token: label },
+    );
+  }
+  requireMechanisms(open.token, ['CKM_SHA256_HMAC'], 'ticket keys need');
+  try {
+    return open.session
+      .createSign({ name: mechanisms.CKM_SHA256_HMAC, params: null }, key.object.toType<Key>())
+      .once(Buffer.from('keygate compares ticket keys'));
+  } catch (error) {
+    throw tokenFailure(error, label, `CKM_SHA256_HMAC with key ${formatKey(key)}`);
+  }
 }
 
 /** One C_Sign; for ECDSA the result is r || s. */
@@ -425,20 +459,18 @@ function askForSecret(key: TokenKey): string {
   }
 }
 
-function requireMechanisms(token: TokenInSlot, algorithm: KeyAlgorithm): void {
+function requireMechanisms(token: TokenInSlot, wanted: readonly (keyof typeof mechanisms)[], whose: string): void {
   let offered: Set<number>;
   try {
     offered = new Set(token.slot.lib.C_GetMechanismList(token.slot.handle));
   } catch (error) {
     throw tokenFailure(error, token.label, 'C_GetMechanismList');
   }
-  const missing = algorithmTraits[algorithm].signing.filter((name) => !offered.has(mechanisms[name]));
+  const missing = wanted.filter((name) => !offered.has(mechanisms[name]));
   if (missing.length === 0) return;
-  throw new TokenError(
-    'token_mechanism',
-    `token ${token.label}: lacks ${missing.join(' and ')}, which ${algorithm} keys need`,
-    { token: token.label },
-  );
+  throw new TokenError('token_mechanism', `token ${token.label}: lacks ${missing.join(' and ')}, which ${whose}`, {
+    token: token.label,
+  });
 }
 
 function rsaPublicKey(object: SessionObject): KeyObject {

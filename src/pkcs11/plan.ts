@@ -20,13 +20,13 @@ import type { ErrorCode } from '../errors.ts';
 import { readChain } from './certificates.ts';
 import type { CertificateChain, ChainReading, KnownIssuers } from './certificates.ts';
 import { failureReason, tokenFailure } from './failure.ts';
-import { formatKey, KeySearch, proveConfined, proveKey } from './keys.ts';
+import { findSecretKey, formatKey, KeySearch, proveConfined, proveKey, proveTicketKey } from './keys.ts';
 import type { OpenToken, TokenKey } from './keys.ts';
 import { closeSession, findToken, login, openModule, openSession } from './module.ts';
 import type { NativeModuleGuard, OpenModule } from './module.ts';
 
 /** As much of the configuration as this looks at. */
-export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates'>;
+export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates' | 'tickets'>;
 
 export interface PlanTools {
   readonly guard: NativeModuleGuard;
@@ -38,6 +38,8 @@ export interface PlanTools {
 export interface ProvedPlan {
   readonly tokens: readonly ProvedToken[];
   readonly certificates: readonly ProvedCertificate[];
+  /** Where the ticket key is; at least one place when the configuration names one. */
+  readonly ticketKey: readonly KeyInToken[];
   readonly warnings: readonly string[];
 }
 
@@ -56,15 +58,18 @@ export interface ProvedCertificate extends CertificateChain {
 }
 
 /** Where the private key is; found again by id and label after a module was initialised again. */
-interface ProvedKey {
+interface ProvedKey extends KeyInToken {
+  /** SubjectPublicKeyInfo in DER, the same for every token of the certificate. */
+  readonly spki: Buffer;
+}
+
+export interface KeyInToken {
   /** Name of the token in the configuration. */
   readonly token: string;
   /** CKA_ID; undefined when the key has none. */
   readonly keyId: Buffer | undefined;
   /** CKA_LABEL; may be empty. */
   readonly keyLabel: string;
-  /** SubjectPublicKeyInfo in DER, the same for every token of the certificate. */
-  readonly spki: Buffer;
 }
 
 /** One thing that was looked at. */
@@ -104,6 +109,11 @@ export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
     keys: new Map(),
     warnings: [],
   }));
+  const { key: ticketKey } = config.tickets;
+  for (const token of tokens) {
+    if (ticketKey?.tokens.includes(token.config.name) !== true) continue;
+    token.ticketKey = { token, uri: ticketKey.uri, warnings: [] };
+  }
   const now = new Date();
   const issuers: KnownIssuers = new Map();
   const certificates = Object.values(config.certificates).map((certificate): CertificateState => ({
@@ -119,6 +129,7 @@ export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
     // Without the login lock from here on: open sessions do not mind other logins, and RSA signatures take their time.
     for (const token of tokens) proveKeysConfined(token);
     for (const certificate of certificates) proveKeys(certificate);
+    compareTicketKeys(tokens);
     for (const token of tokens) warnOfSessionLimit(token, config);
   } finally {
     for (const { open } of tokens) if (open !== undefined) closeSession(open.session);
@@ -126,7 +137,11 @@ export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
   }
   return {
     plan: planOf(tokens, certificates),
-    findings: [...tokens.flatMap(tokenFindings), ...certificates.flatMap(certificateFindings)],
+    findings: [
+      ...tokens.flatMap(tokenFindings),
+      ...certificates.flatMap(certificateFindings),
+      ...tokens.flatMap(ticketKeyFindings),
+    ],
   };
 }
 
@@ -137,6 +152,18 @@ interface TokenState {
   error?: KeygateError;
   /** Those that certificates want of it, by URI. */
   readonly keys: Map<string, SharedKey>;
+  /** Where the configuration expects the ticket key in it. */
+  ticketKey?: TicketKeyState;
+  readonly warnings: string[];
+}
+
+interface TicketKeyState {
+  readonly token: TokenState;
+  readonly uri: Pkcs11Uri;
+  key?: TokenKey;
+  /** Tells it from other keys. */
+  mac?: Buffer;
+  error?: KeygateError;
   readonly warnings: string[];
 }
 
@@ -240,8 +267,14 @@ function enterToken(
   }
 }
 
-function findKeys({ open, error, keys }: TokenState): void {
+function findKeys(state: TokenState): void {
+  const { open, error, keys, ticketKey } = state;
   if (open === undefined || error !== undefined) return;
+  if (ticketKey !== undefined) {
+    attempt(ticketKey, () => {
+      ticketKey.key = findSecretKey(open, ticketKey.uri);
+    });
+  }
   const search = new KeySearch(open);
   for (const shared of keys.values()) {
     attempt(shared, () => {
@@ -250,7 +283,14 @@ function findKeys({ open, error, keys }: TokenState): void {
   }
 }
 
-function proveKeysConfined({ open, keys }: TokenState): void {
+function proveKeysConfined({ open, keys, ticketKey }: TokenState): void {
+  if (ticketKey?.key !== undefined && open !== undefined) {
+    const { key, warnings } = ticketKey;
+    attempt(ticketKey, () => {
+      warnings.push(...proveConfined(open, key));
+      ticketKey.mac = proveTicketKey(open, key);
+    });
+  }
   for (const shared of keys.values()) {
     const { key, warnings } = shared;
     if (key === undefined || open === undefined) continue;
@@ -264,6 +304,19 @@ function proveKeys({ reading: { chain }, keys }: CertificateState): void {
     if (error !== undefined) state.error = error;
     // Without a chain there is nothing to belong to; its own problems are reported.
     else state.proved = state.shared.key !== undefined && chain !== undefined;
+  }
+}
+
+/** Hosts whose tokens hold different keys would not resume each other's sessions, and nobody would notice. */
+function compareTicketKeys(tokens: readonly TokenState[]): void {
+  const [first, ...others] = tokens.flatMap(({ ticketKey }) => (ticketKey?.mac === undefined ? [] : [ticketKey]));
+  for (const other of others) {
+    if (first?.mac?.equals(other.mac ?? Buffer.alloc(0)) === true) continue;
+    const names = [first, other].map((state) => state?.token.config.name).join(' and ');
+    other.error = new TokenError('token_key_mismatch', `tokens ${names} hold different ticket keys`, {
+      token: other.token.config.name,
+      hint: 'copy one key to both by the means of the HSM, or name the tokens that hold the same one in `tickets.tokens`',
+    });
   }
 }
 
@@ -307,25 +360,39 @@ function asKeygateError(error: unknown, { config }: TokenState): KeygateError {
 
 function planOf(tokens: readonly TokenState[], certificates: readonly CertificateState[]): ProvedPlan | undefined {
   const shared = tokens.flatMap(({ keys }) => [...keys.values()]);
-  const states = [...tokens, ...certificates.flatMap(({ keys }) => keys)];
+  const ticketKeys = tokens.flatMap(({ ticketKey }) => ticketKey ?? []);
+  const states = [...tokens, ...certificates.flatMap(({ keys }) => keys), ...ticketKeys];
   // One for each thing that failed, however many share it.
   const errors = [...new Set(states.flatMap(({ error }) => error ?? []))];
   if (!errors.every(isOutOfReach)) return undefined;
   const proved = certificates.flatMap(provedCertificate);
   if (proved.length < certificates.length) return undefined;
+  const ticketKey = ticketKeys.flatMap(keyInToken);
+  // Without a token that derives them there would be no tickets at all.
+  if (ticketKeys.length > 0 && ticketKey.length === 0) return undefined;
   return {
     tokens: tokens.flatMap(({ config: { name }, open, error }) =>
       open === undefined || error !== undefined ? [] : [{ name, label: open.token.label, serial: open.token.serial }],
     ),
     certificates: proved,
+    ticketKey,
     warnings: [
       ...certificates.flatMap(({ config: { name }, reading }) =>
         reading.warnings.map((warning) => `certificate ${name}: ${warning}`),
       ),
-      ...[...tokens, ...shared].flatMap(({ warnings }) => warnings),
+      ...[...tokens, ...shared, ...ticketKeys].flatMap(({ warnings }) => warnings),
       ...errors.map(({ message }) => message),
     ],
   };
+}
+
+/** Empty when the token does not have it. */
+function keyInToken({ token, key, mac }: TicketKeyState): KeyInToken[] {
+  return key === undefined || mac === undefined ? [] : [{ token: token.config.name, ...namesOf(key) }];
+}
+
+function namesOf({ id, label }: TokenKey): Pick<KeyInToken, 'keyId' | 'keyLabel'> {
+  return { keyId: id.length === 0 ? undefined : id, keyLabel: label };
 }
 
 /** Empty when the chain is wrong or no token has the key. */
@@ -338,8 +405,7 @@ function provedCertificate({
   const perToken = tokens.flatMap((token) => {
     const state = keys.find(({ shared }) => shared.token.config.name === token);
     if (state?.shared.key === undefined || state.proved !== true) return [];
-    const { id, label } = state.shared.key;
-    return [{ token, keyId: id.length === 0 ? undefined : id, keyLabel: label, spki: chain.spki }];
+    return [{ token, ...namesOf(state.shared.key), spki: chain.spki }];
   });
   return perToken.length === 0 ? [] : [{ ...chain, name, perToken }];
 }
@@ -390,6 +456,17 @@ function keyFindings(subject: string, { shared: { token, key, warnings }, proved
       message: `key ${formatKey(key)} in token ${token.config.name}: cannot leave it${belongs}`,
     },
     ...warningFindings(subject, warnings),
+  ];
+}
+
+function ticketKeyFindings({ config: { name }, ticketKey }: TokenState): Finding[] {
+  if (ticketKey === undefined) return [];
+  const { key, mac, warnings, error } = ticketKey;
+  const message = `key ${key === undefined ? '' : formatKey(key)} in token ${name}: cannot leave it, derives ticket keys`;
+  return [
+    ...(mac === undefined || error !== undefined ? [] : [{ severity: 'ok' as const, subject: 'tickets', message }]),
+    ...warningFindings('tickets', warnings),
+    ...errorFinding('tickets', error),
   ];
 }
 

@@ -18,6 +18,7 @@ import type { Config } from '../config/config.ts';
 import { reloadOutcomes } from './reload.ts';
 import type { Reloads } from './reload.ts';
 import type { Observation } from './snapshot-book.ts';
+import type { TicketEpoch } from './ticket-epochs.ts';
 import type { SlotStatus } from './workers.ts';
 
 export const metricsContentType = Registry.PROMETHEUS_CONTENT_TYPE;
@@ -36,7 +37,7 @@ export interface Measurements {
   /** How many workers there are to be. */
   readonly slots: number;
   readonly reloads: Pick<Reloads, 'counts' | 'last' | 'since'>;
-  readonly ticketEpoch: { readonly number: number; readonly since: Date };
+  readonly ticketEpoch: TicketEpoch;
 }
 
 /** A scrape in Prometheus' text format 0.0.4. */
@@ -326,7 +327,7 @@ const families: readonly Family[] = [
   ]),
   gauge(
     'ticket_epoch',
-    'Number of the key that issues session tickets, from the start of keygate.',
+    'Number of the key that issues session tickets: from the start of keygate, or from 1970 when tokens derive it.',
     [],
     (measurements) => [[[], measurements.ticketEpoch.number]],
   ),

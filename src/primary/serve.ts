@@ -8,6 +8,7 @@ import type { Config, LogLevel } from '../config/config.ts';
 import { keyLogProblem } from '../config/key-log.ts';
 import { engine } from '../engine/binding.ts';
 import { giveBackMemory } from '../engine/memory.ts';
+import type { EngineSnapshot } from '../engine/native.d.ts';
 import { ConfigError } from '../errors.ts';
 import { openLogs } from '../log.ts';
 import type { Log, Logs } from '../log.ts';
@@ -25,6 +26,7 @@ import { becomeConfigured, logPrivileges } from './privileges.ts';
 import { Reloads } from './reload.ts';
 import { ServiceManager } from './service-manager.ts';
 import { TicketEpochs } from './ticket-epochs.ts';
+import type { TicketEpoch } from './ticket-epochs.ts';
 import { version } from '../version.ts';
 import { Workers } from './workers.ts';
 
@@ -83,6 +85,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   const rotateEvery = (intervalMs: number) =>
     setInterval(() => {
       workers.rotateTickets();
+      if (reloads.config.tickets.key !== undefined) return;
       log.info({ event: 'tickets_rotated', epoch: epochs.current.number }, 'another key issues session tickets');
     }, intervalMs);
   let rotation = rotateEvery(config.tickets.rotationMs);
@@ -241,8 +244,13 @@ async function measurements({ reloads, workers, epochs, slots, logs }: Parts): P
     config: reloads.config,
     slots,
     reloads,
-    ticketEpoch: epochs.current,
+    ticketEpoch: ticketEpochOf(snapshot, reloads.config, epochs),
   };
+}
+
+/** What tokens have derived, or what the primary has drawn. */
+function ticketEpochOf({ tickets: { epoch } }: EngineSnapshot, { tickets }: Config, epochs: TicketEpochs): TicketEpoch {
+  return epoch === undefined ? epochs.current : { number: epoch, since: new Date(epoch * tickets.rotationMs) };
 }
 
 /** Again and again: a key log that was forgotten is a hole. */

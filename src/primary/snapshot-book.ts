@@ -14,6 +14,7 @@ import type {
   LatencySnapshot,
   ListenerSnapshot,
   ServerSnapshot,
+  TicketSnapshot,
   TokenSnapshot,
 } from '../engine/native.d.ts';
 
@@ -123,6 +124,7 @@ const empty: EngineSnapshot = {
   ciphers: [],
   groups: [],
   access: { sampledOut: 0, rateLimited: 0 },
+  tickets: { deriving: false },
   ioCpuUs: 0,
 };
 
@@ -171,8 +173,14 @@ function sum(a: EngineSnapshot, b: EngineSnapshot): EngineSnapshot {
       (x, y) => ({ ...x, count: x.count + y.count }),
     ),
     access: addNumbers(a.access, b.access),
+    tickets: oldest(a.tickets, b.tickets),
     ioCpuUs: a.ioCpuUs + b.ioCpuUs,
   };
+}
+
+/** A worker that is behind is what counts. */
+function oldest(a: TicketSnapshot, b: TicketSnapshot): TicketSnapshot {
+  return (b.epoch ?? Number.POSITIVE_INFINITY) < (a.epoch ?? Number.POSITIVE_INFINITY) ? b : a;
 }
 
 function sumListener(a: ListenerSnapshot, b: ListenerSnapshot): ListenerSnapshot {
@@ -245,6 +253,7 @@ function withoutGauges(snapshot: EngineSnapshot): EngineSnapshot {
   return {
     ...snapshot,
     running: true,
+    tickets: empty.tickets,
     listeners: snapshot.listeners.map((listener) => ({ ...listener, connectionsOpen: 0, handshakesInFlight: 0 })),
     upstreams: snapshot.upstreams.map((upstream) => ({
       ...upstream,

@@ -7,6 +7,11 @@ import { randomBytes } from 'node:crypto';
 
 const secretBytes = 32;
 
+export interface TicketEpoch {
+  readonly number: number;
+  readonly since: Date;
+}
+
 /** The previous, the current and the next epoch; a worker encrypts under the current one and opens all three. */
 export class TicketEpochs {
   #current = randomBytes(secretBytes);
@@ -16,7 +21,7 @@ export class TicketEpochs {
   #since = new Date();
 
   /** Counted from the start of this primary. */
-  get current(): { readonly number: number; readonly since: Date } {
+  get current(): TicketEpoch {
     return { number: this.#number, since: this.#since };
   }
 

@@ -6,7 +6,7 @@
 import type { Engine, EngineSettings } from '../engine/native.d.ts';
 import { engine as loadEngine } from '../engine/binding.ts';
 import { giveBackMemory, giveBackMemorySoon } from '../engine/memory.ts';
-import type { Config, LogLevel } from '../config/config.ts';
+import type { Config, LogLevel, TicketsConfig } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
 import { ConfigError, KeygateError, ServiceError } from '../errors.ts';
 import { openLogs } from '../log.ts';
@@ -19,6 +19,7 @@ import { HealthWatch } from './health-watch.ts';
 import { ProcessMeter } from './process-meter.ts';
 import { enterSandbox } from './sandbox.ts';
 import { Sockets } from './sockets.ts';
+import { TicketWatch } from './ticket-watch.ts';
 
 /** How long the I/O thread and each token get to stop when the process leaves. */
 const stopBudgetMs = 200;
@@ -33,8 +34,16 @@ let engine: Engine | undefined;
 let sockets: Sockets | undefined;
 /** The reload whose second phase has not come yet, and what it brought. */
 let preparing:
-  | { readonly reload: number; readonly sockets: readonly number[]; readonly logLevel: LogLevel }
+  | {
+      readonly reload: number;
+      readonly sockets: readonly number[];
+      readonly logLevel: LogLevel;
+      readonly tickets: TicketsConfig;
+    }
   | undefined;
+let tickets: TicketsConfig | undefined;
+/** Of the primary; not used while a token derives them. */
+let ticketSecrets: readonly Uint8Array[] = [];
 let draining = false;
 let drainTimer: NodeJS.Timeout | undefined;
 let leaving = false;
@@ -64,7 +73,8 @@ function obey(message: PrimaryMessage): void {
       start(message).catch(fail);
       return;
     case 'tickets':
-      engine?.setTicketSecrets(message.ticketSecrets.map((secret) => Buffer.from(secret)));
+      ticketSecrets = message.ticketSecrets;
+      useTicketSecrets();
       return;
     case 'adopt':
       if (!draining) for (const { listener, fd } of sockets?.uses(message.accept) ?? []) engine?.accept(listener, fd);
@@ -99,7 +109,9 @@ function obey(message: PrimaryMessage): void {
 }
 
 async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
-  const { config, accept, ticketSecrets } = message;
+  const { config, accept } = message;
+  ({ ticketSecrets } = message);
+  ({ tickets } = config);
   const opened = openLogs(config.log, Number(process.env['KEYGATE_SLOT']));
   logs = opened;
   sockets = new Sockets(message.sockets, message.firstFd, message.handoverFd);
@@ -139,7 +151,7 @@ async function prepare({
     if (engine === undefined || sockets === undefined || logs === undefined || draining) {
       throw new ServiceError('worker_failed', 'the worker does not serve');
     }
-    preparing = { reload, sockets: message.sockets, logLevel: config.log.level };
+    preparing = { reload, sockets: message.sockets, logLevel: config.log.level, tickets: config.tickets };
     sockets.take(reload, message.sockets);
     const { settings, warnings } = await prove(config, sockets.uses(accept), logs.log);
     // The primary may have thought better of it while names were looked up.
@@ -160,6 +172,8 @@ function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>
   engine.commit(sockets.fds(retired));
   sockets.close(retired);
   logs.log.level = preparing.logLevel;
+  ({ tickets } = preparing);
+  useTicketSecrets();
   preparing = undefined;
   tell({ type: 'committed', reload });
   giveBackMemorySoon(loadEngine());
@@ -177,13 +191,19 @@ function measure(running: Engine): WorkerSnapshot {
   return { engine: running.snapshot(), process: processUse.take(), logs: logs.counts };
 }
 
+function useTicketSecrets(): void {
+  if (tickets?.key === undefined) engine?.setTicketSecrets(ticketSecrets.map((secret) => Buffer.from(secret)));
+}
+
 function watch(running: Engine, { log }: Logs): void {
   const health = new HealthWatch(log);
+  const ticketWatch = new TicketWatch(log);
   setInterval(() => {
     if (leaving) return;
     const snapshot = running.snapshot();
     if (!snapshot.running) throw new Error('the I/O thread ended by itself');
     health.look(snapshot);
+    if (tickets !== undefined) ticketWatch.look(running, snapshot.tickets, tickets.rotationMs);
     running.letGo();
   }, watchIntervalMs).unref();
 }

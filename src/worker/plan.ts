@@ -17,13 +17,15 @@ import { readPin } from '../config/pin.ts';
 import type {
   CertificateSettings,
   EngineSettings,
+  KeyPlace,
   ListenerSettings,
   TokenSettings,
   UpstreamSettings,
 } from '../engine/native.d.ts';
 import { ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
+import type { KeyInToken, ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
+import { ticketEpoch } from './ticket-watch.ts';
 import { resolveUpstream } from './upstream-names.ts';
 
 /** A listening socket to accept from. */
@@ -57,10 +59,19 @@ export async function engineSettings(
     upstreams,
     listeners: Object.values(config.listeners).map((listener) => listenerSettings(listener, config, sockets)),
     ticketLifetimeMs: config.tickets.lifetimeMs,
+    ...ticketKeySettings(config, proved),
     ...accessSettings(config.log),
   };
   assertNumbersFit(settings);
   return settings;
+}
+
+function ticketKeySettings(
+  { tickets: { rotationMs } }: Config,
+  { ticketKey }: ProvedPlan,
+): Pick<EngineSettings, 'ticketKey'> {
+  if (ticketKey.length === 0) return {};
+  return { ticketKey: { places: ticketKey.map(keyPlace), rotationMs, epoch: ticketEpoch(rotationMs) } };
 }
 
 function accessSettings({ access }: LogConfig): Pick<EngineSettings, 'access'> {
@@ -116,11 +127,15 @@ function certificateSettings(certificate: ProvedCertificate): CertificateSetting
     names: [...certificate.names],
     chain: [...certificate.chainDer],
     publicKey: certificate.spki,
-    keys: certificate.perToken.map(({ token, keyId, keyLabel }) => ({
-      token,
-      ...(keyId === undefined ? {} : { id: keyId }),
-      ...(keyLabel === '' ? {} : { label: keyLabel }),
-    })),
+    keys: certificate.perToken.map(keyPlace),
+  };
+}
+
+function keyPlace({ token, keyId, keyLabel }: KeyInToken): KeyPlace {
+  return {
+    token,
+    ...(keyId === undefined ? {} : { id: keyId }),
+    ...(keyLabel === '' ? {} : { label: keyLabel }),
   };
 }
 

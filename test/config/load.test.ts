@@ -527,8 +527,21 @@ it('addresses that can be bound beside each other are no conflict', () => {
     assert.ok(parseConfig(twoBinds(bind, other, `admin: { listen: "${admin}" }`), '/k.yaml'));
 });
 
+it('a ticket key is in all tokens unless some are named, which must be there', () => {
+  const key = (more: string) => `tickets: { key: "pkcs11:object=tickets", ${more} }`;
+  const { tickets } = parseConfig(document({ more: key('') }), '/k.yaml');
+  assert.deepEqual(plain(tickets.key), { uri: { object: 'tickets' }, tokens: ['a'] });
+  const [unknown] = problemsOf(document({ more: key('tokens: [b]') }));
+  assert.deepEqual([unknown?.path, unknown?.code], ['tickets.tokens[0]', 'config_reference']);
+  const [keyless] = problemsOf(document({ more: 'tickets: { tokens: [a] }' }));
+  assert.deepEqual([keyless?.path, keyless?.code], ['tickets.tokens', 'config_conflict']);
+  const [otherType] = problemsOf(document({ more: 'tickets: { key: "pkcs11:object=t;type=private" }' }));
+  assert.equal(otherType?.expected, 'type=secret-key or no type');
+});
+
 it('ticket lifetime may equal the rotation', () => {
-  assert.deepEqual(parseConfig(document({ more: 'tickets: { lifetime: 1h, rotation: 1h }' }), '/k.yaml').tickets, {
+  const { tickets } = parseConfig(document({ more: 'tickets: { lifetime: 1h, rotation: 1h }' }), '/k.yaml');
+  assert.deepEqual(plain(tickets), {
     lifetimeMs: 3_600_000,
     rotationMs: 3_600_000,
   });

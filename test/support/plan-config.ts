@@ -3,14 +3,23 @@
  * Must not know: YAML.
  * Runs: in test processes.
  */
-import type { CertificateConfig, TokenConfig } from '../../src/config/config.ts';
+import type { CertificateConfig, TicketKeyConfig, TokenConfig } from '../../src/config/config.ts';
 import type { PlanConfig } from '../../src/pkcs11/plan.ts';
 import type { DisposableToken } from './softhsm.ts';
 
-export function planConfig(tokens: readonly TokenConfig[], certificates: readonly CertificateConfig[]): PlanConfig {
+export function planConfig(
+  tokens: readonly TokenConfig[],
+  certificates: readonly CertificateConfig[],
+  ticketKey?: TicketKeyConfig,
+): PlanConfig {
   const byName = <T extends { readonly name: string }>(items: readonly T[]) =>
     Object.fromEntries(items.map((item) => [item.name, item]));
-  return { workers: 1, tokens: byName(tokens), certificates: byName(certificates) };
+  return {
+    workers: 1,
+    tokens: byName(tokens),
+    certificates: byName(certificates),
+    tickets: { key: ticketKey, lifetimeMs: 1000, rotationMs: 1000 },
+  };
 }
 
 export function tokenConfig(

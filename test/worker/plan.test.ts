@@ -61,5 +61,5 @@ async function settingsFor(
     ].join('\n'),
     '/k.yaml',
   );
-  return engineSettings(config, { tokens: [], certificates: [], warnings: [] }, [], log);
+  return engineSettings(config, { tokens: [], certificates: [], ticketKey: [], warnings: [] }, [], log);
 }

@@ -32,6 +32,7 @@ use crate::signing::pkcs11::Module;
 use crate::signing::token::{Token, TokenPlan};
 use crate::signing::token_error::TokenError;
 use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
+use crate::ticket_keys::{TicketRotation, TicketStanding};
 use crate::tickets::{self, EpochSecret, Ticketer};
 use crate::upstream::{Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
 
@@ -59,7 +60,7 @@ pub struct TokenSettings {
     pub verify_ec_every: u32,
 }
 
-/// Where a token holds the private key of a certificate. At least one of id and label.
+/// Where a token holds a key. At least one of id and label.
 #[napi(object)]
 pub struct KeyPlace {
     pub token: String,
@@ -141,6 +142,17 @@ pub struct AccessSettings {
     pub failures_always: bool,
 }
 
+/// The secret key from which tokens derive the secrets of session tickets.
+#[napi(object)]
+pub struct TicketKeySettings {
+    /// At least one; all must hold the same key.
+    pub places: Vec<KeyPlace>,
+    /// How long an epoch lasts.
+    pub rotation_ms: u32,
+    /// The epoch that issues tickets.
+    pub epoch: i64,
+}
+
 #[napi(object)]
 pub struct EngineSettings {
     pub tokens: Vec<TokenSettings>,
@@ -148,6 +160,8 @@ pub struct EngineSettings {
     pub upstreams: Vec<UpstreamSettings>,
     pub listeners: Vec<ListenerSettings>,
     pub ticket_lifetime_ms: u32,
+    /// Undefined: `set_ticket_secrets` says which secrets are used.
+    pub ticket_key: Option<TicketKeySettings>,
     /// Undefined: no access log.
     pub access: Option<AccessSettings>,
 }
@@ -251,6 +265,16 @@ pub struct LogSnapshot {
 }
 
 #[napi(object)]
+pub struct TicketSnapshot {
+    /// The epoch whose secrets a token has derived and that issues tickets; undefined: no token derives them.
+    pub epoch: Option<i64>,
+    /// A token is at it.
+    pub deriving: bool,
+    /// Why the last try came to nothing; the secrets that were there are used on.
+    pub failure: Option<String>,
+}
+
+#[napi(object)]
 pub struct AccessSnapshot {
     pub sampled_out: i64,
     pub rate_limited: i64,
@@ -305,6 +329,7 @@ pub struct EngineSnapshot {
     /// Finished handshakes by key exchange group; a resumed TLS 1.2 session has none.
     pub groups: Vec<GroupSnapshot>,
     pub access: AccessSnapshot,
+    pub tickets: TicketSnapshot,
     /// CPU time of the I/O thread.
     pub io_cpu_us: i64,
 }
@@ -323,6 +348,7 @@ pub struct Engine {
 /// What every configuration of the worker has in common.
 struct Shared {
     ticketer: Ticketer,
+    rotation: TicketRotation,
     key_log: Option<Arc<KeyLog>>,
 }
 
@@ -342,11 +368,19 @@ impl Engine {
     ) -> Result<Self> {
         let ticketer = Ticketer::new(tickets::LIFETIME_MAX);
         rotate(&ticketer, ticket_secrets)?;
-        let shared = Shared { ticketer, key_log: key_log.map(|log| Arc::new(KeyLog(log.log.clone()))) };
+        let shared = Shared {
+            ticketer,
+            rotation: TicketRotation::default(),
+            key_log: key_log.map(|log| Arc::new(KeyLog(log.log.clone()))),
+        };
         // Before the first lane: exit must not run a module's destructors under it.
         process::engine_runs(true);
         let nothing = Generation::default();
         let started = build(settings, &nothing, &shared).and_then(|(current, plan)| {
+            // Before the first client.
+            if current.ticket_key.is_some() {
+                shared.rotation.begin(current.ticket_key.clone(), &shared.ticketer);
+            }
             match IoThread::start(plan, access_log.log.clone()) {
                 Ok(io) => Ok((current, io)),
                 Err(error) => {
@@ -383,6 +417,9 @@ impl Engine {
     pub fn commit(&mut self, retired: Vec<i32>) -> Result<()> {
         let next =
             self.prepared.take().ok_or_else(|| invalid("expected a prepared configuration, found none"))?;
+        if next.ticket_key.is_some() || self.current.ticket_key.is_some() {
+            self.shared.rotation.begin(next.ticket_key.clone(), &self.shared.ticketer);
+        }
         self.io.commit(retired).map_err(|error| invalid(error.to_string()))?;
         self.former.push(std::mem::replace(&mut self.current, next));
         self.let_go();
@@ -421,9 +458,23 @@ impl Engine {
         self.io.stop_accepting(socket);
     }
 
-    /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros.
+    /// Has a token derive the secrets of this epoch, in the background; `snapshot` tells what came of it. Nothing happens while
+    /// a token is still at it, or when no token derives secrets.
+    #[napi(catch_unwind)]
+    pub fn rotate_tickets(&self, epoch: i64) -> Result<()> {
+        self.shared
+            .rotation
+            .rotate(epoch.unsigned_abs(), &self.shared.ticketer)
+            .map_err(|error| invalid(error.to_string()))
+    }
+
+    /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. Not while a token
+    /// derives them.
     #[napi(catch_unwind)]
     pub fn set_ticket_secrets(&self, secrets: Vec<Buffer>) -> Result<()> {
+        if self.shared.rotation.standing().epoch.is_some() {
+            return Err(invalid("a token derives the ticket secrets"));
+        }
         rotate(&self.shared.ticketer, secrets)
     }
 
@@ -517,8 +568,14 @@ impl Engine {
                 sampled_out: signed(stats.access.sampled_out.get()),
                 rate_limited: signed(stats.access.rate_limited.get()),
             },
+            tickets: self.ticket_snapshot(),
             io_cpu_us: signed(stats.cpu.elapsed_us()),
         }
+    }
+
+    fn ticket_snapshot(&self) -> TicketSnapshot {
+        let TicketStanding { epoch, deriving, failure } = self.shared.rotation.standing();
+        TicketSnapshot { epoch: epoch.map(signed), deriving, failure }
     }
 
     fn stop_tokens_of(&self, unused: &Generation) {
@@ -533,16 +590,20 @@ const STOP_BUDGET: Duration = Duration::from_millis(200);
 
 /// All of it or nothing: no token stays started when something is wrong.
 fn build(settings: EngineSettings, former: &Generation, shared: &Shared) -> Result<(Generation, IoPlan)> {
-    let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms, access } = settings;
+    let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms, ticket_key, access } =
+        settings;
     // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
     let plans = tokens.into_iter().map(token_plan).collect();
     let mut next =
         Generation::with_tokens(former, plans, STOP_BUDGET).map_err(|error| token_error(&error))?;
     let shared = Shared {
         ticketer: shared.ticketer.with_lifetime(ms(ticket_lifetime_ms)),
+        rotation: shared.rotation.clone(),
         key_log: shared.key_log.clone(),
     };
-    let planned = load_certificates(&mut next, certificates).and_then(|()| {
+    let loaded =
+        load_certificates(&mut next, certificates).and_then(|()| load_ticket_key(&mut next, ticket_key));
+    let planned = loaded.and_then(|()| {
         let plan = IoPlan {
             listeners: listeners
                 .into_iter()
@@ -836,23 +897,30 @@ fn token_error(error: &TokenError) -> Error {
 
 fn load_certificates(next: &mut Generation, certificates: Vec<CertificateSettings>) -> Result<()> {
     for CertificateSettings { name, names, chain, public_key, keys } in certificates {
-        let places = keys
-            .into_iter()
-            .map(|KeyPlace { token, id, label }| generation::KeyPlace {
-                token,
-                id: id.map(|id| id.to_vec()),
-                label,
-            })
-            .collect();
+        let places = keys.into_iter().map(key_place).collect();
         let chain = chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
         let make = |key, sign_deadline| Certificate::new(names, chain, key, sign_deadline);
-        next.load(name, &public_key, places, make).map_err(|fault| match fault {
-            LoadFault::Token(error) => token_error(&error),
-            LoadFault::Settings(what) => invalid(what),
-        })?;
+        next.load(name, &public_key, places, make).map_err(load_fault)?;
     }
     next.loaded();
     Ok(())
+}
+
+fn load_ticket_key(next: &mut Generation, settings: Option<TicketKeySettings>) -> Result<()> {
+    let Some(TicketKeySettings { places, rotation_ms, epoch }) = settings else { return Ok(()) };
+    let places = places.into_iter().map(key_place).collect();
+    next.load_ticket_key(places, rotation_ms.into(), epoch.unsigned_abs()).map_err(load_fault)
+}
+
+fn key_place(KeyPlace { token, id, label }: KeyPlace) -> generation::KeyPlace {
+    generation::KeyPlace { token, id: id.map(|id| id.to_vec()), label }
+}
+
+fn load_fault(fault: LoadFault) -> Error {
+    match fault {
+        LoadFault::Token(error) => token_error(&error),
+        LoadFault::Settings(what) => invalid(what),
+    }
 }
 
 fn listener_plan(

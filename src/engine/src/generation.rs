@@ -15,12 +15,15 @@ use crate::signing::PrivateKey;
 use crate::signing::token::{Token, TokenPlan};
 use crate::signing::token_error::TokenError;
 use crate::signing::token_key::KeyPlan;
+use crate::ticket_keys::{self, EpochSecrets, TicketKey, TicketKeyFault};
 
 /// One configuration.
 #[derive(Default)]
 pub struct Generation {
     tokens: Vec<StartedToken>,
     certificates: HashMap<String, Arc<Certificate>>,
+    /// What a token makes session tickets' secrets of, with those of the epoch in which it was proved.
+    pub ticket_key: Option<(Arc<TicketKey>, EpochSecrets)>,
     /// Handshakes hold them for as long as they last.
     pub tls_configs: Vec<Arc<ServerConfig>>,
 }
@@ -99,6 +102,29 @@ impl Generation {
         let key = PrivateKey::new(keys)
             .map_err(|error| LoadFault::Settings(format!("certificate {name}: {error}")))?;
         self.certificates.insert(name, Arc::new(make(key, sign_deadline)));
+        Ok(())
+    }
+
+    /// Finds the ticket key in the tokens that are there, and has them derive the secrets of `epoch`.
+    ///
+    /// # Errors
+    /// A token cannot, or two of them hold different keys.
+    pub fn load_ticket_key(
+        &mut self,
+        places: Vec<KeyPlace>,
+        rotation_ms: u64,
+        epoch: u64,
+    ) -> Result<(), LoadFault> {
+        let places = places.into_iter().filter_map(|KeyPlace { token, id, label }| {
+            let started = self.tokens.iter().find(|started| started.identity.name == token)?;
+            Some(ticket_keys::Place { token: started.token.clone(), id, label })
+        });
+        let (key, secrets) =
+            TicketKey::proved(places.collect(), rotation_ms, epoch).map_err(|fault| match fault {
+                TicketKeyFault::Token(error) => LoadFault::Token(error),
+                TicketKeyFault::Differ(what) => LoadFault::Settings(what),
+            })?;
+        self.ticket_key = Some((Arc::new(key), secrets));
         Ok(())
     }
 

@@ -23,6 +23,7 @@ mod sandbox;
 pub mod signing;
 pub mod stats;
 pub mod stream;
+mod ticket_keys;
 pub mod tickets;
 mod tls;
 pub mod upstream;

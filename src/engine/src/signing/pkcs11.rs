@@ -337,7 +337,20 @@ impl Session {
 
     /// The private keys with this CKA_ID and this CKA_LABEL, whichever is given.
     pub fn find_private_keys(&self, id: Option<&[u8]>, label: Option<&str>) -> Result<Matches, Ckr> {
-        let class = sys::CKO_PRIVATE_KEY;
+        self.find_keys(sys::CKO_PRIVATE_KEY, id, label)
+    }
+
+    /// The same for secret keys.
+    pub fn find_secret_keys(&self, id: Option<&[u8]>, label: Option<&str>) -> Result<Matches, Ckr> {
+        self.find_keys(sys::CKO_SECRET_KEY, id, label)
+    }
+
+    fn find_keys(
+        &self,
+        class: sys::CK_OBJECT_CLASS,
+        id: Option<&[u8]>,
+        label: Option<&str>,
+    ) -> Result<Matches, Ckr> {
         let mut template = vec![attribute(sys::CKA_CLASS, ptr::from_ref(&class).cast(), size_of_val(&class))];
         template.extend(id.map(|id| attribute(sys::CKA_ID, id.as_ptr().cast(), id.len())));
         template.extend(label.map(|label| attribute(sys::CKA_LABEL, label.as_ptr().cast(), label.len())));
@@ -407,6 +420,36 @@ impl Session {
         input: &[u8],
         room: &mut [u8],
     ) -> Result<usize, Ckr> {
+        let mut pss = mechanism.pss_parameters();
+        let (parameter, parameter_bytes) = match &mut pss {
+            Some(pss) => (ptr::from_mut(pss).cast(), size_of_val(pss)),
+            None => (ptr::null_mut(), 0),
+        };
+        let mut raw = CK_MECHANISM {
+            mechanism: mechanism.ck_type(),
+            pParameter: parameter,
+            ulParameterLen: parameter_bytes as CK_ULONG,
+        };
+        self.sign_raw(&mut raw, key, input, room)
+    }
+
+    /// HMAC-SHA256 of `input` under a secret key that does not leave the token (CKM_SHA256_HMAC).
+    pub fn hmac_sha256(&self, key: CK_OBJECT_HANDLE, input: &[u8], mac: &mut [u8; 32]) -> Result<(), Ckr> {
+        let mut raw =
+            CK_MECHANISM { mechanism: sys::CKM_SHA256_HMAC, pParameter: ptr::null_mut(), ulParameterLen: 0 };
+        match self.sign_raw(&mut raw, key, input, mac)? {
+            32 => Ok(()),
+            _ => Err(Ckr(sys::CKR_GENERAL_ERROR)),
+        }
+    }
+
+    fn sign_raw(
+        &self,
+        mechanism: &mut CK_MECHANISM,
+        key: CK_OBJECT_HANDLE,
+        input: &[u8],
+        room: &mut [u8],
+    ) -> Result<usize, Ckr> {
         self.sign_start(mechanism, key)?;
         let (sign, _inside) = self.module.enter(self.module.functions.C_Sign)?;
         let mut length = room.len() as CK_ULONG;
@@ -427,20 +470,10 @@ impl Session {
             .ok_or(Ckr(sys::CKR_BUFFER_TOO_SMALL))
     }
 
-    fn sign_start(&self, mechanism: Mechanism, key: CK_OBJECT_HANDLE) -> Result<(), Ckr> {
+    fn sign_start(&self, mechanism: &mut CK_MECHANISM, key: CK_OBJECT_HANDLE) -> Result<(), Ckr> {
         let (start, _inside) = self.module.enter(self.module.functions.C_SignInit)?;
-        let mut pss = mechanism.pss_parameters();
-        let (parameter, parameter_bytes) = match &mut pss {
-            Some(pss) => (ptr::from_mut(pss).cast(), size_of_val(pss)),
-            None => (ptr::null_mut(), 0),
-        };
-        let mut raw = CK_MECHANISM {
-            mechanism: mechanism.ck_type(),
-            pParameter: parameter,
-            ulParameterLen: parameter_bytes as CK_ULONG,
-        };
-        // SAFETY: `raw` and the parameter it points to live through the call; the module copies what it keeps.
-        Ckr::check(unsafe { start(self.handle, &mut raw, key) })
+        // SAFETY: the mechanism and the parameter it points to live through the call; the module copies what it keeps.
+        Ckr::check(unsafe { start(self.handle, mechanism, key) })
     }
 
     fn find_start(&self, template: &mut [CK_ATTRIBUTE]) -> Result<(), Ckr> {

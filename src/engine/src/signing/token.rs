@@ -17,7 +17,7 @@ use super::desk::{Desk, DownReason, Job, LaneWanted};
 use super::key_directory::KeyDirectory;
 use super::lane;
 use super::login::{self, Login};
-use super::pkcs11::{Module, Release, Session, TokenInfo};
+use super::pkcs11::{Matches, Module, Release, Session, TokenInfo};
 use super::public_key::PublicKey;
 use super::service_time::ServiceTime;
 use super::token_error::{Problem, TokenError};
@@ -118,6 +118,18 @@ impl Token {
         }
         keys.insert(identity, Arc::downgrade(&key));
         Ok(key)
+    }
+
+    /// HMAC-SHA256 of each of `inputs` under the one secret key of these names; at least one is given. Takes a PKCS#11
+    /// session of its own, and as long as the token does.
+    pub fn derive<const N: usize>(
+        &self,
+        id: Option<&[u8]>,
+        label: Option<&str>,
+        inputs: [&[u8]; N],
+    ) -> Result<[Zeroizing<[u8; 32]>; N], TokenError> {
+        let name = label.map_or_else(|| format!("with id {}", hex(id.unwrap_or_default())), str::to_owned);
+        self.try_derive(id, label, inputs).map_err(|problem| TokenError::key(&self.name, &name, problem))
     }
 
     /// Frees what only helps to find many keys. To be called when those of a configuration have been found.
@@ -235,6 +247,31 @@ impl Token {
         }
     }
 
+    fn try_derive<const N: usize>(
+        &self,
+        id: Option<&[u8]>,
+        label: Option<&str>,
+        inputs: [&[u8]; N],
+    ) -> Result<[Zeroizing<[u8; 32]>; N], Problem> {
+        let session = self.open_session().map_err(Problem::call("C_OpenSession"))?;
+        let epoch = self.epoch();
+        let is_logged_in = session.is_logged_in().map_err(Problem::call("C_GetSessionInfo"))?;
+        if !is_logged_in {
+            self.login_again(epoch)?;
+        }
+        // Found anew each time, which is once in hours: a handle of another login could mean another key.
+        let handle = match session.find_secret_keys(id, label).map_err(Problem::call("C_FindObjects"))? {
+            Matches::One(handle) => handle,
+            Matches::None => return Err(Problem::KeyMissing),
+            Matches::Several => return Err(Problem::KeyAmbiguous),
+        };
+        let mut derived = std::array::from_fn(|_| Zeroizing::new([0; 32]));
+        for (input, secret) in inputs.into_iter().zip(&mut derived) {
+            session.hmac_sha256(handle, input, secret).map_err(Problem::call("C_Sign"))?;
+        }
+        Ok(derived)
+    }
+
     fn try_find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, Problem> {
         if plan.id.is_none() && plan.label.is_none() {
             return Err(Problem::KeyUnnamed);
@@ -271,6 +308,10 @@ impl Token {
         prove(&key, &session, found)?;
         Ok(key)
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// That the handle is the certificate's private key, and one that lanes can use.
