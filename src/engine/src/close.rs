@@ -69,6 +69,9 @@ close_reasons! {
     ClientRelayAlert = "client" / "relay" / "alert": "The client ended the connection with a fatal alert.";
     UpstreamRelayClosed = "upstream" / "relay" / "closed": "The upstream closed first. Normal.";
     UpstreamRelayReset = "upstream" / "relay" / "reset": "The upstream reset the connection.";
+    UpstreamRelayTruncated = "upstream" / "relay" / "truncated": "The upstream closed without close_notify: bytes may be missing, and the client was not told that it had all.";
+    UpstreamRelayProtocolError = "upstream" / "relay" / "protocol_error": "A record from the upstream did not decrypt or broke a rule of TLS.";
+    UpstreamRelayAlert = "upstream" / "relay" / "alert": "The upstream ended the connection with a fatal alert.";
     ProxyRelayIdleDeadline = "proxy" / "relay" / "idle_deadline": "No byte in either direction for `deadlines.idle`.";
     ProxyRelayHalfClosedDeadline = "proxy" / "relay" / "half_closed_deadline": "One direction was closed and the other did not end within `deadlines.halfClosed`.";
     ProxyRelayLifetimeDeadline = "proxy" / "relay" / "lifetime_deadline": "The connection is older than `deadlines.lifetime`.";

@@ -22,7 +22,7 @@ use crate::handshake::{Established, Leftover, handshake};
 use crate::listener::Listener;
 use crate::policy::openssl_name;
 use crate::proxy_header::{self, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
-use crate::relay::{Meter, Opening, RelayDeadlines, relay};
+use crate::relay::{End, Meter, RelayDeadlines, Said, relay};
 use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::upstream::{ConnectError, Connected};
@@ -47,16 +47,16 @@ async fn run(life: &mut Life, tls_config: Arc<ServerConfig>, client: &Stream) ->
     };
     life.handshake_done(&tls);
 
-    let mut opening = match opening(life, client, &tls, leftover) {
-        Ok(opening) => opening,
+    let mut said = match opening(life, client, &tls, leftover) {
+        Ok(said) => said,
         Err(error) => return close_for(&error.into()),
     };
     let connecting_at = Instant::now();
-    let connected = match Box::pin(listener.upstream.connect(&opening.bytes)).await {
+    let connected = match Box::pin(listener.upstream.connect(&said.bytes)).await {
         Ok(connected) => connected,
         Err(error) => return close_for(&error),
     };
-    opening.taken = connected.taken;
+    said.taken = connected.taken;
     life.connected(&connected, connecting_at);
 
     let deadlines = RelayDeadlines {
@@ -65,20 +65,22 @@ async fn run(life: &mut Life, tls_config: Arc<ServerConfig>, client: &Stream) ->
         lifetime_until: listener.plan.lifetime_deadline.map(|lifetime| accepted_at + lifetime),
     };
     let meter = Meter { all: &listener.stats.relay_bytes, own: &life.facts.relayed };
-    relay(client, tls, opening, &connected.stream, deadlines, &listener.scratch, meter).await
+    let client = End { stream: client, tls: Some(tls) };
+    let upstream = End { stream: &connected.stream, tls: None };
+    relay(client, said, upstream, Said::default(), deadlines, &listener.scratch, meter).await
 }
 
 /// What the server hears first: who the client is, and what the client has said already.
-fn opening(life: &Life, client: &Stream, tls: &Tls, leftover: Leftover) -> io::Result<Opening> {
+fn opening(life: &Life, client: &Stream, tls: &Tls, leftover: Leftover) -> io::Result<Said> {
     let Leftover { plaintext, client_closed } = leftover;
     let Some(version) = life.listener.upstream.plan().proxy_protocol else {
-        return Ok(Opening { bytes: plaintext, header_bytes: 0, taken: 0, client_closed });
+        return Ok(Said { bytes: plaintext, ended: client_closed, ..Said::default() });
     };
     let mut bytes = Vec::new();
     write_proxy_header(version, client, life.source, tls, life.facts.server_name.as_deref(), &mut bytes)?;
     let header_bytes = bytes.len();
     bytes.extend_from_slice(&plaintext);
-    Ok(Opening { bytes, header_bytes, taken: 0, client_closed })
+    Ok(Said { bytes, header_bytes, taken: 0, ended: client_closed })
 }
 
 fn write_proxy_header(

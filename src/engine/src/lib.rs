@@ -22,6 +22,7 @@ mod relay;
 mod sandbox;
 pub mod signing;
 pub mod stats;
+mod step;
 pub mod stream;
 mod ticket_keys;
 pub mod tickets;

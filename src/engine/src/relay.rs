@@ -1,9 +1,10 @@
-//! Owns the bytes of an established connection: decrypt towards the upstream, encrypt towards the client, half-close,
+//! Owns the bytes of an established connection, both ways: decrypt what comes by TLS, encrypt what goes by TLS, half-close,
 //! back-pressure, the deadlines of this phase. Knows nothing of handshakes, tokens or how the upstream was chosen.
 //! I/O thread only.
 //!
 //! Each direction is `Open -> Ended -> Finished`: its source has ended, then everything was handed on and the
 //! destination told; or, when the upstream has reset the connection, `Open -> Refused -> Finished`. A direction reads only when it has nothing left to write, so a slow reader stops its sender.
+//! Either end may speak TLS or not; where it does, an end that was not said (RFC 8446 6.1) is never told to the other end as a whole one.
 //! Buffers belong to the worker (`Scratch`), not to the connection: only what a peer does not take at once is kept.
 
 use std::cell::{Cell, RefCell};
@@ -38,20 +39,20 @@ pub struct Scratch {
 }
 
 struct Buffers {
-    /// As long as the largest use of it; never resized.
-    ciphertext: Vec<u8>,
-    from_upstream: Vec<u8>,
+    /// As read from a socket. Never resized, like `output`.
+    input: Vec<u8>,
     decrypted: Vec<u8>,
+    /// Encrypted, for a socket.
+    output: Vec<u8>,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        let ciphertext = vec![0; ciphertext_max(READ_BYTES_MAX).max(UNPROCESSED_MAX + READ_BYTES_MAX)];
         Self {
             buffers: RefCell::new(Buffers {
-                ciphertext,
-                from_upstream: vec![0; READ_BYTES_MAX],
+                input: vec![0; UNPROCESSED_MAX + READ_BYTES_MAX],
                 decrypted: Vec::new(),
+                output: vec![0; ciphertext_max(READ_BYTES_MAX) + ciphertext_max(0)],
             }),
             kept_bytes: Cell::new(0),
         }
@@ -59,9 +60,9 @@ impl Default for Scratch {
 }
 
 impl Scratch {
-    /// Lends the larger buffer for one read that does not wait.
-    pub fn with_ciphertext<T>(&self, read: impl FnOnce(&mut [u8]) -> T) -> T {
-        read(&mut self.buffers.borrow_mut().ciphertext[..READ_BYTES_MIN])
+    /// Lends a buffer for one read that does not wait.
+    pub fn with_input<T>(&self, read: impl FnOnce(&mut [u8]) -> T) -> T {
+        read(&mut self.buffers.borrow_mut().input[..READ_BYTES_MIN])
     }
 
     fn read_bytes(&self, direction: &Direction) -> usize {
@@ -94,57 +95,65 @@ pub struct Meter<'a> {
 }
 
 impl Meter<'_> {
-    fn to_upstream(self, bytes: usize) {
-        self.all.to_upstream.add(bytes as u64);
-        self.own.to_upstream.add(bytes as u64);
-    }
-
-    fn to_client(self, bytes: usize) {
-        self.all.to_client.add(bytes as u64);
-        self.own.to_client.add(bytes as u64);
+    fn count(self, way: Way, bytes: usize) {
+        for counted in [self.all, self.own] {
+            let counter = match way {
+                Way::ToUpstream => &counted.to_upstream,
+                Way::ToClient => &counted.to_client,
+            };
+            counter.add(bytes as u64);
+        }
     }
 }
 
-/// How a relay begins.
+/// One end of a relay.
+pub struct End<'a> {
+    pub stream: &'a Stream,
+    /// None: plaintext.
+    pub tls: Option<Tls>,
+}
+
+/// What one end has said before the relay begins.
 #[derive(Default)]
-pub struct Opening {
-    /// For the upstream, before all that the client is still to send: the PROXY header, then what came with Finished.
+pub struct Said {
+    /// For the other end, before all that is still to come. Plaintext.
     pub bytes: Vec<u8>,
-    /// How many of `bytes` are the header, which is not the client's and not counted.
+    /// How many of `bytes` are a PROXY header, which is not the client's and not counted.
     pub header_bytes: usize,
-    /// How many of `bytes` the upstream has already.
+    /// How many of `bytes` the other end has already.
     pub taken: usize,
-    /// close_notify followed: nothing more comes from the client.
-    pub client_closed: bool,
+    /// Nothing more comes from this end.
+    pub ended: bool,
 }
 
 /// Relays until both directions have ended or a deadline passes.
 pub async fn relay(
-    client: &Stream,
-    tls: Tls,
-    opening: Opening,
-    upstream: &Stream,
+    client: End<'_>,
+    by_client: Said,
+    upstream: End<'_>,
+    by_upstream: Said,
     deadlines: RelayDeadlines,
     scratch: &Scratch,
     meter: Meter<'_>,
 ) -> Close {
-    meter.to_upstream(opening.bytes.len() - opening.header_bytes);
     let mut relay = Relay {
         client,
         upstream,
-        tls,
         scratch,
         meter,
-        to_upstream: Direction { pending: opening.bytes, written: opening.taken, ..Direction::default() },
+        to_upstream: Direction::default(),
         to_client: Direction::default(),
         client_truncated: false,
+        upstream_cut: false,
         upstream_reset: false,
         first_ended: None,
         last_byte_at: Instant::now(),
         kept_bytes: 0,
     };
-    if opening.client_closed {
-        relay.end_to_upstream(Close::ClientRelayClosed);
+    if let Err(close) =
+        relay.begin(Way::ToUpstream, by_client).and_then(|()| relay.begin(Way::ToClient, by_upstream))
+    {
+        return close;
     }
     let mut timer = pin!(sleep_until(relay.deadline(deadlines).0));
     poll_fn(|context| {
@@ -170,16 +179,23 @@ pub async fn relay(
     .await
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    ToUpstream,
+    ToClient,
+}
+
 struct Relay<'a> {
-    client: &'a Stream,
-    upstream: &'a Stream,
-    tls: Tls,
+    client: End<'a>,
+    upstream: End<'a>,
     scratch: &'a Scratch,
     meter: Meter<'a>,
     to_upstream: Direction,
     to_client: Direction,
-    /// The client ended without close_notify (RFC 8446 6.1).
+    /// The client speaks TLS and ended without close_notify (RFC 8446 6.1).
     client_truncated: bool,
+    /// The upstream's last words may be missing: the client must not be told that they were the last.
+    upstream_cut: bool,
     /// The upstream ended by a reset, noticed while reading from it or writing to it.
     upstream_reset: bool,
     first_ended: Option<Close>,
@@ -215,13 +231,13 @@ enum DirectionState {
     Finished,
 }
 
-impl Relay<'_> {
+impl<'a> Relay<'a> {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Close> {
-        let to_upstream = self.poll_to_upstream(context);
+        let to_upstream = self.poll_way(Way::ToUpstream, context);
         if let Poll::Ready(Err(close)) = to_upstream {
             return Poll::Ready(self.cause_of(close));
         }
-        let to_client = self.poll_to_client(context);
+        let to_client = self.poll_way(Way::ToClient, context);
         if let Poll::Ready(Err(close)) = to_client {
             return Poll::Ready(self.cause_of(close));
         }
@@ -236,140 +252,174 @@ impl Relay<'_> {
         if self.upstream_reset { Close::UpstreamRelayReset } else { close }
     }
 
-    fn poll_to_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
+    /// Where bytes come from, where they go, and what is between.
+    fn split(&mut self, way: Way) -> (&mut End<'a>, &mut End<'a>, &mut Direction) {
+        match way {
+            Way::ToUpstream => (&mut self.client, &mut self.upstream, &mut self.to_upstream),
+            Way::ToClient => (&mut self.upstream, &mut self.client, &mut self.to_client),
+        }
+    }
+
+    /// Takes up what a source has said before.
+    fn begin(&mut self, way: Way, said: Said) -> Result<(), Close> {
+        let Said { bytes, header_bytes, taken, ended } = said;
+        self.meter.count(way, bytes.len() - header_bytes);
+        let is_whole = ended && self.ended(way, SourceEnd::Closed);
+        let (_, sink, direction) = self.split(way);
+        let Some(tls) = &mut sink.tls else {
+            direction.pending = bytes;
+            direction.written = taken;
+            return Ok(());
+        };
+        if bytes.is_empty() && !is_whole {
+            return Ok(());
+        }
+        let mut encrypted = vec![0; ciphertext_max(bytes.len()) + ciphertext_max(0)];
+        let used = seal(tls, &bytes, is_whole, &mut encrypted).map_err(|_| way.sink_is_broken())?;
+        direction.pending = tls.take_to_peer();
+        direction.pending.extend_from_slice(&encrypted[..used]);
+        Ok(())
+    }
+
+    fn poll_way(&mut self, way: Way, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
         let mut received = 0;
         while received < TURN_BYTES_MAX {
-            if ready!(self.to_upstream.poll_flush(context, self.upstream, &mut self.last_byte_at)).is_err() {
-                self.refuse_to_upstream();
+            self.queue_own_records(way);
+            if ready!(self.poll_flush(way, context)).is_err() {
+                self.refused_by_sink(way)?;
             }
-            match self.to_upstream.state {
-                DirectionState::Finished => return Poll::Ready(Ok(())),
-                DirectionState::Ended => {
+            match (self.split(way).2.state, way) {
+                (DirectionState::Finished, _) => return Poll::Ready(Ok(())),
+                (DirectionState::Open, _) | (DirectionState::Refused, Way::ToUpstream) => {
+                    received += ready!(self.poll_read(way, context))?;
+                }
+                (DirectionState::Ended, Way::ToUpstream) => {
                     // Closing says it as well, and that is next when the other direction has finished. An upstream that is gone
                     // already has ended the other direction; that is where it is noticed.
                     if self.to_client.state != DirectionState::Finished {
-                        let _ = self.upstream.shutdown_write();
+                        let _ = self.upstream.stream.shutdown_write();
                     }
                     self.to_upstream.state = DirectionState::Finished;
                 }
-                DirectionState::Open | DirectionState::Refused => {
-                    received += ready!(self.poll_read_client(context))?;
-                }
-            }
-        }
-        self.to_upstream.read_more();
-        context.waker().wake_by_ref();
-        Poll::Pending
-    }
-
-    fn poll_to_client(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Close>> {
-        let mut received = 0;
-        while received < TURN_BYTES_MAX {
-            self.queue_own_records();
-            ready!(self.to_client.poll_flush(context, self.client, &mut self.last_byte_at))
-                .map_err(|_| self.client_reset())?;
-            match self.to_client.state {
-                DirectionState::Finished => return Poll::Ready(Ok(())),
                 // Not Refused: a client that takes nothing any more ends the connection.
-                DirectionState::Ended | DirectionState::Refused => {
-                    let _ = self.client.shutdown_write();
+                (DirectionState::Ended | DirectionState::Refused, Way::ToClient) => {
+                    let _ = self.client.stream.shutdown_write();
                     self.to_client.state = DirectionState::Finished;
                 }
-                DirectionState::Open => received += ready!(self.poll_read_upstream(context))?,
             }
         }
-        self.to_client.read_more();
+        self.split(way).2.read_more();
         context.waker().wake_by_ref();
         Poll::Pending
     }
 
-    /// One read from the client, decrypted and offered to the upstream; how many bytes it was.
-    fn poll_read_client(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, Close>> {
-        let read_bytes = self.scratch.read_bytes(&self.to_upstream);
-        let mut buffers = self.scratch.buffers.borrow_mut();
-        let Buffers { ciphertext, decrypted, .. } = &mut *buffers;
-        let kept = self.tls.unprocessed().len();
-        let received = ready!(poll_read(context, self.client, &mut ciphertext[kept..kept + read_bytes]))
-            .map_err(|_| self.client_reset())?;
-        if received == 0 {
-            self.client_truncated = true;
-            self.end_to_upstream(Close::ClientRelayTruncated);
-            return Poll::Ready(Ok(0));
-        }
-        ciphertext[..kept].copy_from_slice(self.tls.unprocessed());
-        decrypted.clear();
-        let phase = match self.tls.process(&mut ciphertext[..kept + received], decrypted) {
-            Ok(phase) if self.tls.unprocessed().len() <= UNPROCESSED_MAX => phase,
-            Ok(_) => return Poll::Ready(Err(Close::ClientRelayProtocolError)),
-            Err(error) => return Poll::Ready(Err(self.broken_by_client(&error))),
-        };
-        self.tls.release_buffers();
-        if self.to_upstream.state == DirectionState::Open {
-            self.last_byte_at = Instant::now();
-            self.meter.to_upstream(decrypted.len());
-            if self.to_upstream.write(self.upstream, decrypted, &[], false).is_err() {
-                self.refuse_to_upstream();
-            }
-        }
-        if phase == TlsPhase::ClientClosed {
-            self.end_to_upstream(Close::ClientRelayClosed);
-        }
-        Poll::Ready(Ok(received))
+    fn poll_flush(&mut self, way: Way, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut last_byte_at = self.last_byte_at;
+        let (_, sink, direction) = self.split(way);
+        let flushed = direction.poll_flush(context, sink.stream, &mut last_byte_at);
+        self.last_byte_at = last_byte_at;
+        flushed
     }
 
-    /// One read from the upstream, encrypted and offered to the client; with the end, when that is known already.
-    /// How many bytes it was.
-    fn poll_read_upstream(&mut self, context: &mut Context<'_>) -> Poll<Result<usize, Close>> {
-        let read_bytes = self.scratch.read_bytes(&self.to_client);
-        let mut buffers = self.scratch.buffers.borrow_mut();
-        let Buffers { ciphertext, from_upstream, .. } = &mut *buffers;
-        let (received, end) =
-            ready!(poll_read_and_end(context, self.upstream, &mut from_upstream[..read_bytes]));
-        let mut encrypted = 0;
-        if received > 0 {
+    /// One read from the source, handed on to the sink in its own terms; with the end, when that is known already. How many
+    /// bytes it was.
+    fn poll_read(&mut self, way: Way, context: &mut Context<'_>) -> Poll<Result<usize, Close>> {
+        let scratch = self.scratch;
+        let mut buffers = scratch.buffers.borrow_mut();
+        let Buffers { input, decrypted, output } = &mut *buffers;
+        let (source, _, direction) = self.split(way);
+        let read_bytes = scratch.read_bytes(direction);
+        let Received { bytes, end } = match ready!(source.poll_receive(context, input, decrypted, read_bytes))
+        {
+            Ok(received) => received,
+            Err(error) => return Poll::Ready(Err(self.broken_by_source(way, error.as_ref()))),
+        };
+        let plaintext = if source.tls.is_some() { &decrypted[..] } else { &input[..bytes] };
+        if let Some(SourceEnd::Reset) = end
+            && way == Way::ToUpstream
+        {
+            return Poll::Ready(Err(self.client_reset()));
+        }
+        // What a client sends to an upstream that takes nothing any more is thrown away.
+        let is_open = direction.state == DirectionState::Open;
+        let is_whole = end.is_some_and(|end| self.ended(way, end));
+        if !is_open {
+            return Poll::Ready(Ok(bytes));
+        }
+        if !plaintext.is_empty() {
             self.last_byte_at = Instant::now();
-            encrypted = self
-                .tls
-                .encrypt(&from_upstream[..received], ciphertext)
-                .map_err(|_| Close::ClientRelayProtocolError)?;
-            self.meter.to_client(received);
+            self.meter.count(way, plaintext.len());
         }
-        match end {
-            None => {}
-            Some(SourceEnd::Closed) => {
-                self.first_ended.get_or_insert(Close::UpstreamRelayClosed);
-                self.to_client.state = DirectionState::Ended;
-                // After a reset nobody knows whether the answer was whole, so the client is not told that it was. One that was
-                // noticed in writing reads like an end: an error is told once.
-                if !self.upstream_reset {
-                    encrypted += self.tls.close_notify(&mut ciphertext[encrypted..]).unwrap_or(0);
-                }
+        let (_, sink, direction) = self.split(way);
+        let written = match &mut sink.tls {
+            None => direction.write(sink.stream, plaintext, &[], end.is_some()),
+            Some(tls) => {
+                let used = seal(tls, plaintext, is_whole, output).map_err(|_| way.sink_is_broken())?;
+                direction.write(sink.stream, &tls.take_to_peer(), &output[..used], end.is_some())
             }
-            Some(SourceEnd::Reset) => {
-                self.refuse_to_upstream();
-                self.to_client.state = DirectionState::Ended;
-            }
+        };
+        if written.is_err() {
+            drop(buffers);
+            self.refused_by_sink(way)?;
         }
-        let own = self.tls.take_to_client();
-        let is_last = self.to_client.state == DirectionState::Ended;
-        self.to_client
-            .write(self.client, &own, &ciphertext[..encrypted], is_last)
-            .map_err(|_| self.client_reset())?;
-        Poll::Ready(Ok(received))
+        Poll::Ready(Ok(bytes))
     }
 
-    /// The client has ended its direction.
-    fn end_to_upstream(&mut self, close: Close) {
-        self.first_ended.get_or_insert(close);
-        self.to_upstream.state = match self.to_upstream.state {
-            DirectionState::Refused => DirectionState::Finished,
-            _ => DirectionState::Ended,
-        };
+    /// The source of this direction has ended; whether the sink may be told that nothing is missing.
+    fn ended(&mut self, way: Way, end: SourceEnd) -> bool {
+        match (way, end) {
+            (Way::ToUpstream, _) => {
+                let close = match end {
+                    SourceEnd::Closed => Close::ClientRelayClosed,
+                    SourceEnd::Truncated | SourceEnd::Reset => {
+                        self.client_truncated = true;
+                        Close::ClientRelayTruncated
+                    }
+                };
+                self.first_ended.get_or_insert(close);
+                self.to_upstream.state = match self.to_upstream.state {
+                    DirectionState::Refused => DirectionState::Finished,
+                    _ => DirectionState::Ended,
+                };
+                !self.client_truncated
+            }
+            (Way::ToClient, SourceEnd::Reset) => {
+                self.refuse_to_upstream();
+                self.to_client.state = DirectionState::Ended;
+                false
+            }
+            (Way::ToClient, _) => {
+                let close = match end {
+                    SourceEnd::Truncated => {
+                        self.upstream_cut = true;
+                        Close::UpstreamRelayTruncated
+                    }
+                    _ => Close::UpstreamRelayClosed,
+                };
+                self.first_ended.get_or_insert(close);
+                self.to_client.state = DirectionState::Ended;
+                // After a reset nobody knows whether the answer was whole. One that was noticed in writing reads like an
+                // end: an error is told once.
+                !self.upstream_cut
+            }
+        }
+    }
+
+    /// The sink takes nothing any more.
+    fn refused_by_sink(&mut self, way: Way) -> Result<(), Close> {
+        match way {
+            Way::ToUpstream => {
+                self.refuse_to_upstream();
+                Ok(())
+            }
+            Way::ToClient => Err(self.client_reset()),
+        }
     }
 
     /// The upstream has reset the connection.
     fn refuse_to_upstream(&mut self) {
         self.upstream_reset = true;
+        self.upstream_cut = true;
         self.first_ended.get_or_insert(Close::UpstreamRelayReset);
         self.to_upstream.forget_pending();
         self.to_upstream.state = match self.to_upstream.state {
@@ -378,24 +428,33 @@ impl Relay<'_> {
         };
     }
 
-    /// Sends the alert that rustls has made of the client's fault, unless it would cut a record in two.
-    fn broken_by_client(&mut self, error: &rustls::Error) -> Close {
-        let alert = self.tls.take_to_client();
-        if self.to_client.pending.is_empty() {
-            let _ = self.client.try_write(&alert);
+    /// Sends the alert that rustls has made of the source's fault, unless it would cut a record in two.
+    /// `error`: None for a message that is too large to be looked at.
+    fn broken_by_source(&mut self, way: Way, error: Option<&rustls::Error>) -> Close {
+        let (end, back) = match way {
+            Way::ToUpstream => (&mut self.client, &self.to_client),
+            Way::ToClient => (&mut self.upstream, &self.to_upstream),
+        };
+        let alert = end.tls.as_mut().map(Tls::take_to_peer).unwrap_or_default();
+        if back.pending.is_empty() {
+            let _ = end.stream.try_write(&alert);
         }
-        match error {
-            rustls::Error::AlertReceived(_) => Close::ClientRelayAlert,
-            _ => Close::ClientRelayProtocolError,
+        match (way, error) {
+            (Way::ToUpstream, Some(rustls::Error::AlertReceived(_))) => Close::ClientRelayAlert,
+            (Way::ToUpstream, _) => Close::ClientRelayProtocolError,
+            (Way::ToClient, Some(rustls::Error::AlertReceived(_))) => Close::UpstreamRelayAlert,
+            (Way::ToClient, _) => Close::UpstreamRelayProtocolError,
         }
     }
 
     /// Tickets, key updates and alerts go behind what is pending already.
-    fn queue_own_records(&mut self) {
-        let own = self.tls.take_to_client();
+    fn queue_own_records(&mut self, way: Way) {
+        let (_, sink, direction) = self.split(way);
+        let Some(tls) = &mut sink.tls else { return };
+        let own = tls.take_to_peer();
         // After close_notify there is nothing more to say (RFC 8446 6.1).
-        if !own.is_empty() && self.to_client.state == DirectionState::Open {
-            self.to_client.pending.extend_from_slice(&own);
+        if !own.is_empty() && direction.state == DirectionState::Open {
+            direction.pending.extend_from_slice(&own);
         }
     }
 
@@ -502,9 +561,76 @@ impl Direction {
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SourceEnd {
+    /// As it should.
     Closed,
+    /// By TCP alone, where TLS would have said so.
+    Truncated,
     Reset,
+}
+
+/// What one read has brought.
+struct Received {
+    /// From the socket.
+    bytes: usize,
+    end: Option<SourceEnd>,
+}
+
+impl Way {
+    /// A defect rather than the peer's doing: rustls does not encrypt any more.
+    fn sink_is_broken(self) -> Close {
+        match self {
+            Way::ToUpstream => Close::UpstreamRelayProtocolError,
+            Way::ToClient => Close::ClientRelayProtocolError,
+        }
+    }
+}
+
+impl End<'_> {
+    /// Reads once. Plaintext is in `input` where there is no TLS, and in `decrypted` where there is.
+    ///
+    /// # Errors
+    /// The peer broke TLS; None: with a message that is too large to be looked at.
+    fn poll_receive(
+        &mut self,
+        context: &mut Context<'_>,
+        input: &mut [u8],
+        decrypted: &mut Vec<u8>,
+        read_bytes: usize,
+    ) -> Poll<Result<Received, Option<rustls::Error>>> {
+        let Some(tls) = &mut self.tls else {
+            let (bytes, end) = ready!(poll_read_and_end(context, self.stream, &mut input[..read_bytes]));
+            return Poll::Ready(Ok(Received { bytes, end }));
+        };
+        decrypted.clear();
+        let kept = tls.unprocessed().len();
+        let bytes = match ready!(poll_read(context, self.stream, &mut input[kept..kept + read_bytes])) {
+            Ok(0) => return Poll::Ready(Ok(Received { bytes: 0, end: Some(SourceEnd::Truncated) })),
+            Ok(bytes) => bytes,
+            Err(_) => return Poll::Ready(Ok(Received { bytes: 0, end: Some(SourceEnd::Reset) })),
+        };
+        input[..kept].copy_from_slice(tls.unprocessed());
+        let phase = tls.process(&mut input[..kept + bytes], decrypted)?;
+        if tls.unprocessed().len() > UNPROCESSED_MAX {
+            return Poll::Ready(Err(None));
+        }
+        tls.release_buffers();
+        let end = (phase == TlsPhase::PeerClosed).then_some(SourceEnd::Closed);
+        Poll::Ready(Ok(Received { bytes, end }))
+    }
+}
+
+/// Encrypts into `out`, with close_notify behind it when nothing more comes; how many bytes that makes.
+fn seal(tls: &mut Tls, plaintext: &[u8], is_last: bool, out: &mut [u8]) -> Result<usize, rustls::Error> {
+    let mut used = 0;
+    if !plaintext.is_empty() {
+        used = tls.encrypt(plaintext, out)?;
+    }
+    if is_last {
+        used += tls.close_notify(&mut out[used..]).unwrap_or(0);
+    }
+    Ok(used)
 }
 
 /// Reads once, and looks for the end behind it: what a server sends before it closes goes out in one segment with
@@ -593,11 +719,12 @@ mod tests {
                     .await
                     .unwrap_or_else(|close| panic!("the handshake ended: {close:?}"));
             let (all, own) = (RelayBytes::default(), RelayBytes::default());
+            let said = [first, &established.leftover.plaintext].concat();
             let close = relay(
-                &client_here,
-                established.tls,
-                Opening { bytes: [first, &established.leftover.plaintext].concat(), ..Opening::default() },
-                &upstream_here,
+                End { stream: &client_here, tls: Some(established.tls) },
+                Said { bytes: said, ..Said::default() },
+                End { stream: &upstream_here, tls: None },
+                Said::default(),
                 deadlines,
                 &scratch,
                 Meter { all: &all, own: &own },

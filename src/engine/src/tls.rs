@@ -2,10 +2,12 @@
 //! deadlines or tokens. I/O thread only. Built on rustls' unbuffered interface: an established connection that is idle
 //! holds no buffer at all, and bulk data is read and written in the worker's shared scratch buffers (relay.rs).
 
+use rustls::client::UnbufferedClientConnection;
 use rustls::crypto::SupportedKxGroup;
-use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
-use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError, WriteTraffic};
-use rustls::{Error, ServerConfig};
+use rustls::pki_types::ServerName;
+use rustls::server::UnbufferedServerConnection;
+use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError};
+use rustls::{ClientConfig, Error, ServerConfig};
 use std::sync::Arc;
 
 /// RFC 8446 5.1: the most plaintext in a record.
@@ -20,23 +22,65 @@ pub const UNPROCESSED_MAX: usize = 72 * 1024;
 pub enum TlsPhase {
     Handshaking,
     Established,
-    /// The client sent close_notify: nothing more comes from it.
-    ClientClosed,
+    /// The peer sent close_notify: nothing more comes from it.
+    PeerClosed,
 }
 
+/// TLS with a client, as its server; or with an upstream, as its client.
 pub struct Tls {
-    state: Box<UnbufferedServerConnection>,
+    state: Role,
     /// Received and not processed: the beginning of a record or of a fragmented message. Invariant: rustls is always shown
     /// these bytes first, because its deframer remembers offsets into them.
     unprocessed: Vec<u8>,
     /// Produced by rustls itself (handshake messages, tickets, alerts, key updates), to be sent before anything else.
-    to_client: Vec<u8>,
+    to_peer: Vec<u8>,
+}
+
+enum Role {
+    Server(Box<UnbufferedServerConnection>),
+    Client(Box<UnbufferedClientConnection>),
+}
+
+/// The same for either role: rustls' two connections have the same methods, and no trait that says so.
+macro_rules! either {
+    ($state:expr, $connection:ident => $body:expr) => {
+        match $state {
+            Role::Server($connection) => $body,
+            Role::Client($connection) => $body,
+        }
+    };
+}
+
+macro_rules! write_traffic {
+    ($tls:expr, $traffic:ident => $write:expr) => {
+        either!(&mut $tls.state, connection => loop {
+            match connection.process_tls_records(&mut $tls.unprocessed).state {
+                Ok(ConnectionState::WriteTraffic(mut $traffic)) => {
+                    break $write.map_err(|error: EncryptError| Error::General(error.to_string()));
+                }
+                Ok(ConnectionState::EncodeTlsData(mut data)) => append(&mut $tls.to_peer, &mut data),
+                Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
+                // rustls reports the peer's close once before it lets us write on: half-close.
+                Ok(ConnectionState::PeerClosed) => {}
+                Ok(_) => break Err(Error::General("the connection cannot send".into())),
+                Err(error) => break Err(error),
+            }
+        })
+    };
 }
 
 impl Tls {
-    pub fn new(config: Arc<ServerConfig>) -> Result<Self, Error> {
-        let state = Box::new(UnbufferedServerConnection::new(config)?);
-        Ok(Self { state, unprocessed: Vec::new(), to_client: Vec::new() })
+    pub fn server(config: Arc<ServerConfig>) -> Result<Self, Error> {
+        Ok(Self::new(Role::Server(Box::new(UnbufferedServerConnection::new(config)?))))
+    }
+
+    /// Its first words are there after an `advance` without bytes.
+    pub fn client(config: Arc<ClientConfig>, name: ServerName<'static>) -> Result<Self, Error> {
+        Ok(Self::new(Role::Client(Box::new(UnbufferedClientConnection::new(config, name)?))))
+    }
+
+    fn new(state: Role) -> Self {
+        Self { state, unprocessed: Vec::new(), to_peer: Vec::new() }
     }
 
     /// Adds bytes read during the handshake.
@@ -51,7 +95,7 @@ impl Tls {
     /// Processes what was received so far. Application data that came along is appended to `plaintext`.
     ///
     /// # Errors
-    /// The handshake failed; the alert that says so is in `take_to_client`.
+    /// The handshake failed; the alert that says so is in `take_to_peer`.
     pub fn advance(&mut self, plaintext: &mut Vec<u8>) -> Result<TlsPhase, Error> {
         let mut received = std::mem::take(&mut self.unprocessed);
         let result = self.process(&mut received, plaintext);
@@ -65,11 +109,11 @@ impl Tls {
     /// Processes `received`, which must begin with `unprocessed()`; keeps what is incomplete.
     ///
     /// # Errors
-    /// The client broke the protocol; the alert that says so is in `take_to_client`.
+    /// The peer broke the protocol; the alert that says so is in `take_to_peer`.
     pub fn process(&mut self, received: &mut [u8], plaintext: &mut Vec<u8>) -> Result<TlsPhase, Error> {
         let mut start = 0;
-        let result = loop {
-            let status = self.state.process_tls_records(&mut received[start..]);
+        let result = either!(&mut self.state, connection => loop {
+            let status = connection.process_tls_records(&mut received[start..]);
             let discard = status.discard;
             let ended = match status.state {
                 Ok(ConnectionState::ReadTraffic(mut records)) => {
@@ -83,16 +127,16 @@ impl Tls {
                     failed
                 }
                 Ok(ConnectionState::EncodeTlsData(mut data)) => {
-                    append(&mut self.to_client, &mut data);
+                    append(&mut self.to_peer, &mut data);
                     None
                 }
                 Ok(ConnectionState::TransmitTlsData(data)) => {
-                    data.done(); // it is in to_client, which the caller sends
+                    data.done(); // it is in to_peer, which the caller sends
                     None
                 }
                 Ok(ConnectionState::BlockedHandshake) => Some(Ok(TlsPhase::Handshaking)),
                 Ok(ConnectionState::WriteTraffic(_)) => Some(Ok(TlsPhase::Established)),
-                Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => Some(Ok(TlsPhase::ClientClosed)),
+                Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => Some(Ok(TlsPhase::PeerClosed)),
                 // Early data is never enabled (server config), so anything else is rustls' future, which must not pass silently.
                 Ok(_) => Some(Err(Error::General("unexpected TLS connection state".into()))),
                 Err(error) => Some(Err(error)),
@@ -101,7 +145,7 @@ impl Tls {
             if let Some(ended) = ended {
                 break ended;
             }
-        };
+        });
         if result.is_err() {
             self.collect_alert(&mut received[start..]);
         }
@@ -113,58 +157,39 @@ impl Tls {
     /// rustls queues the alert for an error and hands it out on the next call, which must show it what it has not taken yet:
     /// its deframer remembers offsets into that also after an error, and panics when they are not there.
     fn collect_alert(&mut self, mut rest: &mut [u8]) {
-        loop {
-            let status = self.state.process_tls_records(rest);
+        either!(&mut self.state, connection => loop {
+            let status = connection.process_tls_records(rest);
             let discard = status.discard;
             match status.state {
-                Ok(ConnectionState::EncodeTlsData(mut data)) => append(&mut self.to_client, &mut data),
+                Ok(ConnectionState::EncodeTlsData(mut data)) => append(&mut self.to_peer, &mut data),
                 Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
                 _ => return,
             }
             rest = &mut rest[discard..];
-        }
+        })
     }
 
     /// Encrypts `plaintext` into `out`, which has room for `ciphertext_max` bytes; returns how many it used.
-    /// What is in `take_to_client` afterwards goes out first.
+    /// What is in `take_to_peer` afterwards goes out first.
     ///
     /// # Errors
     /// The connection cannot send (any more).
     pub fn encrypt(&mut self, plaintext: &[u8], out: &mut [u8]) -> Result<usize, Error> {
-        self.write_traffic(|traffic| traffic.encrypt(plaintext, out))
+        write_traffic!(self, traffic => traffic.encrypt(plaintext, out))
     }
 
-    /// Says to the client that nothing more comes (RFC 8446 6.1): into `out`, which has room for `ciphertext_max(0)` bytes;
-    /// returns how many it used. What is in `take_to_client` afterwards goes out first.
+    /// Says to the peer that nothing more comes (RFC 8446 6.1): into `out`, which has room for `ciphertext_max(0)` bytes;
+    /// returns how many it used. What is in `take_to_peer` afterwards goes out first.
     ///
     /// # Errors
     /// The connection cannot send (any more).
     pub fn close_notify(&mut self, out: &mut [u8]) -> Result<usize, Error> {
-        self.write_traffic(|traffic| traffic.queue_close_notify(out))
+        write_traffic!(self, traffic => traffic.queue_close_notify(out))
     }
 
-    fn write_traffic(
-        &mut self,
-        write: impl FnOnce(&mut WriteTraffic<'_, ServerConnectionData>) -> Result<usize, EncryptError>,
-    ) -> Result<usize, Error> {
-        loop {
-            match self.state.process_tls_records(&mut self.unprocessed).state {
-                Ok(ConnectionState::WriteTraffic(mut traffic)) => {
-                    return write(&mut traffic).map_err(|error| Error::General(error.to_string()));
-                }
-                Ok(ConnectionState::EncodeTlsData(mut data)) => append(&mut self.to_client, &mut data),
-                Ok(ConnectionState::TransmitTlsData(data)) => data.done(),
-                // rustls reports the client's close once before it lets us write on: half-close.
-                Ok(ConnectionState::PeerClosed) => {}
-                Ok(_) => return Err(Error::General("the connection cannot send".into())),
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// What must be sent to the client before anything else; empty afterwards.
-    pub fn take_to_client(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.to_client)
+    /// What must be sent to the peer before anything else; empty afterwards.
+    pub fn take_to_peer(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.to_peer)
     }
 
     /// Gives back what an idle connection does not need.
@@ -173,24 +198,24 @@ impl Tls {
     }
 
     pub fn is_handshaking(&self) -> bool {
-        self.state.is_handshaking()
+        either!(&self.state, connection => connection.is_handshaking())
     }
 
     pub fn is_resumed(&self) -> bool {
-        self.state.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
+        either!(&self.state, connection => connection.handshake_kind() == Some(rustls::HandshakeKind::Resumed))
     }
 
     pub fn cipher_suite(&self) -> Option<rustls::SupportedCipherSuite> {
-        self.state.negotiated_cipher_suite()
+        either!(&self.state, connection => connection.negotiated_cipher_suite())
     }
 
     /// None for a resumed TLS 1.2 session.
     pub fn group(&self) -> Option<&'static dyn SupportedKxGroup> {
-        self.state.negotiated_key_exchange_group()
+        either!(&self.state, connection => connection.negotiated_key_exchange_group())
     }
 
     pub fn is_tls13(&self) -> bool {
-        self.state.protocol_version() == Some(rustls::ProtocolVersion::TLSv1_3)
+        either!(&self.state, connection => connection.protocol_version() == Some(rustls::ProtocolVersion::TLSv1_3))
     }
 
     /// As OpenSSL and the PROXY protocol have it.
@@ -199,19 +224,18 @@ impl Tls {
     }
 
     pub fn alpn(&self) -> Option<&[u8]> {
-        self.state.alpn_protocol()
+        either!(&self.state, connection => connection.alpn_protocol())
     }
 }
 
 /// The most bytes that `plaintext_len` bytes become.
-pub fn ciphertext_max(plaintext_len: usize) -> usize {
-    plaintext_len
-        + plaintext_len.div_ceil(RECORD_PLAINTEXT_MAX).max(1) * RECORD_OVERHEAD_MAX
-        + RECORD_OVERHEAD_MAX
+pub const fn ciphertext_max(plaintext_len: usize) -> usize {
+    let records = plaintext_len.div_ceil(RECORD_PLAINTEXT_MAX);
+    plaintext_len + (if records == 0 { 1 } else { records } + 1) * RECORD_OVERHEAD_MAX
 }
 
 /// Moves what rustls wants sent behind the end of `out`.
-fn append(out: &mut Vec<u8>, data: &mut EncodeTlsData<'_, ServerConnectionData>) {
+fn append<Data>(out: &mut Vec<u8>, data: &mut EncodeTlsData<'_, Data>) {
     // The first try tells the size and keeps the data for the second.
     let Err(EncodeError::InsufficientSize(size)) = data.encode(&mut []) else { return };
     let before = out.len();
@@ -226,12 +250,12 @@ pub(crate) mod tests {
     use crate::policy::Policy;
     use crate::tickets::Ticketer;
     use proptest::prelude::*;
+    use rustls::RootCertStore;
     use rustls::client::ClientConnection;
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
     use rustls::server::ResolvesServerCertUsingSni;
     use rustls::sign::CertifiedKey;
-    use rustls::{ClientConfig, RootCertStore};
     use std::sync::OnceLock;
     use std::time::Duration;
 
@@ -253,7 +277,7 @@ pub(crate) mod tests {
     /// Both ends of a connection that has not begun.
     pub(crate) fn pair(version: &str, group: &str) -> (Tls, ClientConnection) {
         let (config, client) = configured(version, group);
-        (Tls::new(config).expect("a server"), client)
+        (Tls::server(config).expect("a server"), client)
     }
 
     /// A server's configuration, and a client that trusts it.
@@ -293,7 +317,7 @@ pub(crate) mod tests {
                 server.receive(piece);
                 server.advance(&mut plaintext).expect("a good client");
             }
-            give(client, &server.take_to_client());
+            give(client, &server.take_to_peer());
             if !client.is_handshaking() && !client.wants_write() {
                 break;
             }
@@ -360,7 +384,7 @@ pub(crate) mod tests {
             client.send_close_notify();
             let mut records = client_sends(&mut client, b"");
             let phase = server.process(&mut records, &mut Vec::new());
-            assert_eq!(phase, Ok(TlsPhase::ClientClosed));
+            assert_eq!(phase, Ok(TlsPhase::PeerClosed));
             let mut out = vec![0; ciphertext_max(6)];
             let written = server.encrypt(b"answer", &mut out).expect("half-close");
             assert_eq!(give(&mut client, &out[..written]), b"answer");
@@ -378,7 +402,7 @@ pub(crate) mod tests {
         assert_eq!(plaintext, b"after the update");
         let mut out = vec![0; ciphertext_max(3)];
         let written = server.encrypt(b"yes", &mut out).expect("established");
-        give(&mut client, &server.take_to_client());
+        give(&mut client, &server.take_to_peer());
         assert_eq!(give(&mut client, &out[..written]), b"yes");
     }
 
@@ -390,7 +414,7 @@ pub(crate) mod tests {
         let last = records.len() - 1;
         records[last] ^= 1;
         assert!(server.process(&mut records, &mut Vec::new()).is_err());
-        assert!(!server.take_to_client().is_empty());
+        assert!(!server.take_to_peer().is_empty());
     }
 
     #[test]
@@ -401,7 +425,7 @@ pub(crate) mod tests {
             let (mut server, _) = pair("1.3", "X25519");
             server.receive(&bytes);
             assert!(server.advance(&mut Vec::new()).is_err());
-            let alert = server.take_to_client();
+            let alert = server.take_to_peer();
             assert_eq!((alert.first(), alert.len()), (Some(&21), 7), "{alert:?}");
         }
     }
@@ -414,7 +438,7 @@ pub(crate) mod tests {
         server.process(&mut records, &mut Vec::new()).expect("data");
         server.release_buffers();
         assert_eq!(server.unprocessed.capacity(), 0);
-        assert_eq!(server.to_client.capacity(), 0);
+        assert_eq!(server.to_peer.capacity(), 0);
     }
 
     proptest! {
