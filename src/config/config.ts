@@ -191,6 +191,23 @@ export interface UpstreamConfig {
   readonly health: HealthConfig | undefined;
   /** A server is ejected for a while after this many failed connects in a row. */
   readonly passive: { readonly failures: number; readonly ejectionMs: number };
+  /** Undefined: plaintext. */
+  readonly tls: UpstreamTlsConfig | undefined;
+}
+
+export interface UpstreamTlsConfig {
+  /** DNS name or IP address that the certificate must be for; undefined: the host of each server. */
+  readonly name: string | undefined;
+  /** Absolute path of a PEM file; undefined: the roots of this host. */
+  readonly roots: string | undefined;
+  /** Name of a certificate that is shown to servers that ask. */
+  readonly certificate: string | undefined;
+  /** Name of a policy. */
+  readonly policy: string;
+  readonly alpn: readonly string[];
+  readonly sni: boolean;
+  readonly resume: boolean;
+  readonly deadlineMs: number;
 }
 
 /** A TCP connect to each server every `intervalMs`. */
@@ -203,12 +220,25 @@ export interface HealthConfig {
   readonly rise: number;
 }
 
+export const listenerModes = ['offload', 'encrypt', 'bridge', 'passthrough'] as const;
+/** Where TLS is: at the client, at the upstream, at both, or passed on. */
+export type ListenerMode = (typeof listenerModes)[number];
+
+export interface RouteConfig {
+  /** In lower case, wildcards as `*.example.org`; empty: any. */
+  readonly names: readonly string[];
+  /** Empty: any. */
+  readonly alpn: readonly string[];
+  /** Name of an upstream; undefined: refused. */
+  readonly upstream: string | undefined;
+}
+
 export interface ListenerConfig {
   readonly name: string;
   /** At least one; no two listeners share one. */
   readonly bind: readonly TcpAddress[];
-  readonly mode: 'offload';
-  /** Names of certificates, at least one; the first is the default. */
+  readonly mode: ListenerMode;
+  /** Names of certificates; the first is the default. At least one where TLS ends here, else none. */
   readonly certificates: readonly string[];
   /** What a client gets whose SNI matches no certificate: the default certificate, or an alert. */
   readonly unknownName: 'default' | 'refuse';
@@ -216,8 +246,10 @@ export interface ListenerConfig {
   readonly alpn: readonly string[];
   /** Name of a policy. */
   readonly policy: string;
-  /** Name of an upstream. */
-  readonly upstream: string;
+  /** Name of an upstream, for what no route fits; undefined: that is refused. */
+  readonly upstream: string | undefined;
+  /** The first that fits counts. */
+  readonly routes: readonly RouteConfig[];
   readonly deadlines: ListenerDeadlines;
   /** Per worker. */
   readonly limits: { readonly connections: number; readonly handshakes: number };

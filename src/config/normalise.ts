@@ -14,6 +14,7 @@ import type {
   TicketsConfig,
   TokenConfig,
   UpstreamConfig,
+  UpstreamTlsConfig,
 } from './config.ts';
 import { absolutePath } from './path.ts';
 import { builtInPolicies, cipherSuitesOf } from './policies.ts';
@@ -44,7 +45,7 @@ export function normalise(document: Document, file: string, directory: string): 
     ),
     policies,
     tickets: ticketsConfig(document.tickets, Object.keys(tokens)),
-    upstreams: named(document.upstreams, upstreamConfig),
+    upstreams: named(document.upstreams, (name, upstream) => upstreamConfig(name, upstream, directory)),
     listeners: named(document.listeners, listenerConfig),
   };
 }
@@ -133,7 +134,7 @@ function policyConfig(name: string, policy: Document['policies'][string]): Polic
   return { name, minVersion, maxVersion, groups, cipherSuites, tickets };
 }
 
-function upstreamConfig(name: string, upstream: Document['upstreams'][string]): UpstreamConfig {
+function upstreamConfig(name: string, upstream: Document['upstreams'][string], directory: string): UpstreamConfig {
   return {
     name,
     servers: upstream.servers,
@@ -143,6 +144,20 @@ function upstreamConfig(name: string, upstream: Document['upstreams'][string]): 
     attempts: upstream.attempts,
     health: upstream.health && healthConfig(upstream.health),
     passive: { failures: upstream.passive.failures, ejectionMs: upstream.passive.ejection },
+    tls: upstream.tls && upstreamTlsConfig(upstream.tls, directory),
+  };
+}
+
+function upstreamTlsConfig(
+  { name, roots, certificate, deadline, ...same }: NonNullable<Document['upstreams'][string]['tls']>,
+  directory: string,
+): UpstreamTlsConfig {
+  return {
+    name,
+    roots: roots === 'system' ? undefined : absolutePath(roots, directory),
+    certificate,
+    ...same,
+    deadlineMs: deadline,
   };
 }
 
@@ -156,10 +171,13 @@ function healthConfig({
 }
 
 function listenerConfig(name: string, listener: Document['listeners'][string]): ListenerConfig {
-  const { deadlines, ...same } = listener;
+  const { deadlines, certificates = [], routes, upstream, ...same } = listener;
   return {
     name,
     ...same,
+    certificates,
+    upstream,
+    routes: routes.map(({ names, alpn, upstream: to }) => ({ names, alpn, upstream: to })),
     deadlines: {
       handshakeMs: deadlines.handshake,
       idleMs: deadlines.idle,

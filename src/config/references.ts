@@ -5,6 +5,7 @@
  */
 import { isIPv6 } from 'node:net';
 import { isLocal, parseAdminAddress, parseBindAddress } from './address.ts';
+import { listenerModes } from './config.ts';
 import type { TcpAddress, UnixAddress } from './config.ts';
 import { builtInPolicies } from './policies.ts';
 import type { Path, PlacedFault } from './source.ts';
@@ -15,6 +16,7 @@ export function referenceFaults(document: unknown): PlacedFault[] {
     ...unknownNames(document),
     ...repeatedNames(document),
     ...builtInNames(document),
+    ...misplacedTls(document),
     ...sharedBinds(document),
     ...openAdmin(document),
   ];
@@ -29,7 +31,22 @@ function* unknownNames(document: unknown): Generator<PlacedFault> {
     yield { ...fault, path: fault.path.slice(1) };
   yield* undefinedNames(document, 'listeners', 'certificates', 'certificates', namesIn(document, 'certificates'));
   yield* undefinedNames(document, 'listeners', 'policy', 'policies', policies);
-  yield* undefinedNames(document, 'listeners', 'upstream', 'upstreams', namesIn(document, 'upstreams'));
+  const upstreams = namesIn(document, 'upstreams');
+  yield* undefinedNames(document, 'listeners', 'upstream', 'upstreams', upstreams);
+  for (const [at, routes] of nested(document, 'listeners', 'routes')) {
+    for (const fault of undefinedNames({ routes }, 'routes', 'upstream', 'upstreams', upstreams))
+      yield { ...fault, path: [...at, Number(fault.path[1]), ...fault.path.slice(2)] };
+  }
+  const certificates = namesIn(document, 'certificates');
+  for (const [at, tls] of nested(document, 'upstreams', 'tls')) {
+    for (const [key, target, names] of [
+      ['certificate', 'certificates', certificates],
+      ['policy', 'policies', policies],
+    ] as const) {
+      for (const fault of undefinedNames({ all: { tls } }, 'all', key, target, names))
+        yield { ...fault, path: [...at, ...fault.path.slice(2)] };
+    }
+  }
 }
 
 /** What `section.*.key` names although `target` does not define it. */
@@ -149,6 +166,35 @@ function adminAddress(document: unknown): TcpAddress | UnixAddress | undefined {
   const { listen } = mapping(mapping(document)['admin']);
   const parsed = typeof listen === 'string' ? parseAdminAddress(listen) : undefined;
   return parsed !== undefined && 'value' in parsed ? parsed.value : undefined;
+}
+
+/** Mappings and lists at `section.*.key`, with where they stand. */
+function* nested(document: unknown, section: string, key: string): Generator<[Path, object]> {
+  for (const [name, entry] of Object.entries(mapping(mapping(document)[section]))) {
+    const value = mapping(entry)[key];
+    if (typeof value === 'object' && value !== null) yield [[section, name, key], value];
+  }
+}
+
+/** A mode says on which sides TLS is spoken, and so must its upstreams. */
+function* misplacedTls(document: unknown): Generator<PlacedFault> {
+  const upstreams = mapping(mapping(document)['upstreams']);
+  for (const [name, entry] of Object.entries(mapping(mapping(document)['listeners']))) {
+    const { mode = 'offload', upstream, routes } = mapping(entry);
+    if (!listenerModes.some((known) => known === mode)) continue;
+    const wantsTls = mode === 'encrypt' || mode === 'bridge';
+    const targets: [Path, unknown][] = [[['listeners', name, 'upstream'], upstream]];
+    if (Array.isArray(routes))
+      for (const [index, route] of routes.entries())
+        targets.push([['listeners', name, 'routes', index, 'upstream'], mapping(route)['upstream']]);
+    for (const [path, target] of targets) {
+      if (typeof target !== 'string' || !(target in upstreams)) continue;
+      const hasTls = mapping(upstreams[target])['tls'] !== undefined;
+      if (hasTls === wantsTls) continue;
+      const expected = wantsTls ? 'an upstream with `tls`' : 'an upstream without `tls`';
+      yield { path, code: 'config_conflict', expected: `${expected}, as mode ${String(mode)} says` };
+    }
+  }
 }
 
 function namesIn(document: unknown, section: string): string[] {

@@ -6,9 +6,11 @@
  * The reference in README and the JSON Schema for editors are printed from here, so a description is documentation.
  * The `error` of a kind is the "expected" of the problem it reports.
  */
+import { isIP } from 'node:net';
 import * as z from 'zod';
 import { parseAdminAddress, parseBindAddress, parseServerAddress } from './address.ts';
-import { cipherSuites, groups, logLevels } from './config.ts';
+import { cipherSuites, groups, listenerModes, logLevels } from './config.ts';
+import type { ListenerMode } from './config.ts';
 import type { Fault, Parsed } from './fault.ts';
 import { parsePath } from './path.ts';
 import { cipherSuiteVersion } from './policies.ts';
@@ -135,7 +137,35 @@ const tickets = z
     params: { code: 'config_conflict' },
   });
 
+const upstreamTls = z
+  .strictObject({
+    name: kind('name', 'a DNS name or an IP address', parseServerName)
+      .describe(
+        "What the server's certificate must be for, and what is asked for (SNI). Default: the host of each server.",
+      )
+      .optional(),
+    roots: path('PEM file of trusted certificates, or `system` for those of this host.').prefault('system'),
+    certificate: reference('a certificate')
+      .describe('Shown to a server that asks who we are (mutual TLS); its key is in a token. Default: none.')
+      .optional(),
+    policy: reference('a policy')
+      .prefault('intermediate')
+      .describe('Which TLS is offered: `modern`, `intermediate` or one of `policies`.'),
+    alpn: alpnNames().describe('ALPN protocol names that are offered, preferred first. Empty: none.'),
+    sni: z
+      .boolean({ error: 'true or false' })
+      .default(true)
+      .describe('Whether the name is sent to the server. An IP address never is (RFC 6066 3).'),
+    resume: z
+      .boolean({ error: 'true or false' })
+      .default(true)
+      .describe('Whether TLS sessions with a server are resumed.'),
+    deadline: duration(100, 600_000, '10s').describe('From connected to the end of the handshake.'),
+  })
+  .describe('TLS to the servers, for listeners with mode `encrypt` or `bridge`. Default: plaintext.');
+
 const upstream = z.strictObject({
+  tls: upstreamTls.optional(),
   servers: z
     .array(kind('address', 'HOST:PORT or unix:/path', parseServerAddress), { error: 'a list of servers' })
     .min(1, 'at least one server')
@@ -166,59 +196,87 @@ const upstream = z.strictObject({
     .describe('What failed connects of clients say about a server.'),
 });
 
-const listener = z.strictObject({
-  bind: z
-    .array(kind('address', 'IP-ADDRESS:PORT', parseBindAddress), { error: 'a list of addresses' })
-    .min(1, 'at least one address')
-    .max(64, 'at most 64 addresses')
-    .describe('`0.0.0.0:443` for IPv4, `[::]:443` for IPv6 only; port 0 takes any free port.'),
-  mode: kind('mode', 'offload', parseMode)
-    .prefault('offload')
-    .describe('`offload`: TLS from the client, plaintext to the upstream.'),
-  certificates: z
-    .array(reference('a certificate'), { error: 'a list of certificate names' })
-    .min(1, 'at least one certificate')
-    .describe('Chosen by the name the client asks for (SNI); the first is the default.'),
-  unknownName: oneOf(['default', 'refuse'], 'default').describe(
-    'What a client gets that asks for another name: the default certificate, or an alert.',
-  ),
-  alpn: z
-    .array(
-      z
-        .string({ error: 'a protocol name' })
-        .min(1, 'a protocol name of 1 to 255 characters')
-        .max(255, 'a protocol name of 1 to 255 characters'),
-      {
-        error: 'a list of protocol names',
-      },
-    )
-    .max(16, 'at most 16 protocol names')
-    .default([])
-    .describe('ALPN protocol names, preferred first. Empty: not negotiated.'),
-  policy: reference('a policy')
-    .prefault('intermediate')
-    .describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
-  upstream: reference('an upstream').describe('Where connections go.'),
-  deadlines: z
-    .strictObject({
-      handshake: duration(100, 600_000, '10s').describe('From accept to the end of the handshake.'),
-      idle: duration(1000, 7 * 86_400_000, '5m').describe('Without a byte in either direction.'),
-      lifetime: duration(1000, lifetimeMsMax, 'none', 'none').describe('From accept to close, whatever happens.'),
-      halfClosed: duration(1000, 7 * 86_400_000, '1m').describe('Without a byte, once one side has ended its half.'),
-    })
-    .prefault({})
-    .describe('When a connection is closed.'),
-  limits: z
-    .strictObject({
-      connections: whole(1, 1_000_000, 20_000).describe('Open connections, per worker.'),
-      handshakes: whole(1, 1_000_000, 1024).describe('Handshakes in flight, per worker.'),
-    })
-    .prefault({})
-    .describe('Over a limit a client is turned away at once.'),
-  backlog: whole(1, 65_535, 4096).describe(
-    'Accept queue, per worker (listen(2)); the kernel caps it at net.core.somaxconn.',
-  ),
-});
+const route = z
+  .strictObject({
+    names: z
+      .array(kind('name', 'a DNS name, or one with * as its first label', parseRouteName), { error: 'a list of names' })
+      .max(10_000, 'at most 10000 names')
+      .default([])
+      .describe('Names that clients ask for (SNI); `*.example.org` stands for one label. Empty: any, or none.'),
+    alpn: alpnNames().describe(
+      'Application protocols that were agreed on, or in mode `passthrough` the first that is offered. Empty: any, or none.',
+    ),
+    upstream: reference('an upstream').describe('Where such connections go.').optional(),
+    refuse: z.literal(true, { error: 'true' }).describe('Or that nobody serves them.').optional(),
+  })
+  .refine(
+    ({ upstream: to, refuse }) => (to === undefined) !== (refuse === undefined),
+    'exactly one of upstream and refuse',
+  );
+
+const listener = z
+  .strictObject({
+    bind: z
+      .array(kind('address', 'IP-ADDRESS:PORT', parseBindAddress), { error: 'a list of addresses' })
+      .min(1, 'at least one address')
+      .max(64, 'at most 64 addresses')
+      .describe('`0.0.0.0:443` for IPv4, `[::]:443` for IPv6 only; port 0 takes any free port.'),
+    mode: kind('mode', 'offload', parseMode)
+      .prefault('offload')
+      .describe(
+        '`offload`: TLS from the client, plaintext to the upstream; `encrypt`: the other way round; `bridge`: TLS on both sides; `passthrough`: TLS is not ended, only routed.',
+      ),
+    certificates: z
+      .array(reference('a certificate'), { error: 'a list of certificate names' })
+      .min(1, 'at least one certificate')
+      .optional()
+      .describe('For `offload` and `bridge`. Chosen by the name the client asks for (SNI); the first is the default.'),
+    unknownName: oneOf(['default', 'refuse'], 'default').describe(
+      'What a client gets that asks for another name: the default certificate, or an alert.',
+    ),
+    alpn: alpnNames().describe('ALPN protocol names, preferred first. Empty: not negotiated.'),
+    policy: reference('a policy')
+      .prefault('intermediate')
+      .describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
+    upstream: reference('an upstream')
+      .describe('Where connections go that no route fits. Without it, those are refused.')
+      .optional(),
+    routes: z
+      .array(route, { error: 'a list of routes' })
+      .max(1000, 'at most 1000 routes')
+      .default([])
+      .describe('The first that fits says where a connection goes.'),
+    deadlines: z
+      .strictObject({
+        handshake: duration(100, 600_000, '10s').describe('From accept to the end of the handshake.'),
+        idle: duration(1000, 7 * 86_400_000, '5m').describe('Without a byte in either direction.'),
+        lifetime: duration(1000, lifetimeMsMax, 'none', 'none').describe('From accept to close, whatever happens.'),
+        halfClosed: duration(1000, 7 * 86_400_000, '1m').describe('Without a byte, once one side has ended its half.'),
+      })
+      .prefault({})
+      .describe('When a connection is closed.'),
+    limits: z
+      .strictObject({
+        connections: whole(1, 1_000_000, 20_000).describe('Open connections, per worker.'),
+        handshakes: whole(1, 1_000_000, 1024).describe('Handshakes in flight, per worker.'),
+      })
+      .prefault({})
+      .describe('Over a limit a client is turned away at once.'),
+    backlog: whole(1, 65_535, 4096).describe(
+      'Accept queue, per worker (listen(2)); the kernel caps it at net.core.somaxconn.',
+    ),
+  })
+  .check((context) => {
+    for (const fault of listenerFaults(context.value)) {
+      context.issues.push({
+        code: 'custom',
+        input: context.value,
+        message: fault.expected,
+        params: { ...fault },
+        path: [fault.key],
+      });
+    }
+  });
 
 const workersExpected = 'auto, or a whole number from 1 to 1024';
 
@@ -299,8 +357,14 @@ export const documentSchema = z.strictObject(
       })
       .prefault({})
       .describe('What workers, and so the PKCS#11 modules in them, are kept from: see [Sandbox](#sandbox).'),
-    tokens: section('token', token).describe('PKCS#11 tokens, by a name of your choice.'),
-    certificates: section('certificate', certificate).describe('Certificates and where their private keys are.'),
+    tokens: z
+      .record(name(), token, { error: 'tokens by name' })
+      .default({})
+      .describe('PKCS#11 tokens, by a name of your choice.'),
+    certificates: z
+      .record(name(), certificate, { error: 'certificates by name' })
+      .default({})
+      .describe('Certificates and where their private keys are.'),
     policies: z
       .record(name(), policy, { error: 'policies by name' })
       .default({})
@@ -393,6 +457,14 @@ function secretPlace(what: string) {
       (places) => Object.values(places).filter((place) => place !== undefined).length === 1,
       'exactly one of file, env and credential',
     );
+}
+
+function alpnNames() {
+  const error = 'a protocol name of 1 to 255 characters';
+  return z
+    .array(z.string({ error: 'a protocol name' }).min(1, error).max(255, error), { error: 'a list of protocol names' })
+    .max(16, 'at most 16 protocol names')
+    .default([]);
 }
 
 function account() {
@@ -497,10 +569,60 @@ function parseCredentialName(text: string): Parsed<string> {
   return { fault: { expected: 'the name of a systemd credential, without slashes' } };
 }
 
-function parseMode(text: string): Parsed<'offload'> {
-  if (text === 'offload') return { value: text };
-  if (!['encrypt', 'bridge', 'passthrough', 'forward'].includes(text)) return { fault: { expected: 'offload' } };
-  return { fault: { code: 'config_unsupported', expected: 'offload', hint: `mode ${text} is not in this version` } };
+function parseMode(text: string): Parsed<ListenerMode> {
+  const mode = listenerModes.find((known) => known === text);
+  if (mode !== undefined) return { value: mode };
+  const expected = listenerModes.join(', ');
+  if (text !== 'forward') return { fault: { expected } };
+  return { fault: { code: 'config_unsupported', expected, hint: `mode ${text} is not in this version` } };
+}
+
+/** In lower case, as names are compared. */
+function parseRouteName(text: string): Parsed<string> {
+  const lowered = text.toLowerCase();
+  const label = '[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?';
+  const isName = new RegExp(`^(?:\\*\\.)?${label}(?:\\.${label})*$`).test(lowered);
+  if (lowered.length <= 253 && isName) return { value: lowered };
+  return { fault: { expected: 'a DNS name, or one with * as its first label' } };
+}
+
+function parseServerName(text: string): Parsed<string> {
+  if (isIP(text) !== 0) return { value: text };
+  const parsed = parseRouteName(text);
+  return 'value' in parsed && !text.startsWith('*') ? parsed : { fault: { expected: 'a DNS name or an IP address' } };
+}
+
+interface ListenerDocument {
+  readonly mode: ListenerMode;
+  readonly certificates?: readonly string[] | undefined;
+  readonly alpn: readonly string[];
+  readonly routes: readonly object[];
+  readonly upstream?: string | undefined;
+}
+
+function* listenerFaults({
+  mode,
+  certificates,
+  alpn,
+  routes,
+  upstream: preset,
+}: ListenerDocument): Generator<Fault & { readonly key: keyof ListenerDocument }> {
+  const endsTls = mode === 'offload' || mode === 'bridge';
+  if (endsTls && certificates === undefined) {
+    yield { key: 'certificates', code: 'config_missing_key', expected: `certificates: mode ${mode} ends TLS` };
+  }
+  if (!endsTls && certificates !== undefined) {
+    yield { key: 'certificates', code: 'config_conflict', expected: `none: mode ${mode} ends no TLS` };
+  }
+  if (!endsTls && alpn.length > 0) {
+    yield { key: 'alpn', code: 'config_conflict', expected: `none: mode ${mode} ends no TLS` };
+  }
+  if (mode === 'encrypt' && routes.length > 0) {
+    yield { key: 'routes', code: 'config_conflict', expected: 'none: plaintext says no name to route by' };
+  }
+  if (preset === undefined && routes.length === 0) {
+    yield { key: 'upstream', code: 'config_missing_key', expected: 'an upstream, or routes' };
+  }
 }
 
 type PolicyDocument = {

@@ -201,7 +201,9 @@ export interface LineSnapshot {
 
 export interface ListenerSettings {
   name: string
-  /** Names of certificates; the first is the default. */
+  /** What clients speak: TLS that ends here, plaintext, or TLS that is passed on. */
+  front: 'tls' | 'plain' | 'passthrough'
+  /** Names of certificates; the first is the default. Empty where no TLS ends. */
   certificates: Array<string>
   unknownName: 'default' | 'refuse'
   alpn: Array<string>
@@ -212,7 +214,9 @@ export interface ListenerSettings {
   /** IANA names in order of preference; empty: all. */
   groups: Array<string>
   tickets: boolean
-  upstream: string
+  routes: Array<RouteSettings>
+  /** Where connections go that no route fits; undefined: they are refused. */
+  upstream?: string
   handshakeDeadlineMs: number
   idleDeadlineMs: number
   halfClosedDeadlineMs: number
@@ -289,6 +293,9 @@ export interface ServerSnapshot {
   connectionsOpen: number
   connects: Array<ConnectSnapshot>
   connectLatency: LatencySnapshot
+  /** TLS handshakes with it that finished. */
+  fullHandshakeLatency: LatencySnapshot
+  resumedHandshakeLatency: LatencySnapshot
 }
 
 /** The secret key from which tokens derive the secrets of session tickets. */
@@ -368,6 +375,8 @@ export interface UpstreamSettings {
   health?: HealthSettings
   passiveFailuresMax: number
   passiveEjectionMs: number
+  /** Undefined: plaintext. */
+  tls?: UpstreamTlsSettings
 }
 
 export interface UpstreamSnapshot {

@@ -263,6 +263,16 @@ const families: readonly Family[] = [
     servers(measurements).map(([labels, { connectLatency }]) => [labels, connectLatency]),
   ),
 
+  histogram(
+    'upstream_handshake_seconds',
+    'TLS handshakes with the server that finished, from connected to Finished.',
+    ['upstream', 'server', 'resumed'],
+    (measurements) =>
+      servers(measurements).flatMap(([labels, { fullHandshakeLatency, resumedHandshakeLatency }]) => [
+        [[...labels, 'false'], fullHandshakeLatency] as const,
+        [[...labels, 'true'], resumedHandshakeLatency] as const,
+      ]),
+  ),
   gauge('ready', '1 while /ready says so.', [], ({ ready }) => [[[], Number(ready)]]),
   gauge('worker_up', '1 while the worker is ready and answers.', ['worker'], ({ workers }) =>
     workers.map(({ slot, state, answers }) => [[String(slot)], Number(state === 'ready' && answers)]),

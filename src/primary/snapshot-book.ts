@@ -206,6 +206,8 @@ function sumServer(a: ServerSnapshot, b: ServerSnapshot): ServerSnapshot {
       (x, y) => ({ outcome: x.outcome, count: x.count + y.count }),
     ),
     connectLatency: sumLatency(a.connectLatency, b.connectLatency),
+    fullHandshakeLatency: sumLatency(a.fullHandshakeLatency, b.fullHandshakeLatency),
+    resumedHandshakeLatency: sumLatency(a.resumedHandshakeLatency, b.resumedHandshakeLatency),
   };
 }
 

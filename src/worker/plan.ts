@@ -11,6 +11,7 @@ import type {
   PolicyConfig,
   TokenConfig,
   UpstreamConfig,
+  UpstreamTlsConfig,
   VerifyRate,
 } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
@@ -21,10 +22,12 @@ import type {
   ListenerSettings,
   TokenSettings,
   UpstreamSettings,
+  UpstreamTlsSettings,
 } from '../engine/native.d.ts';
 import { ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import type { KeyInToken, ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
+import { readRoots } from './roots.ts';
 import { ticketEpoch } from './ticket-watch.ts';
 import { resolveUpstream } from './upstream-names.ts';
 
@@ -48,7 +51,7 @@ export async function engineSettings(
   log: Pick<Log, 'warn'>,
 ): Promise<EngineSettings> {
   const upstreams = await Promise.all(
-    Object.values(config.upstreams).map((upstream) => upstreamSettings(upstream, log)),
+    Object.values(config.upstreams).map((upstream) => upstreamSettings(upstream, config, log)),
   );
   const settings: EngineSettings = {
     tokens: proved.tokens.flatMap(({ name, label, serial }) => {
@@ -139,8 +142,12 @@ function keyPlace({ token, keyId, keyLabel }: KeyInToken): KeyPlace {
   };
 }
 
-async function upstreamSettings(upstream: UpstreamConfig, log: Pick<Log, 'warn'>): Promise<UpstreamSettings> {
-  const { servers, warnings, error } = await resolveUpstream(upstream);
+async function upstreamSettings(
+  upstream: UpstreamConfig,
+  config: Config,
+  log: Pick<Log, 'warn'>,
+): Promise<UpstreamSettings> {
+  const { servers, hosts, warnings, error } = await resolveUpstream(upstream);
   if (error !== undefined) throw error;
   for (const warning of warnings) log.warn({ event: 'upstream_unresolved', upstream: upstream.name }, warning);
   return {
@@ -153,6 +160,28 @@ async function upstreamSettings(upstream: UpstreamConfig, log: Pick<Log, 'warn'>
     ...(upstream.health === undefined ? {} : { health: upstream.health }),
     passiveFailuresMax: upstream.passive.failures,
     passiveEjectionMs: upstream.passive.ejectionMs,
+    ...(upstream.tls === undefined ? {} : { tls: upstreamTlsSettings(upstream.tls, hosts, config) }),
+  };
+}
+
+function upstreamTlsSettings(
+  tls: UpstreamTlsConfig,
+  hosts: readonly (string | undefined)[],
+  { policies, file }: Config,
+): UpstreamTlsSettings {
+  const policy = policyOf(tls.policy, policies);
+  return {
+    // A socket without a name was refused with the configuration.
+    names: hosts.map((host) => tls.name ?? host ?? ''),
+    roots: readRoots(tls.roots, file),
+    sendName: tls.sni,
+    ...(tls.certificate === undefined ? {} : { certificate: tls.certificate }),
+    alpn: [...tls.alpn],
+    versions: versionsOf(policy),
+    cipherSuites: [...policy.cipherSuites],
+    groups: [...policy.groups],
+    resume: tls.resume,
+    deadlineMs: tls.deadlineMs,
   };
 }
 
@@ -161,12 +190,11 @@ function listenerSettings(
   config: Config,
   sockets: readonly WorkerSocket[],
 ): ListenerSettings {
-  const policy = config.policies[listener.policy];
-  if (policy === undefined)
-    throw new Error(`policy ${listener.policy} passed the configuration's checks and is not there`);
+  const policy = policyOf(listener.policy, config.policies);
   const { deadlines, limits } = listener;
   return {
     name: listener.name,
+    front: fronts[listener.mode],
     certificates: [...listener.certificates],
     unknownName: listener.unknownName,
     alpn: [...listener.alpn],
@@ -174,7 +202,12 @@ function listenerSettings(
     cipherSuites: [...policy.cipherSuites],
     groups: [...policy.groups],
     tickets: policy.tickets,
-    upstream: listener.upstream,
+    routes: listener.routes.map(({ names, alpn, upstream }) => ({
+      names: [...names],
+      alpn: [...alpn],
+      ...(upstream === undefined ? {} : { upstream }),
+    })),
+    ...(listener.upstream === undefined ? {} : { upstream: listener.upstream }),
     handshakeDeadlineMs: deadlines.handshakeMs,
     idleDeadlineMs: deadlines.idleMs,
     halfClosedDeadlineMs: deadlines.halfClosedMs,
@@ -184,6 +217,14 @@ function listenerSettings(
     sockets: sockets.filter((socket) => socket.listener === listener.name).map(({ fd }) => fd),
   };
 }
+
+function policyOf(name: string, policies: Config['policies']): PolicyConfig {
+  const policy = policies[name];
+  if (policy === undefined) throw new Error(`policy ${name} passed the configuration's checks and is not there`);
+  return policy;
+}
+
+const fronts = { offload: 'tls', bridge: 'tls', encrypt: 'plain', passthrough: 'passthrough' } as const;
 
 function versionsOf({ minVersion, maxVersion }: PolicyConfig): string[] {
   return (['1.3', '1.2'] as const).filter((version) => minVersion <= version && version <= maxVersion);

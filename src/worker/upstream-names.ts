@@ -12,6 +12,8 @@ import { ServiceError } from '../errors.ts';
 export interface ResolvedUpstream {
   /** Without names, in the order of the configuration. */
   readonly servers: readonly (TcpAddress | UnixAddress)[];
+  /** As configured, of each of them: what its certificate is for unless told otherwise. Undefined for a socket. */
+  readonly hosts: readonly (string | undefined)[];
   /** One sentence for each server that is left out. */
   readonly warnings: readonly string[];
   /** `upstream_unresolved`, when no server is left. */
@@ -30,13 +32,18 @@ export async function resolveUpstream({
   servers,
 }: Pick<UpstreamConfig, 'name' | 'servers'>): Promise<ResolvedUpstream> {
   const answers = await Promise.all(servers.map(resolveServer));
-  const resolved = answers.flatMap((answer) => ('address' in answer ? [answer.address] : []));
+  const resolved = answers.filter((answer) => 'address' in answer);
   const failures = answers.flatMap((answer) => ('failure' in answer ? [answer.failure] : []));
   if (resolved.length > 0) {
     const warnings = failures.map(
       (failure) => `upstream ${name}: ${failure} has no address and is left out until a worker starts anew`,
     );
-    return { servers: resolved, warnings, error: undefined };
+    return {
+      servers: resolved.map(({ address }) => address),
+      hosts: resolved.map(({ host }) => host),
+      warnings,
+      error: undefined,
+    };
   }
   const error = new ServiceError(
     'upstream_unresolved',
@@ -46,20 +53,23 @@ export async function resolveUpstream({
       hint: 'use addresses, or make the names resolvable on this host (getent ahosts NAME asks as keygate does)',
     },
   );
-  return { servers: [], warnings: [], error };
+  return { servers: [], hosts: [], warnings: [], error };
 }
 
-type Answer = { readonly address: TcpAddress | UnixAddress } | { readonly failure: string };
+type Answer =
+  | { readonly address: TcpAddress | UnixAddress; readonly host: string | undefined }
+  | { readonly failure: string };
 
 async function resolveServer(server: TcpAddress | UnixAddress): Promise<Answer> {
-  if ('path' in server || isIP(server.host) !== 0) return { address: server };
+  if ('path' in server) return { address: server, host: undefined };
+  if (isIP(server.host) !== 0) return { address: server, host: server.host };
   const late = Promise.withResolvers<never>();
   const timer = setTimeout(() => {
     late.reject(new Error(`no answer in ${lookupDeadlineMs} ms`));
   }, lookupDeadlineMs);
   try {
     const { address } = await Promise.race([lookup(server.host), late.promise]);
-    return { address: { host: address, port: server.port } };
+    return { address: { host: address, port: server.port }, host: server.host };
   } catch (error) {
     const { code, message } = error as NodeJS.ErrnoException;
     return { failure: `${formatAddress(server)} (${code ?? message})` };

@@ -334,6 +334,8 @@ function anySnapshot(of: (what: string) => number): EngineSnapshot {
             connectionsOpen: of('server connectionsOpen'),
             connects: ['ok', 'refused'].map((outcome) => ({ outcome, count: of(outcome) })),
             connectLatency: latency('connectLatency'),
+            fullHandshakeLatency: latency('fullHandshakeLatency'),
+            resumedHandshakeLatency: latency('resumedHandshakeLatency'),
           },
         ],
       },

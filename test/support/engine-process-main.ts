@@ -109,6 +109,8 @@ function start(sockets: number[]): Engine {
     listeners: [
       {
         name: 'https',
+        front: 'tls',
+        routes: [],
         certificates: ['www'],
         unknownName: 'default',
         alpn: [],

@@ -102,14 +102,20 @@ impl AccessLog {
 #[derive(Default)]
 pub struct Facts {
     pub server_name: Option<String>,
+    /// What a client whose TLS is passed on would like best.
+    pub offered_alpn: Option<Vec<u8>>,
     /// Of a finished handshake.
     pub negotiated: Option<Negotiated>,
     /// From accept to Finished.
     pub handshake: Option<Duration>,
     /// The signature of the handshake, if it needed one and got it.
     pub signed: Option<SignedBy>,
+    /// Where it was routed to.
+    pub upstream: Option<Arc<str>>,
     pub connect: Option<Duration>,
     pub server: Option<ServerAddress>,
+    /// Of the handshake with the server, where TLS is spoken to it.
+    pub upstream_handshake: Option<Duration>,
     pub relayed: RelayBytes,
 }
 
@@ -146,7 +152,6 @@ pub struct Ended {
     pub at: SystemTime,
     pub client: SocketAddr,
     pub listener: String,
-    pub upstream: String,
     pub facts: Facts,
     /// From accept to close.
     pub total: Duration,
@@ -177,7 +182,8 @@ struct Line<'a> {
     alpn: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     resumed: Option<bool>,
-    upstream: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    upstream: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     server: Option<String>,
     to_upstream_bytes: u64,
@@ -192,6 +198,8 @@ struct Line<'a> {
     sign_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     connect_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    upstream_handshake_ms: Option<f64>,
     total_ms: f64,
     side: &'static str,
     phase: &'static str,
@@ -227,7 +235,7 @@ impl Ended {
                 .and_then(|it| it.alpn.as_deref())
                 .map(|alpn| String::from_utf8_lossy(alpn).into_owned()),
             resumed: negotiated.map(|it| it.resumed),
-            upstream: &self.upstream,
+            upstream: self.facts.upstream.as_deref(),
             server: self.facts.server.as_ref().map(ToString::to_string),
             to_upstream_bytes: self.facts.relayed.to_upstream.get(),
             to_client_bytes: self.facts.relayed.to_client.get(),
@@ -236,6 +244,7 @@ impl Ended {
             sign_wait_ms: signed.map(|it| ms(it.waited)),
             sign_ms: signed.map(|it| ms(it.signing)),
             connect_ms: self.facts.connect.map(ms),
+            upstream_handshake_ms: self.facts.upstream_handshake.map(ms),
             total_ms: ms(self.total),
             side: close.side,
             phase: close.phase,
@@ -292,7 +301,6 @@ mod tests {
             at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_764_163_800_123),
             client: ([192, 0, 2, 1], 4711).into(),
             listener: "https".into(),
-            upstream: "web".into(),
             facts,
             total: Duration::from_micros(1_234),
             close: Close::ClientHandshakeNotTls,
@@ -321,7 +329,7 @@ mod tests {
     fn a_line_says_what_a_connection_came_to_and_no_more() {
         let line = text(&ended(Facts { server_name: Some("a.example".into()), ..Facts::default() }));
         assert!(line.starts_with(r#"{"level":"info","time":"2025-11-26T13:30:00.123Z","pid":"#), "{line}");
-        let said = r#""client":"192.0.2.1:4711","listener":"https","serverName":"a.example","upstream":"web","toUpstreamBytes":0,"toClientBytes":0,"totalMs":1.234,"side":"client","phase":"handshake","reason":"not_tls""#;
+        let said = r#""client":"192.0.2.1:4711","listener":"https","serverName":"a.example","toUpstreamBytes":0,"toClientBytes":0,"totalMs":1.234,"side":"client","phase":"handshake","reason":"not_tls""#;
         assert!(line.contains(said), "{line}");
     }
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 use napi::bindgen_prelude::Buffer;
 use napi::{Error, Result, Status};
 use napi_derive::napi;
-use rustls::ServerConfig;
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{RootCertStore, ServerConfig};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::access_log::AccessPlan;
@@ -21,12 +21,13 @@ use crate::generation::{self, Generation, LoadFault};
 use crate::handover;
 use crate::io_thread::{IoPlan, IoThread};
 use crate::key_log::KeyLog;
-use crate::listener::{ListenerPlan, ListenerStats};
+use crate::listener::{Front, ListenerPlan, ListenerStats};
 use crate::log::{LineCounts, Log, Target};
-use crate::policy::{Policy, group_name, suite_name};
+use crate::policy::{ClientPlan, Policy, group_name, suite_name};
 use crate::process;
 use crate::proxy_header::ProxyVersion;
 use crate::sandbox;
+use crate::routing::{RoutePlan, RoutesPlan};
 use crate::signing::login_lock;
 use crate::signing::pkcs11::Module;
 use crate::signing::token::{Token, TokenPlan};
@@ -35,6 +36,7 @@ use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
 use crate::ticket_keys::{TicketRotation, TicketStanding};
 use crate::tickets::{self, EpochSecret, Ticketer};
 use crate::upstream::{Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
+use crate::upstream_tls::UpstreamTls;
 
 /// A token and how to use it. Durations are milliseconds.
 #[napi(object)]
@@ -88,6 +90,29 @@ pub struct HealthSettings {
     pub rise: u32,
 }
 
+/// TLS towards an upstream.
+#[napi(object)]
+pub struct UpstreamTlsSettings {
+    /// DNS names or IP addresses that the servers' certificates must be for, in the order of `servers`.
+    pub names: Vec<String>,
+    /// Trusted certificates, DER.
+    pub roots: Vec<Buffer>,
+    /// Whether the name is sent (SNI). An IP address never is.
+    pub send_name: bool,
+    /// Name of a certificate to show when a server asks for one.
+    pub certificate: Option<String>,
+    pub alpn: Vec<String>,
+    /// `1.2`, `1.3`; empty: both.
+    pub versions: Vec<String>,
+    /// IANA names in order of preference; empty: all.
+    pub cipher_suites: Vec<String>,
+    /// IANA names in order of preference; empty: all.
+    pub groups: Vec<String>,
+    /// Whether TLS sessions are resumed.
+    pub resume: bool,
+    pub deadline_ms: u32,
+}
+
 #[napi(object)]
 pub struct UpstreamSettings {
     pub name: String,
@@ -102,12 +127,28 @@ pub struct UpstreamSettings {
     pub health: Option<HealthSettings>,
     pub passive_failures_max: u32,
     pub passive_ejection_ms: u32,
+    /// Undefined: plaintext.
+    pub tls: Option<UpstreamTlsSettings>,
+}
+
+/// The first route that fits says where a connection goes.
+#[napi(object)]
+pub struct RouteSettings {
+    /// DNS names in lower case, wildcards as `*.example.org`; empty: any.
+    pub names: Vec<String>,
+    /// Application protocols; empty: any.
+    pub alpn: Vec<String>,
+    /// Undefined: it is refused.
+    pub upstream: Option<String>,
 }
 
 #[napi(object)]
 pub struct ListenerSettings {
     pub name: String,
-    /// Names of certificates; the first is the default.
+    /// What clients speak: TLS that ends here, plaintext, or TLS that is passed on.
+    #[napi(ts_type = "'tls' | 'plain' | 'passthrough'")]
+    pub front: String,
+    /// Names of certificates; the first is the default. Empty where no TLS ends.
     pub certificates: Vec<String>,
     #[napi(ts_type = "'default' | 'refuse'")]
     pub unknown_name: String,
@@ -119,7 +160,9 @@ pub struct ListenerSettings {
     /// IANA names in order of preference; empty: all.
     pub groups: Vec<String>,
     pub tickets: bool,
-    pub upstream: String,
+    pub routes: Vec<RouteSettings>,
+    /// Where connections go that no route fits; undefined: they are refused.
+    pub upstream: Option<String>,
     pub handshake_deadline_ms: u32,
     pub idle_deadline_ms: u32,
     pub half_closed_deadline_ms: u32,
@@ -206,6 +249,9 @@ pub struct ServerSnapshot {
     pub connections_open: i64,
     pub connects: Vec<ConnectSnapshot>,
     pub connect_latency: LatencySnapshot,
+    /// TLS handshakes with it that finished.
+    pub full_handshake_latency: LatencySnapshot,
+    pub resumed_handshake_latency: LatencySnapshot,
 }
 
 #[napi(object)]
@@ -535,6 +581,8 @@ impl Engine {
                                 })
                                 .collect(),
                             connect_latency: latency(server.connect_latency.snapshot()),
+                            full_handshake_latency: latency(server.handshake(false).snapshot()),
+                            resumed_handshake_latency: latency(server.handshake(true).snapshot()),
                         })
                         .collect(),
                 })
@@ -609,10 +657,14 @@ fn build(settings: EngineSettings, former: &Generation, shared: &Shared) -> Resu
                 .into_iter()
                 .map(|settings| listener_plan(settings, &next, &shared))
                 .collect::<Result<_>>()?,
-            upstreams: upstreams.into_iter().map(upstream_plan).collect::<Result<_>>()?,
+            upstreams: upstreams
+                .into_iter()
+                .map(|settings| upstream_plan(settings, &next, &shared))
+                .collect::<Result<_>>()?,
             access: access.map(access_plan).unwrap_or_default(),
         };
-        next.tls_configs = plan.listeners.iter().map(|(_, tls_config)| tls_config.clone()).collect();
+        next.tls_configs = plan.listeners.iter().filter_map(|(_, tls_config)| tls_config.clone()).collect();
+        next.upstream_tls = plan.upstreams.iter().filter_map(|(_, tls)| tls.clone()).collect();
         Ok(plan)
     });
     match planned {
@@ -927,35 +979,26 @@ fn listener_plan(
     settings: ListenerSettings,
     generation: &Generation,
     shared: &Shared,
-) -> Result<(ListenerPlan, Arc<ServerConfig>)> {
-    let name = settings.name;
-    let fault = |what: String| invalid(format!("listener {name}: {what}"));
-    let mut chosen = Vec::with_capacity(settings.certificates.len());
-    for wanted in &settings.certificates {
-        let found = generation.certificate(wanted).cloned();
-        chosen
-            .push(found.ok_or_else(|| fault(format!("expected one of the certificates, found {wanted:?}")))?);
-    }
-    if chosen.is_empty() {
-        return Err(fault("expected at least one certificate, found none".into()));
-    }
-    let unknown_name = match settings.unknown_name.as_str() {
-        "default" => UnknownName::Default,
-        "refuse" => UnknownName::Refuse,
-        other => return Err(fault(format!("unknownName: expected default or refuse, found {other:?}"))),
+) -> Result<(ListenerPlan, Option<Arc<ServerConfig>>)> {
+    let fault = |what: String| invalid(format!("listener {}: {what}", settings.name));
+    let front = match settings.front.as_str() {
+        "tls" => Front::Tls,
+        "plain" => Front::Plain,
+        "passthrough" => Front::Passthrough,
+        other => return Err(fault(format!("front: expected tls, plain or passthrough, found {other:?}"))),
     };
-    let tls_config =
-        Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.tickets)
-            .map_err(fault)?
-            .server_config(
-                Arc::new(Certificates::new(&chosen, unknown_name)),
-                &settings.alpn,
-                &shared.ticketer,
-                shared.key_log.clone(),
-            )
-            .map_err(|error| fault(error.to_string()))?;
+    let tls_config = match front {
+        Front::Tls => Some(server_config(&settings, generation, shared).map_err(fault)?),
+        Front::Plain | Front::Passthrough => None,
+    };
+    let routes = settings.routes.into_iter().map(|RouteSettings { names, alpn, upstream }| RoutePlan {
+        names,
+        alpn: alpn.into_iter().map(String::into_bytes).collect(),
+        upstream,
+    });
     let plan = ListenerPlan {
-        upstream: settings.upstream,
+        front,
+        routes: RoutesPlan { routes: routes.collect(), default: settings.upstream },
         handshake_deadline: ms(settings.handshake_deadline_ms),
         idle_deadline: ms(settings.idle_deadline_ms),
         half_closed_deadline: ms(settings.half_closed_deadline_ms),
@@ -963,9 +1006,38 @@ fn listener_plan(
         connections_max: settings.connections_max as usize,
         handshakes_max: settings.handshakes_max as usize,
         sockets: settings.sockets,
-        name,
+        name: settings.name,
     };
     Ok((plan, tls_config))
+}
+
+/// The error says what is wrong with the listener.
+fn server_config(
+    settings: &ListenerSettings,
+    generation: &Generation,
+    shared: &Shared,
+) -> std::result::Result<Arc<ServerConfig>, String> {
+    let mut chosen = Vec::with_capacity(settings.certificates.len());
+    for wanted in &settings.certificates {
+        let found = generation.certificate(wanted).cloned();
+        chosen.push(found.ok_or_else(|| format!("expected one of the certificates, found {wanted:?}"))?);
+    }
+    if chosen.is_empty() {
+        return Err("expected at least one certificate, found none".into());
+    }
+    let unknown_name = match settings.unknown_name.as_str() {
+        "default" => UnknownName::Default,
+        "refuse" => UnknownName::Refuse,
+        other => return Err(format!("unknownName: expected default or refuse, found {other:?}")),
+    };
+    Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.tickets)?
+        .server_config(
+            Arc::new(Certificates::new(&chosen, unknown_name)),
+            &settings.alpn,
+            &shared.ticketer,
+            shared.key_log.clone(),
+        )
+        .map_err(|error| error.to_string())
 }
 
 fn access_plan(settings: AccessSettings) -> AccessPlan {
@@ -977,9 +1049,20 @@ fn access_plan(settings: AccessSettings) -> AccessPlan {
     }
 }
 
-fn upstream_plan(settings: UpstreamSettings) -> Result<UpstreamPlan> {
+fn upstream_plan(
+    settings: UpstreamSettings,
+    generation: &Generation,
+    shared: &Shared,
+) -> Result<(UpstreamPlan, Option<Arc<UpstreamTls>>)> {
     let name = settings.name;
     let fault = |what: String| invalid(format!("upstream {name}: {what}"));
+    let tls = match settings.tls {
+        None => None,
+        Some(tls) if tls.names.len() == settings.servers.len() => {
+            Some(upstream_tls(tls, generation, shared).map_err(fault)?)
+        }
+        Some(_) => return Err(fault("tls.names: expected one for each server".into())),
+    };
     let servers = settings
         .servers
         .iter()
@@ -1003,7 +1086,7 @@ fn upstream_plan(settings: UpstreamSettings) -> Result<UpstreamPlan> {
         Some("v2") => Some(ProxyVersion::V2),
         Some(other) => return Err(fault(format!("proxyProtocol: expected v1 or v2, found {other:?}"))),
     };
-    Ok(UpstreamPlan {
+    let plan = UpstreamPlan {
         servers,
         balance,
         connect_deadline: ms(settings.connect_deadline_ms),
@@ -1020,7 +1103,47 @@ fn upstream_plan(settings: UpstreamSettings) -> Result<UpstreamPlan> {
             ejection: ms(settings.passive_ejection_ms),
         },
         name,
-    })
+    };
+    Ok((plan, tls))
+}
+
+/// The error says what is wrong with the upstream.
+fn upstream_tls(
+    settings: UpstreamTlsSettings,
+    generation: &Generation,
+    shared: &Shared,
+) -> std::result::Result<Arc<UpstreamTls>, String> {
+    let names = settings.names.iter().map(|name| {
+        ServerName::try_from(name.clone())
+            .map_err(|_| format!("tls.names: expected a DNS name or an IP address, found {name:?}"))
+    });
+    let certificate =
+        match &settings.certificate {
+            None => None,
+            Some(name) => Some(generation.certificate(name).cloned().ok_or_else(|| {
+                format!("tls.certificate: expected one of the certificates, found {name:?}")
+            })?),
+        };
+    let mut roots = RootCertStore::empty();
+    let (usable, _) =
+        roots.add_parsable_certificates(settings.roots.iter().map(|der| CertificateDer::from(der.to_vec())));
+    if usable == 0 {
+        return Err(format!(
+            "tls.roots: expected a usable certificate, found none among {}",
+            settings.roots.len()
+        ));
+    }
+    let policy =
+        Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.resume)?;
+    let config = policy.client_config(ClientPlan {
+        roots: Arc::new(roots),
+        certificate: certificate.as_deref(),
+        alpn: &settings.alpn,
+        send_name: settings.send_name,
+        key_log: shared.key_log.clone(),
+    })?;
+    let names = names.collect::<std::result::Result<_, _>>()?;
+    Ok(Arc::new(UpstreamTls { config, names, deadline: ms(settings.deadline_ms) }))
 }
 
 fn rotate(ticketer: &Ticketer, secrets: Vec<Buffer>) -> Result<()> {

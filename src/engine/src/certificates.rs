@@ -1,6 +1,7 @@
 //! Owns the choice of a certificate for a ClientHello: by name (exact, then wildcard), then by what the client can verify.
 //! Also owns the bridge from rustls' signing call to the suspended step. Knows nothing of lanes. I/O thread only.
 
+use rustls::client::ResolvesClientCert;
 use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, Signer, SigningKey};
@@ -32,6 +33,27 @@ impl Certificate {
     ) -> Self {
         let signing_key = Arc::new(TokenSigningKey { key, sign_deadline });
         Self { names, certified: Arc::new(CertifiedKey::new(chain, signing_key)) }
+    }
+}
+
+/// Shown to an upstream that asks who we are.
+#[derive(Debug)]
+pub struct OwnCertificate(Arc<CertifiedKey>);
+
+impl Certificate {
+    pub fn for_upstreams(&self) -> OwnCertificate {
+        OwnCertificate(self.certified.clone())
+    }
+}
+
+impl ResolvesClientCert for OwnCertificate {
+    /// Also when the server names other issuers: it may trust ours nevertheless, and says no if not.
+    fn resolve(&self, _issuers: &[&[u8]], schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        self.0.key.choose_scheme(schemes).is_some().then(|| self.0.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
     }
 }
 

@@ -1,7 +1,7 @@
 //! Owns the reasons why a connection ends: one closed list, three words each (side / phase / reason), the same in metric,
 //! log, panel and README. Knows nothing of how a connection is run.
 
-use rustls::{AlertDescription, Error, InvalidMessage, PeerIncompatible};
+use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, PeerIncompatible};
 
 use crate::signing::SignError;
 use crate::stats::Counter;
@@ -47,6 +47,8 @@ close_reasons! {
     ClientHandshakeNoSharedAlpn = "client" / "handshake" / "no_shared_alpn": "No application protocol in common with `alpn`.";
     ClientHandshakeUnknownName = "client" / "handshake" / "unknown_name": "No certificate for the name the client asked for, and `unknownName: refuse`.";
 
+    ClientHandshakeNoRoute = "client" / "handshake" / "no_route": "No route of the listener fits the name and protocol that the client asked for, and it has no default `upstream`.";
+
     TokenSigningQueueFull = "token" / "signing" / "queue_full": "The token's queue was full (`queue.max`): it signs slower than handshakes come.";
     TokenSigningQueueAged = "token" / "signing" / "queue_aged": "The request waited longer than `queue.age` for a lane.";
     TokenSigningDeadline = "token" / "signing" / "deadline": "The token did not sign within `signDeadline`: slow, hung or unreachable.";
@@ -61,6 +63,20 @@ close_reasons! {
     UpstreamConnectUnreachable = "upstream" / "connect" / "unreachable": "No route to the server, or no such socket path.";
     UpstreamConnectNoServer = "upstream" / "connect" / "no_server": "The upstream has no server that may be tried.";
     UpstreamConnectFailed = "upstream" / "connect" / "failed": "Connecting failed in another way.";
+
+    UpstreamHandshakeClosed = "upstream" / "handshake" / "closed": "The server closed before the handshake was done.";
+    UpstreamHandshakeReset = "upstream" / "handshake" / "reset": "The server reset the connection during the handshake.";
+    UpstreamHandshakeDeadline = "upstream" / "handshake" / "deadline": "The server did not finish the handshake within `tls.deadline`.";
+    UpstreamHandshakeNotTls = "upstream" / "handshake" / "not_tls": "The server's first bytes were not TLS.";
+    UpstreamHandshakeProtocolError = "upstream" / "handshake" / "protocol_error": "The server broke a rule of TLS.";
+    UpstreamHandshakeAlert = "upstream" / "handshake" / "alert": "The server refused with an alert: it wants another certificate of ours, or none of what we offered.";
+    UpstreamHandshakeNoSharedParameters = "upstream" / "handshake" / "no_shared_parameters": "No version, cipher suite, group, signature scheme or application protocol in common with the server.";
+    UpstreamHandshakeUnknownIssuer = "upstream" / "handshake" / "unknown_issuer": "No trusted root issued the server's certificate, or an intermediate certificate is missing.";
+    UpstreamHandshakeExpired = "upstream" / "handshake" / "expired": "The server's certificate, or one of its issuers, has expired.";
+    UpstreamHandshakeNotYetValid = "upstream" / "handshake" / "not_yet_valid": "The server's certificate is not valid yet: is a clock wrong?";
+    UpstreamHandshakeWrongName = "upstream" / "handshake" / "wrong_name": "The server's certificate is for another name.";
+    UpstreamHandshakeRevoked = "upstream" / "handshake" / "revoked": "The server's certificate has been revoked.";
+    UpstreamHandshakeBadCertificate = "upstream" / "handshake" / "bad_certificate": "The server's certificate cannot be used: bad encoding, a bad signature, a weak key, or not for servers.";
 
     ClientRelayClosed = "client" / "relay" / "closed": "The client closed first. Normal.";
     ClientRelayTruncated = "client" / "relay" / "truncated": "The client closed without close_notify: bytes may be missing (many HTTP clients do so).";
@@ -121,6 +137,33 @@ impl Close {
             Error::InvalidMessage(InvalidMessage::InvalidContentType) => Self::ClientHandshakeNotTls,
             Error::InvalidMessage(_) | Error::PeerSentOversizedRecord => Self::ClientHandshakeMalformed,
             _ => Self::ClientHandshakeProtocolError,
+        }
+    }
+
+    /// The reason for a handshake with an upstream that rustls ended.
+    pub fn from_upstream_tls_error(error: &Error) -> Self {
+        match error {
+            Error::AlertReceived(AlertDescription::CloseNotify) => Self::UpstreamHandshakeClosed,
+            Error::AlertReceived(_) => Self::UpstreamHandshakeAlert,
+            Error::PeerIncompatible(_) | Error::NoApplicationProtocol => {
+                Self::UpstreamHandshakeNoSharedParameters
+            }
+            Error::InvalidMessage(InvalidMessage::InvalidContentType) => Self::UpstreamHandshakeNotTls,
+            Error::InvalidCertificate(found) => match found {
+                CertificateError::UnknownIssuer => Self::UpstreamHandshakeUnknownIssuer,
+                CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                    Self::UpstreamHandshakeExpired
+                }
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                    Self::UpstreamHandshakeNotYetValid
+                }
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                    Self::UpstreamHandshakeWrongName
+                }
+                CertificateError::Revoked => Self::UpstreamHandshakeRevoked,
+                _ => Self::UpstreamHandshakeBadCertificate,
+            },
+            _ => Self::UpstreamHandshakeProtocolError,
         }
     }
 

@@ -2,7 +2,9 @@
 //! I/O thread only.
 //!
 //! ```text
-//! accept ─> handshake (handshake.rs; signature on a lane) ─> connect (upstream/; PROXY header first) ─> relay (relay.rs) ─> close
+//! accept ─> front: handshake (handshake.rs; signature on a lane), or a ClientHello that is passed on, or nothing
+//!        ─> back:  route (routing.rs) ─> connect (upstream/; PROXY header first) ─> handshake (upstream_tls.rs), if TLS is spoken
+//!        ─> relay (relay.rs) ─> close
 //! ```
 //!
 //! Whatever happens, a connection ends in one place with one reason: `Life::drop`.
@@ -10,96 +12,167 @@
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use aws_lc_rs::rand;
-use rustls::ServerConfig;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::access_log::{Facts, Negotiated};
+use crate::client_hello::{HelloRead, read_hello, refuse_name};
 use crate::close::Close;
 use crate::handshake::{Established, Leftover, handshake};
-use crate::listener::Listener;
+use crate::listener::{Front, Listener, Offer};
 use crate::policy::openssl_name;
 use crate::proxy_header::{self, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
 use crate::relay::{End, Meter, RelayDeadlines, Said, relay};
+use crate::routing::{Router, Target};
+use crate::step::write_all;
 use crate::stream::Stream;
 use crate::tls::Tls;
-use crate::upstream::{ConnectError, Connected};
+use crate::upstream::{ConnectError, Connected, Lease, Upstream};
+use crate::upstream_tls::shake_hands;
 
 const UNIQUE_ID_BYTES: usize = 16;
 
 /// Runs one accepted connection to its end.
-pub async fn serve(mut life: Life, tls_config: Arc<ServerConfig>, client: Stream) {
-    let close = run(&mut life, tls_config, &client).await;
+pub async fn serve(mut life: Life, offer: Offer, client: Stream) {
+    let close = run(&mut life, offer, &client).await;
     life.end(close);
 }
 
-async fn run(life: &mut Life, tls_config: Arc<ServerConfig>, client: &Stream) -> Close {
+async fn run(life: &mut Life, offer: Offer, client: &Stream) -> Close {
     let listener = life.listener.clone();
-    let accepted_at = life.accepted_at;
-    let deadline = accepted_at + listener.plan.handshake_deadline;
-    // Boxed so that a relaying connection does not keep the room of its handshake.
-    let handshake = Box::pin(handshake(client, tls_config, deadline, &listener.scratch, &mut life.facts));
-    let Established { tls, leftover } = match handshake.await {
-        Ok(established) => established,
+    // Boxed so that a relaying connection does not keep the room of its handshakes.
+    let (client_tls, said) = match Box::pin(front(life, &offer, client)).await {
+        Ok(front) => front,
         Err(close) => return close,
     };
-    life.handshake_done(&tls);
-
-    let mut said = match opening(life, client, &tls, leftover) {
-        Ok(said) => said,
-        Err(error) => return close_for(&error.into()),
+    let opened = match Box::pin(back(life, offer, client, client_tls.as_ref(), said)).await {
+        Ok(opened) => opened,
+        Err(close) => return close,
     };
-    let connecting_at = Instant::now();
-    let connected = match Box::pin(listener.upstream.connect(&said.bytes)).await {
-        Ok(connected) => connected,
-        Err(error) => return close_for(&error),
-    };
-    said.taken = connected.taken;
-    life.connected(&connected, connecting_at);
-
     let deadlines = RelayDeadlines {
         idle: listener.plan.idle_deadline,
         half_closed: listener.plan.half_closed_deadline,
-        lifetime_until: listener.plan.lifetime_deadline.map(|lifetime| accepted_at + lifetime),
+        lifetime_until: listener.plan.lifetime_deadline.map(|lifetime| life.accepted_at + lifetime),
     };
     let meter = Meter { all: &listener.stats.relay_bytes, own: &life.facts.relayed };
-    let client = End { stream: client, tls: Some(tls) };
-    let upstream = End { stream: &connected.stream, tls: None };
-    relay(client, said, upstream, Said::default(), deadlines, &listener.scratch, meter).await
+    let Opened { stream, tls, by_client, by_upstream, lease: _lease } = opened;
+    let client = End { stream: client, tls: client_tls };
+    let upstream = End { stream: &stream, tls };
+    relay(client, by_client, upstream, by_upstream, deadlines, &listener.scratch, meter).await
 }
 
-/// What the server hears first: who the client is, and what the client has said already.
-fn opening(life: &Life, client: &Stream, tls: &Tls, leftover: Leftover) -> io::Result<Said> {
-    let Leftover { plaintext, client_closed } = leftover;
-    let Some(version) = life.listener.upstream.plan().proxy_protocol else {
-        return Ok(Said { bytes: plaintext, ended: client_closed, ..Said::default() });
+/// The client's side, until it is known what it wants: its TLS, if that ends here, and what it has said beyond.
+async fn front(life: &mut Life, offer: &Offer, client: &Stream) -> Result<(Option<Tls>, Leftover), Close> {
+    let Listener { plan, scratch, .. } = &*life.listener.clone();
+    let deadline = life.accepted_at + plan.handshake_deadline;
+    match (plan.front, &offer.tls_config) {
+        (Front::Tls, Some(tls_config)) => {
+            let handshake = handshake(client, tls_config.clone(), deadline, scratch, &mut life.facts);
+            let Established { tls, leftover } = handshake.await?;
+            life.handshake_done(&tls);
+            Ok((Some(tls), leftover))
+        }
+        (Front::Passthrough, _) => {
+            let HelloRead { server_name, alpn, bytes } = read_hello(client, deadline, scratch).await?;
+            life.facts.server_name = server_name;
+            life.facts.offered_alpn = alpn.into_iter().next();
+            life.handshaking_done();
+            Ok((None, Leftover { plaintext: bytes, ended: false }))
+        }
+        (Front::Plain, _) | (Front::Tls, None) => {
+            life.handshaking_done();
+            Ok((None, Leftover { plaintext: Vec::new(), ended: false }))
+        }
+    }
+}
+
+/// A server that is ready for the relay, and what both sides have said already.
+struct Opened {
+    stream: Stream,
+    tls: Option<Tls>,
+    by_client: Said,
+    by_upstream: Said,
+    lease: Lease,
+}
+
+/// The upstream's side: choose, connect, introduce the client, and shake hands where TLS is spoken.
+async fn back(
+    life: &mut Life,
+    offer: Offer,
+    client: &Stream,
+    client_tls: Option<&Tls>,
+    leftover: Leftover,
+) -> Result<Opened, Close> {
+    let Some(target) = life.route(&offer.router, client_tls) else {
+        if life.listener.plan.front == Front::Passthrough {
+            refuse_name(client);
+        }
+        return Err(Close::ClientHandshakeNoRoute);
     };
-    let mut bytes = Vec::new();
-    write_proxy_header(version, client, life.source, tls, life.facts.server_name.as_deref(), &mut bytes)?;
-    let header_bytes = bytes.len();
-    bytes.extend_from_slice(&plaintext);
-    Ok(Said { bytes, header_bytes, taken: 0, ended: client_closed })
+    let Target { upstream, tls: upstream_tls } = target;
+    // From here on a former configuration is kept by what still needs it.
+    drop(offer);
+    let mut header =
+        proxy_header(life, &upstream, client, client_tls).map_err(|error| close_for(&error.into()))?;
+    let Leftover { plaintext, ended } = leftover;
+    let header_bytes = header.len();
+    // Plaintext goes to a server in one piece with the header, as soon as it is connected.
+    if upstream_tls.is_none() {
+        header.extend_from_slice(&plaintext);
+    }
+    let connecting_at = Instant::now();
+    let connected = upstream.connect(&header).await.map_err(|error| close_for(&error))?;
+    life.connected(&upstream, &connected, connecting_at);
+    let Connected { stream, taken, server, lease } = connected;
+    let Some(upstream_tls) = upstream_tls else {
+        let by_client = Said { bytes: header, header_bytes, taken, ended };
+        return Ok(Opened { stream, tls: None, by_client, by_upstream: Said::default(), lease });
+    };
+    let shaking_at = Instant::now();
+    let deadline = shaking_at + upstream_tls.deadline;
+    timeout_at(deadline, write_all(&stream, &header[taken..]))
+        .await
+        .map_err(|_| Close::UpstreamHandshakeDeadline)?
+        .map_err(|_| Close::UpstreamHandshakeReset)?;
+    let Established { tls, leftover } =
+        shake_hands(&stream, &upstream_tls, server, deadline, &life.listener.scratch).await?;
+    life.upstream_ready(&upstream, server, &tls, shaking_at);
+    let by_client = Said { bytes: plaintext, ended, ..Said::default() };
+    let by_upstream = Said { bytes: leftover.plaintext, ended: leftover.ended, ..Said::default() };
+    Ok(Opened { stream, tls: Some(tls), by_client, by_upstream, lease })
+}
+
+/// What the server hears first: who the client is. Empty where it does not want to know.
+fn proxy_header(
+    life: &Life,
+    upstream: &Upstream,
+    client: &Stream,
+    client_tls: Option<&Tls>,
+) -> io::Result<Vec<u8>> {
+    let mut header = Vec::new();
+    if let Some(version) = upstream.plan().proxy_protocol {
+        write_proxy_header(version, life, client, client_tls, &mut header)?;
+    }
+    Ok(header)
 }
 
 fn write_proxy_header(
     version: ProxyVersion,
+    life: &Life,
     client: &Stream,
-    source: SocketAddr,
-    tls: &Tls,
-    server_name: Option<&str>,
+    client_tls: Option<&Tls>,
     out: &mut Vec<u8>,
 ) -> io::Result<()> {
     let mut unique_id = [0; UNIQUE_ID_BYTES];
     let unique_id = rand::fill(&mut unique_id).ok().map(|()| &unique_id[..]);
-    let cipher = tls.cipher_suite().map(|suite| openssl_name(&suite));
+    let cipher = client_tls.and_then(Tls::cipher_suite).map(|suite| openssl_name(&suite));
     let destination = client.local_addr()?;
     let info = ProxyInfo {
-        endpoints: destination.map(|destination| Endpoints { source, destination }),
-        alpn: tls.alpn(),
-        authority: server_name,
-        ssl: Some(SslInfo {
+        endpoints: destination.map(|destination| Endpoints { source: life.source, destination }),
+        alpn: client_tls.and_then(Tls::alpn),
+        authority: life.facts.server_name.as_deref(),
+        ssl: client_tls.map(|tls| SslInfo {
             version: tls.protocol_name(),
             cipher: cipher.as_deref(),
             signature_algorithm: None,
@@ -140,20 +213,40 @@ impl Life {
         Self { listener, source, accepted_at, handshaking: true, facts: Facts::default(), close: None }
     }
 
-    fn handshake_done(&mut self, tls: &Tls) {
+    /// Nothing more is expected of the client before it is served.
+    fn handshaking_done(&mut self) {
         self.handshaking = false;
+        self.listener.stats.handshakes_in_flight.add(-1);
+    }
+
+    fn handshake_done(&mut self, tls: &Tls) {
+        self.handshaking_done();
         let took = self.accepted_at.elapsed();
         let Listener { stats, negotiated, .. } = &*self.listener;
-        stats.handshakes_in_flight.add(-1);
         stats.handshake(tls.is_tls13(), tls.is_resumed()).observe(took);
         negotiated.count(tls.cipher_suite(), tls.group());
         self.facts.negotiated = Some(Negotiated::by(tls));
         self.facts.handshake = Some(took);
     }
 
-    fn connected(&mut self, connected: &Connected, since: Instant) {
+    fn route(&mut self, router: &Router, client_tls: Option<&Tls>) -> Option<Target> {
+        let alpn = client_tls.map_or(self.facts.offered_alpn.as_deref(), Tls::alpn);
+        let target = router.route(self.facts.server_name.as_deref(), alpn)?.clone();
+        self.facts.upstream = Some(target.upstream.plan().name.as_str().into());
+        Some(target)
+    }
+
+    fn connected(&mut self, upstream: &Upstream, connected: &Connected, since: Instant) {
         self.facts.connect = Some(since.elapsed());
-        self.facts.server = self.listener.upstream.plan().servers.get(connected.server).cloned();
+        self.facts.server = upstream.plan().servers.get(connected.server).cloned();
+    }
+
+    fn upstream_ready(&mut self, upstream: &Upstream, server: usize, tls: &Tls, since: Instant) {
+        let took = since.elapsed();
+        if let Some(stats) = upstream.stats().servers.get(server) {
+            stats.handshake(tls.is_resumed()).observe(took);
+        }
+        self.facts.upstream_handshake = Some(took);
     }
 
     fn end(&mut self, close: Close) {

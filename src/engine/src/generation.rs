@@ -16,6 +16,7 @@ use crate::signing::token::{Token, TokenPlan};
 use crate::signing::token_error::TokenError;
 use crate::signing::token_key::KeyPlan;
 use crate::ticket_keys::{self, EpochSecrets, TicketKey, TicketKeyFault};
+use crate::upstream_tls::UpstreamTls;
 
 /// One configuration.
 #[derive(Default)]
@@ -26,6 +27,8 @@ pub struct Generation {
     pub ticket_key: Option<(Arc<TicketKey>, EpochSecrets)>,
     /// Handshakes hold them for as long as they last.
     pub tls_configs: Vec<Arc<ServerConfig>>,
+    /// The same, for handshakes with upstreams.
+    pub upstream_tls: Vec<Arc<UpstreamTls>>,
 }
 
 struct StartedToken {
@@ -146,6 +149,7 @@ impl Generation {
     /// Whether a handshake may still want a signature by its keys.
     pub fn is_in_use(&self) -> bool {
         self.tls_configs.iter().any(|tls_config| Arc::strong_count(tls_config) > 1)
+            || self.upstream_tls.iter().any(|tls| Arc::strong_count(tls) > 1)
     }
 
     /// Stops the tokens that none of `others` has too.

@@ -38,11 +38,11 @@ pub struct Established {
     pub leftover: Leftover,
 }
 
-/// What the client's last packet of the handshake carried beyond it.
+/// What the peer's last packet of the handshake carried beyond it.
 pub struct Leftover {
     pub plaintext: Vec<u8>,
-    /// close_notify followed: nothing more comes from the client.
-    pub client_closed: bool,
+    /// close_notify followed: nothing more comes from the peer.
+    pub ended: bool,
 }
 
 /// Takes `client` through the handshake. What is learnt of it on the way is left in `facts`.
@@ -113,8 +113,7 @@ pub async fn handshake(
             TlsPhase::PeerClosed if step.tls.is_handshaking() => return Err(Close::ClientHandshakeClosed),
             // A short request can come whole with Finished: data, and the end of the client's half behind it.
             TlsPhase::Established | TlsPhase::PeerClosed => {
-                let leftover =
-                    Leftover { plaintext: step.plaintext, client_closed: phase == TlsPhase::PeerClosed };
+                let leftover = Leftover { plaintext: step.plaintext, ended: phase == TlsPhase::PeerClosed };
                 return Ok(Established { tls: step.tls, leftover });
             }
         }

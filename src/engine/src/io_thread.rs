@@ -26,7 +26,9 @@ use crate::log::Log;
 use crate::policy::NegotiatedCounters;
 use crate::process::ThreadClock;
 use crate::relay::Scratch;
+use crate::routing::{Router, Target};
 use crate::upstream::{Upstream, UpstreamPlan, UpstreamStats};
+use crate::upstream_tls::UpstreamTls;
 
 /// How often a joining thread is looked at: `JoinHandle` has no join with a deadline.
 const JOIN_POLL: Duration = Duration::from_millis(1);
@@ -35,8 +37,10 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What a configuration is to this thread.
 pub struct IoPlan {
-    pub listeners: Vec<(ListenerPlan, Arc<ServerConfig>)>,
-    pub upstreams: Vec<UpstreamPlan>,
+    /// With TLS where it ends here.
+    pub listeners: Vec<(ListenerPlan, Option<Arc<ServerConfig>>)>,
+    /// With TLS where it is spoken to them.
+    pub upstreams: Vec<(UpstreamPlan, Option<Arc<UpstreamTls>>)>,
     pub access: AccessPlan,
 }
 
@@ -205,6 +209,7 @@ struct Io {
 
 struct CheckedUpstream {
     upstream: Rc<Upstream>,
+    tls: Option<Arc<UpstreamTls>>,
     checks: AbortHandle,
 }
 
@@ -288,9 +293,11 @@ impl Io {
         }
         let mut sockets = Vec::new();
         for (listener, _) in &plan.listeners {
-            let ListenerPlan { name, upstream, .. } = listener;
-            if !plan.upstreams.iter().any(|plan| plan.name == *upstream) {
-                return Err(io::Error::other(format!("listener {name}: no upstream {upstream}")));
+            let ListenerPlan { name, routes, .. } = listener;
+            let missing =
+                routes.upstreams().find(|name| !plan.upstreams.iter().any(|(plan, _)| plan.name == **name));
+            if let Some(missing) = missing {
+                return Err(io::Error::other(format!("listener {name}: no upstream {missing}")));
             }
             for fd in &listener.sockets {
                 if !self.accepts_for(name, *fd) {
@@ -329,9 +336,9 @@ impl Io {
         }
     }
 
-    fn replace_upstreams(&mut self, plans: Vec<UpstreamPlan>) {
+    fn replace_upstreams(&mut self, plans: Vec<(UpstreamPlan, Option<Arc<UpstreamTls>>)>) {
         let mut former = std::mem::take(&mut self.upstreams);
-        for plan in plans {
+        for (plan, tls) in plans {
             let known = former.iter().position(|checked| checked.upstream.plan().name == plan.name);
             let known = known.map(|index| former.swap_remove(index));
             let upstream = match &known {
@@ -339,11 +346,11 @@ impl Io {
                 None => Upstream::new(plan),
             };
             let checked = match known {
-                Some(known) if Rc::ptr_eq(&known.upstream, &upstream) => known,
+                Some(known) if Rc::ptr_eq(&known.upstream, &upstream) => CheckedUpstream { tls, ..known },
                 known => {
                     former.extend(known);
                     let checks = spawn_local(upstream.clone().check_health()).abort_handle();
-                    CheckedUpstream { upstream, checks }
+                    CheckedUpstream { upstream, tls, checks }
                 }
             };
             self.upstreams.push(checked);
@@ -353,7 +360,7 @@ impl Io {
         }
     }
 
-    fn replace_listeners(&mut self, plans: Vec<(ListenerPlan, Arc<ServerConfig>)>) {
+    fn replace_listeners(&mut self, plans: Vec<(ListenerPlan, Option<Arc<ServerConfig>>)>) {
         self.departed.retain(|_, stats| stats.connections_open.get() > 0);
         let mut former = std::mem::take(&mut self.listeners);
         for (plan, tls_config) in plans {
@@ -364,21 +371,19 @@ impl Io {
                 None => self.departed.remove(&name).unwrap_or_default(),
             };
             // `prepare` has refused a plan that lacks one.
-            let Some(checked) = self.upstreams.iter().find(|it| it.upstream.plan().name == plan.upstream)
-            else {
-                continue;
-            };
-            let upstream = checked.upstream.clone();
+            let router = Rc::new(Router::new(&plan.routes, |name| {
+                let checked = self.upstreams.iter().find(|it| it.upstream.plan().name == name)?;
+                Some(Target { upstream: checked.upstream.clone(), tls: checked.tls.clone() })
+            }));
             let listener = Rc::new(Listener {
                 plan,
-                upstream,
                 scratch: self.scratch.clone(),
                 stats,
                 closes: self.closes.clone(),
                 negotiated: self.negotiated.clone(),
                 access_log: self.access_log.clone(),
             });
-            let offer = Offer { listener, tls_config };
+            let offer = Offer { listener, tls_config, router };
             let current = match known {
                 Some(current) => {
                     current.replace(offer);
@@ -429,8 +434,10 @@ impl Drop for MarkEnded {
 mod tests {
     use super::*;
     use crate::close::CLOSE_REASONS;
-    use crate::log::Target;
+    use crate::listener::Front;
+    use crate::log;
     use crate::process::open_listener;
+    use crate::routing::RoutesPlan;
     use crate::tls::tests::configured;
     use crate::upstream::{Balance, PassivePlan, ServerAddress};
     use rustls::ClientConnection;
@@ -446,14 +453,15 @@ mod tests {
     }
 
     fn unread() -> Log {
-        Log::open(Target::File { path: "/dev/null".into(), mode: 0o640 }).expect("a log")
+        Log::open(log::Target::File { path: "/dev/null".into(), mode: 0o640 }).expect("a log")
     }
 
     /// One listener without sockets, and a client that trusts its certificate.
     fn plan(name: &str, connections_max: usize, servers: Vec<ServerAddress>) -> (IoPlan, ClientConnection) {
         let listener = ListenerPlan {
             name: name.into(),
-            upstream: "web".into(),
+            front: Front::Tls,
+            routes: RoutesPlan { routes: Vec::new(), default: Some("web".into()) },
             handshake_deadline: SHORT,
             idle_deadline: SHORT,
             half_closed_deadline: SHORT,
@@ -474,7 +482,8 @@ mod tests {
         };
         let (tls_config, client) = configured("1.3", "X25519");
         let access = AccessPlan::default();
-        (IoPlan { listeners: vec![(listener, tls_config)], upstreams: vec![upstream], access }, client)
+        let listeners = vec![(listener, Some(tls_config))];
+        (IoPlan { listeners, upstreams: vec![(upstream, None)], access }, client)
     }
 
     fn stats_of(io: &IoThread, listener: &str) -> Option<Arc<ListenerStats>> {
@@ -609,7 +618,7 @@ mod tests {
         let servers = vec![ServerAddress::Tcp(server.local_addr().expect("bound"))];
         let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
         let (first, mut client) = plan("https", 10, servers.clone());
-        let former = Arc::downgrade(&first.listeners[0].1);
+        let former = Arc::downgrade(first.listeners[0].1.as_ref().expect("TLS"));
         let mut io = IoThread::start(first, unread()).expect("a thread");
         io.accept("https".into(), fd);
         let mut wire = TcpStream::connect(address).expect("queued");

@@ -5,6 +5,7 @@ mod access_log;
 mod allocator;
 pub mod binding;
 mod certificates;
+mod client_hello;
 mod close;
 mod connection;
 mod fiber;
@@ -20,6 +21,7 @@ mod process;
 pub mod proxy_header;
 mod relay;
 mod sandbox;
+mod routing;
 pub mod signing;
 pub mod stats;
 mod step;
@@ -28,6 +30,7 @@ mod ticket_keys;
 pub mod tickets;
 mod tls;
 pub mod upstream;
+mod upstream_tls;
 
 /// For the engine's own memory; Node, aws-lc and the PKCS#11 modules keep the process' allocator. Not under the fuzzer, whose
 /// sanitizer must see every allocation.

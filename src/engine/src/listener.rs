@@ -20,9 +20,9 @@ use crate::close::{Close, CloseCounters};
 use crate::connection::{Life, serve};
 use crate::policy::NegotiatedCounters;
 use crate::relay::{RelayBytes, Scratch};
+use crate::routing::{Router, RoutesPlan};
 use crate::stats::{Counter, Gauge, Histogram};
 use crate::stream::Stream;
-use crate::upstream::Upstream;
 
 /// How long accepting rests when the process or the host is out of file descriptors or memory.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
@@ -33,7 +33,8 @@ const BACKLOG_MAX: usize = 65_536;
 /// A listener's settings, checked.
 pub struct ListenerPlan {
     pub name: String,
-    pub upstream: String,
+    pub front: Front,
+    pub routes: RoutesPlan,
     pub handshake_deadline: Duration,
     pub idle_deadline: Duration,
     pub half_closed_deadline: Duration,
@@ -46,10 +47,19 @@ pub struct ListenerPlan {
     pub sockets: Vec<RawFd>,
 }
 
+/// What clients speak.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Front {
+    /// TLS, which ends here.
+    Tls,
+    Plain,
+    /// TLS, which is passed on as it is.
+    Passthrough,
+}
+
 /// What a connection keeps from accept to close, also when a reload has replaced it.
 pub struct Listener {
     pub plan: ListenerPlan,
-    pub upstream: Rc<Upstream>,
     pub scratch: Rc<Scratch>,
     pub stats: Arc<ListenerStats>,
     pub closes: Arc<CloseCounters>,
@@ -57,12 +67,14 @@ pub struct Listener {
     pub access_log: Rc<AccessLog>,
 }
 
-/// What a listener offers to those who come now. The TLS configuration, with its certificates, is given to a handshake
-/// and to nothing that lives longer: connections stay for days, and must not keep a former configuration in memory.
+/// What a listener offers to those who come now. TLS configurations, with their certificates, are given to handshakes and to
+/// nothing that lives longer: connections stay for days, and must not keep a former configuration in memory.
 #[derive(Clone)]
 pub struct Offer {
     pub listener: Rc<Listener>,
-    pub tls_config: Arc<ServerConfig>,
+    /// Where TLS ends here.
+    pub tls_config: Option<Arc<ServerConfig>>,
+    pub router: Rc<Router>,
 }
 
 /// A reload puts another offer in its place; who accepts looks for each connection.
@@ -145,12 +157,13 @@ async fn accept(offer: CurrentOffer, socket: TcpListener) {
 }
 
 fn welcome(offer: &CurrentOffer, client: TcpStream, source: SocketAddr) {
-    let Offer { listener, tls_config } = offer.borrow().clone();
+    let offer = offer.borrow().clone();
+    let listener = offer.listener.clone();
     listener.stats.accepted.add(1);
     match listener.over_limit() {
         // Counted now and not when the task first runs, so that a burst meets the limits.
         None => {
-            drop(spawn_local(serve(Life::begin(listener, source), tls_config, Stream::Tcp(client))));
+            drop(spawn_local(serve(Life::begin(listener, source), offer, Stream::Tcp(client))));
         }
         Some(close) => {
             // A reset costs neither side a wait, and no TIME_WAIT here.
@@ -176,7 +189,6 @@ impl Listener {
             at: SystemTime::now(),
             client,
             listener: self.plan.name.clone(),
-            upstream: self.plan.upstream.clone(),
             facts,
             total,
             close,

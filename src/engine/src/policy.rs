@@ -1,12 +1,14 @@
 //! Owns what a listener negotiates: versions, cipher suites, groups, application protocols, tickets. Turns names from the
 //! configuration into a rustls configuration, or says which name is unknown. Runs on the JavaScript thread, at start.
 
+use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup, aws_lc_rs};
 use rustls::server::{NoServerSessionStorage, ResolvesServerCert};
 use rustls::version::{TLS12, TLS13};
-use rustls::{ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
+use rustls::{ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 use std::sync::Arc;
 
+use crate::certificates::Certificate;
 use crate::key_log::KeyLog;
 use crate::stats::Counter;
 use crate::tickets::Ticketer;
@@ -80,6 +82,54 @@ impl Policy {
             config.send_tls13_tickets = TICKETS_PER_HANDSHAKE;
         } else {
             config.send_tls13_tickets = 0;
+        }
+        Ok(Arc::new(config))
+    }
+}
+
+/// What an upstream is offered, beside the policy.
+pub struct ClientPlan<'a> {
+    pub roots: Arc<RootCertStore>,
+    pub certificate: Option<&'a Certificate>,
+    pub alpn: &'a [String],
+    pub send_name: bool,
+    pub key_log: Option<Arc<KeyLog>>,
+}
+
+/// TLS sessions kept of an upstream, by server name.
+const SESSIONS_MAX: usize = 256;
+
+impl Policy {
+    /// As a client of an upstream.
+    ///
+    /// # Errors
+    /// The versions, suites and groups do not fit together.
+    pub fn client_config(&self, plan: ClientPlan<'_>) -> Result<Arc<ClientConfig>, String> {
+        let provider = Arc::new(CryptoProvider {
+            cipher_suites: self.cipher_suites.clone(),
+            kx_groups: self.groups.clone(),
+            ..aws_lc_rs::default_provider()
+        });
+        let verifier = WebPkiServerVerifier::builder_with_provider(plan.roots, provider.clone())
+            .build()
+            .map_err(|error| error.to_string())?;
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&self.versions)
+            .map_err(|error| error.to_string())?
+            .with_webpki_verifier(verifier);
+        let mut config = match plan.certificate {
+            None => builder.with_no_client_auth(),
+            Some(own) => builder.with_client_cert_resolver(Arc::new(own.for_upstreams())),
+        };
+        config.alpn_protocols = plan.alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+        config.enable_sni = plan.send_name;
+        config.enable_early_data = false;
+        config.resumption = match self.tickets {
+            true => Resumption::in_memory_sessions(SESSIONS_MAX),
+            false => Resumption::disabled(),
+        };
+        if let Some(key_log) = plan.key_log {
+            config.key_log = key_log;
         }
         Ok(Arc::new(config))
     }

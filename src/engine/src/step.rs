@@ -109,11 +109,20 @@ async fn closed_by(peer: &Stream) {
 
 /// Reads once into `tls`; 0 when the peer has closed.
 pub async fn receive(peer: &Stream, tls: &mut Tls, scratch: &Scratch) -> io::Result<usize> {
+    read_once(peer, scratch, |received| tls.receive(received)).await
+}
+
+/// Reads once, behind what is in `bytes` already; 0 when the peer has closed.
+pub async fn receive_bytes(peer: &Stream, bytes: &mut Vec<u8>, scratch: &Scratch) -> io::Result<usize> {
+    read_once(peer, scratch, |received| bytes.extend_from_slice(received)).await
+}
+
+async fn read_once(peer: &Stream, scratch: &Scratch, mut take: impl FnMut(&[u8])) -> io::Result<usize> {
     loop {
         // Trying first saves a wake-up when the bytes are there already, as a client's first are.
         let read: io::Result<usize> = scratch.with_input(|buffer| {
             let received = peer.try_read(buffer)?;
-            tls.receive(&buffer[..received]);
+            take(&buffer[..received]);
             Ok(received)
         });
         match read {

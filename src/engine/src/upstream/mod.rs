@@ -336,6 +336,8 @@ pub struct ServerStats {
     pub connects: [Counter; CONNECT_OUTCOMES.len()],
     /// Of the attempts that succeeded.
     pub connect_latency: Histogram,
+    /// Full and resumed.
+    handshakes: [Histogram; 2],
 }
 
 /// How an attempt can end: `ok`, `cancelled` (the client left first), or a reason of `ConnectError`.
@@ -350,7 +352,13 @@ impl ServerStats {
             connections_open: Gauge::default(),
             connects: Default::default(),
             connect_latency: Histogram::default(),
+            handshakes: Default::default(),
         }
+    }
+
+    /// Of the TLS handshakes with the server that finished.
+    pub fn handshake(&self, resumed: bool) -> &Histogram {
+        &self.handshakes[usize::from(resumed)]
     }
 
     /// Attempts that ended with `outcome`, one of `CONNECT_OUTCOMES`; None for any other word.

@@ -1,0 +1,406 @@
+/**
+ * Owns: what each mode of a listener does with TLS, and where connections are routed to: mode x kind of key x TLS version, with
+ * OpenSSL and Node on the other side; bad servers, each with its reason; the tunnel of two keygates.
+ * Must not know: how.
+ * Runs: against real `keygate serve` processes on SoftHSM.
+ */
+import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import { generateKeyPairSync, X509Certificate } from 'node:crypto';
+import { writeFileSync } from 'node:fs';
+import { connect as connectTcp } from 'node:net';
+import type { AddressInfo, Socket } from 'node:net';
+import { join } from 'node:path';
+import { after, before, describe, it } from 'node:test';
+import { createServer } from 'node:tls';
+import type { TLSSocket, TlsOptions } from 'node:tls';
+import { createAuthority, daysFromNow } from '../support/authority.ts';
+import type { Authority, LeafOptions } from '../support/authority.ts';
+import { startKeygate } from '../support/keygate.ts';
+import type { Keygate } from '../support/keygate.ts';
+import { provisionedToken } from '../support/provisioned-token.ts';
+import type { ProvisionedToken } from '../support/provisioned-token.ts';
+import { assertEchoes, tlsClient } from '../support/tls-client.ts';
+import { echoUpstream, tcpUpstream } from '../support/upstream.ts';
+import type { Upstream } from '../support/upstream.ts';
+
+describe('modes', { timeout: 110_000 }, () => {
+  const fixtures = new AsyncDisposableStack();
+  let token: ProvisionedToken;
+  let authority: Authority;
+  let plain: Upstream;
+  let roots: string;
+
+  before(async () => {
+    token = fixtures.use(
+      await provisionedToken({ p256: { kind: 'p256' }, rsa: { kind: 'rsa2048' }, ed: { kind: 'ed25519' } }),
+    );
+    plain = fixtures.use(await echoUpstream());
+    authority = await createAuthority();
+    roots = join(token.directory, 'roots.pem');
+    writeFileSync(roots, authority.rootPem);
+  });
+  after(async () => fixtures.disposeAsync());
+
+  /** A TLS server with a certificate of the authority, that echoes; stopped with the others. */
+  async function tlsServer(leaf: LeafOptions = {}, options: TlsOptions = {}): Promise<TlsServer> {
+    const { publicKey, privateKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' });
+    const chain = await authority.issue(publicKey, { names: ['localhost'], ...leaf });
+    const server = await startTlsServer({
+      cert: `${chain}\n${authority.intermediatePem}`,
+      key: privateKey.export({ type: 'pkcs8', format: 'pem' }),
+      ...options,
+    });
+    fixtures.defer(() => server.close());
+    return server;
+  }
+
+  async function started(document: Parameters<typeof startKeygate>[1]): Promise<Keygate> {
+    const keygate = await startKeygate(token, { drainDeadline: '0s', ...document });
+    fixtures.defer(async () => {
+      await keygate.stop();
+    });
+    return keygate;
+  }
+
+  /** TLS to a server of the authority, whose certificate is for localhost. */
+  const tlsTo = (server: { readonly address: string }, tls: object = {}) => ({
+    servers: [server.address],
+    tls: { roots, name: 'localhost', ...tls },
+  });
+
+  for (const version of ['1.2', '1.3'] as const) {
+    it(`encrypt: plaintext of a client reaches a TLS ${version} server, and the answer comes back`, async () => {
+      const server = await tlsServer();
+      const keygate = await started({
+        policies: { one: { minVersion: version, maxVersion: version } },
+        upstreams: { secure: tlsTo(server, { policy: 'one' }) },
+        listeners: { https: { mode: 'encrypt', certificates: undefined } },
+        log: { access: {} },
+      });
+      const client = await plainClient(keygate);
+      await assertEchoes(client, 'x'.repeat(10_000));
+      assert.equal(server.last?.getProtocol(), `TLSv${version}`);
+      assert.equal(server.last?.servername, 'localhost');
+      client.end();
+      const line = await keygate.logged({ event: 'connection' });
+      assert.equal(line['reason'], 'closed');
+      assert.equal(line['protocol'], undefined);
+      assert.ok(Number(line['upstreamHandshakeMs']) > 0, JSON.stringify(line));
+    });
+
+    for (const certificate of ['p256', 'rsa', 'ed'] as const) {
+      if (certificate === 'ed' && version === '1.2') continue; // Node's OpenSSL offers no Ed25519 signature in TLS 1.2
+      it(`bridge: TLS ${version} on both sides, and the server sees the client certificate ${certificate}, signed by the token`, async () => {
+        const server = await tlsServer({}, { requestCert: true, rejectUnauthorized: false });
+        const keygate = await started({
+          policies: { one: { minVersion: version, maxVersion: version } },
+          upstreams: { secure: tlsTo(server, { policy: 'one', certificate, alpn: ['echo/1'] }) },
+          listeners: { https: { mode: 'bridge', policy: 'one', certificates: [certificate] } },
+        });
+        const client = await tlsClient({ port: keygate.port(), ca: token.pem(certificate), servername: 'localhost' });
+        assert.equal(client.getProtocol(), `TLSv${version}`);
+        await assertEchoes(client, 'y'.repeat(10_000));
+        const shown = server.last?.getPeerCertificate().fingerprint256;
+        assert.equal(shown, new X509Certificate(token.pem(certificate)).fingerprint256);
+        client.end();
+        await ended(client);
+        await keygate.closed('client/relay/closed');
+      });
+    }
+  }
+
+  it('sessions with a server are resumed, without the token and unless told otherwise', async () => {
+    const server = await tlsServer();
+    for (const [resume, expected] of [
+      [true, true],
+      [false, false],
+    ] as const) {
+      const keygate = await started({
+        upstreams: { secure: tlsTo(server, { resume }) },
+        listeners: { https: { mode: 'encrypt', certificates: undefined } },
+      });
+      for (let count = 0; count < 2; count++) {
+        const client = await plainClient(keygate);
+        await assertEchoes(client);
+        client.end();
+        await ended(client);
+      }
+      assert.equal(server.reused, expected);
+      const resumed = await keygate.metric('keygate_upstream_handshake_seconds_count', { resumed: 'true' });
+      assert.equal(resumed, expected ? 1 : 0);
+    }
+  });
+
+  for (const mode of ['encrypt', 'bridge'] as const) {
+    it(`${mode}: an end that the server did not say is not told to the client as a whole one`, async () => {
+      const wire = await wireTo((await tlsServer()).address);
+      fixtures.defer(async () => wire.close());
+      const keygate = await started({
+        upstreams: { secure: tlsTo(wire) },
+        listeners: { https: { mode, certificates: mode === 'bridge' ? ['p256'] : undefined } },
+      });
+      const client = mode === 'bridge' ? await tlsClient({ port: keygate.port() }) : await plainClient(keygate);
+      await assertEchoes(client);
+      // TCP ends, and TLS says nothing of it.
+      wire.cut();
+      await ended(client);
+      await keygate.closed('upstream/relay/truncated');
+    });
+
+    it(`${mode}: half-close passes through, both ways`, async () => {
+      const server = await tlsServer();
+      const keygate = await started({
+        upstreams: { secure: tlsTo(server) },
+        listeners: { https: { mode, certificates: mode === 'bridge' ? ['p256'] : undefined } },
+      });
+      const client = mode === 'bridge' ? await tlsClient({ port: keygate.port() }) : await plainClient(keygate);
+      await assertEchoes(client);
+      const peer = server.last;
+      assert.ok(peer !== undefined);
+      const heard = once(peer, 'end');
+      client.end('last words');
+      await heard;
+      peer.end('the end');
+      let rest = '';
+      for await (const chunk of client) rest += String(chunk);
+      assert.equal(rest, 'last wordsthe end');
+    });
+  }
+
+  const badServers: readonly { what: string; leaf?: LeafOptions; tls?: object; own?: object; reason: string }[] = [
+    { what: 'expired', leaf: { notBefore: daysFromNow(-20), notAfter: daysFromNow(-1) }, reason: 'expired' },
+    { what: 'not valid yet', leaf: { notBefore: daysFromNow(1), notAfter: daysFromNow(20) }, reason: 'not_yet_valid' },
+    { what: 'for another name', leaf: { names: ['other.test'] }, reason: 'wrong_name' },
+    { what: 'of an unknown root', tls: { roots: 'other' }, reason: 'unknown_issuer' },
+    { what: 'for clients only', leaf: { purpose: 'client' }, reason: 'bad_certificate' },
+    { what: 'of an old version', own: { maxVersion: 'TLSv1.2' }, tls: { policy: 'modern' }, reason: 'alert' },
+    { what: 'that wants a certificate', own: { requestCert: true, rejectUnauthorized: true }, reason: 'alert' },
+    { what: 'without a protocol in common', own: { ALPNProtocols: ['b'] }, tls: { alpn: ['a'] }, reason: 'alert' },
+  ];
+  for (const { what, leaf = {}, tls = {}, own = {}, reason } of badServers) {
+    it(`a server ${what} is refused with upstream/handshake/${reason}`, async () => {
+      const server = await tlsServer(leaf, own);
+      const otherRoots = join(token.directory, 'other.pem');
+      writeFileSync(otherRoots, (await createAuthority()).rootPem);
+      const keygate = await started({
+        upstreams: { secure: tlsTo(server, 'roots' in tls ? { roots: otherRoots } : tls) },
+        listeners: { https: { mode: 'encrypt', certificates: undefined } },
+      });
+      const client = await plainClient(keygate);
+      client.write('secret');
+      await ended(client);
+      assert.equal(server.received, '', 'a server that is not trusted was told something');
+      // TLS 1.3 servers complain after our Finished.
+      await keygate.closed(
+        reason === 'alert' && 'requestCert' in own ? 'upstream/relay/alert' : `upstream/handshake/${reason}`,
+      );
+    });
+  }
+
+  it('a server that does not speak TLS, or says nothing, has its own reason', async () => {
+    const keygate = await started({
+      upstreams: { secure: { servers: [plain.address], tls: { roots, name: 'localhost', deadline: '1s' } } },
+      listeners: { https: { mode: 'encrypt', certificates: undefined } },
+    });
+    const client = await plainClient(keygate);
+    await ended(client);
+    // Our own ClientHello comes back.
+    await keygate.closed('upstream/handshake/protocol_error');
+  });
+
+  it('passthrough: TLS is routed by name and not ended, and an unknown name gets an alert', async () => {
+    const [first, second] = [await tlsServer({ names: ['first.test'] }), await tlsServer({ names: ['a.second.test'] })];
+    const keygate = await started({
+      upstreams: { first: { servers: [first.address] }, second: { servers: [second.address] } },
+      listeners: {
+        https: {
+          mode: 'passthrough',
+          certificates: undefined,
+          upstream: undefined,
+          routes: [
+            { names: ['first.test'], upstream: 'first' },
+            { names: ['*.second.test'], upstream: 'second' },
+          ],
+        },
+      },
+    });
+    for (const [servername, server] of [
+      ['first.test', first],
+      ['a.second.test', second],
+    ] as const) {
+      const client = await tlsClient({ port: keygate.port(), servername, ca: authority.rootPem });
+      await assertEchoes(client, servername);
+      assert.equal(server.last?.servername, servername);
+      client.end();
+      await ended(client);
+    }
+    for (const servername of ['third.test', 'second.test']) {
+      await assert.rejects(tlsClient({ port: keygate.port(), servername }), /unrecognized name/i);
+    }
+    await keygate.closed('client/handshake/no_route', { count: 2 });
+    const notTls = await plainClient(keygate);
+    notTls.write('GET / HTTP/1.1\r\n\r\n');
+    await ended(notTls);
+    await keygate.closed('client/handshake/not_tls');
+  });
+
+  it('offload: routes by name and by protocol, the default for others, and a route that refuses', async () => {
+    const upstreams = {
+      web: fixtures.use(await namedUpstream('web')),
+      api: fixtures.use(await namedUpstream('api')),
+      grpc: fixtures.use(await namedUpstream('grpc')),
+    };
+    const keygate = await started({
+      upstreams: Object.fromEntries(
+        Object.entries(upstreams).map(([name, { address }]) => [name, { servers: [address] }]),
+      ),
+      listeners: {
+        https: {
+          certificates: ['p256'],
+          alpn: ['h2', 'http/1.1'],
+          upstream: 'web',
+          routes: [
+            { names: ['closed.test'], refuse: true },
+            { names: ['API.test'], upstream: 'api' },
+            { alpn: ['h2'], upstream: 'grpc' },
+          ],
+        },
+      },
+      log: { access: {} },
+    });
+    const answerTo = async (servername: string, ALPNProtocols: string[] = []) => {
+      const client = await tlsClient({ port: keygate.port(), servername, ALPNProtocols });
+      let text = '';
+      for await (const chunk of client) text += String(chunk);
+      return text;
+    };
+    assert.equal(await answerTo('other.test'), 'web');
+    assert.equal(await answerTo('api.TEST'), 'api');
+    assert.equal(await answerTo('api.test', ['h2']), 'api');
+    assert.equal(await answerTo('other.test', ['h2']), 'grpc');
+    assert.equal(await answerTo('other.test', ['http/1.1']), 'web');
+    assert.equal(await answerTo('closed.test'), '');
+    await keygate.closed('client/handshake/no_route');
+    await keygate.logged({ event: 'connection', upstream: 'grpc', alpn: 'h2' });
+  });
+
+  it('two keygates make a tunnel that only they can enter: mutual TLS, both keys in tokens', async () => {
+    // The far end trusts the near end's certificate and no other, and the other way round.
+    const far = await started({
+      upstreams: { service: { servers: [plain.address] } },
+      listeners: { https: { certificates: ['rsa'] } },
+    });
+    const [, certificate] = [far, join(token.directory, 'rsa.pem')];
+    const near = await started({
+      upstreams: {
+        tunnel: {
+          servers: [`127.0.0.1:${far.port()}`],
+          tls: { roots: certificate, certificate: 'p256', name: 'localhost' },
+        },
+      },
+      listeners: { https: { mode: 'encrypt', certificates: undefined } },
+    });
+    const client = await plainClient(near);
+    await assertEchoes(client, 'z'.repeat(10_000));
+    client.end();
+    await ended(client);
+    await near.closed('client/relay/closed');
+  });
+});
+
+interface TlsServer {
+  readonly address: string;
+  /** The last client whose handshake ended well. */
+  last: TLSSocket | undefined;
+  /** Whether that one was resumed. */
+  reused: boolean;
+  /** What all clients have said. */
+  received: string;
+  close(): void;
+}
+
+async function startTlsServer(options: TlsOptions): Promise<TlsServer> {
+  const server = createServer({ allowHalfOpen: true, ALPNProtocols: ['echo/1'], ...options } as TlsOptions);
+  const raw = new Set<Socket>();
+  const state: TlsServer = {
+    address: '',
+    last: undefined,
+    reused: false,
+    received: '',
+    close() {
+      server.close();
+      for (const socket of raw) socket.destroy();
+    },
+  };
+  server.on('connection', (socket: Socket) => {
+    raw.add(socket);
+  });
+  server.on('tlsClientError', () => {});
+  server.on('secureConnection', (socket: TLSSocket) => {
+    state.last = socket;
+    state.reused = socket.isSessionReused();
+    socket.on('error', () => {});
+    socket.on('data', (chunk: Buffer) => {
+      state.received += chunk.length > 1000 ? '' : chunk.toString();
+      socket.write(chunk);
+    });
+    // A client that ends its half has ended, unless the test says more.
+    socket.on('end', () => setImmediate(() => socket.end()));
+  });
+  server.listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  return Object.assign(state, { address: `127.0.0.1:${(server.address() as AddressInfo).port}` });
+}
+
+interface Wire {
+  readonly address: string;
+  /** Ends every connection towards who made it. */
+  cut(): void;
+  close(): Promise<void>;
+}
+
+/** Passes bytes on to a server. */
+async function wireTo(address: string): Promise<Wire> {
+  const [host = '', port] = address.split(':');
+  const ends = new Set<Socket>();
+  const wire = await tcpUpstream((socket) => {
+    const server = connectTcp({ host, port: Number(port) });
+    server.on('error', () => socket.destroy());
+    ends.add(socket);
+    socket.pipe(server);
+    server.pipe(socket, { end: false });
+  });
+  return {
+    address: wire.address,
+    cut() {
+      for (const socket of ends) socket.end();
+    },
+    close: async () => wire.close(),
+  };
+}
+
+/** Says its name, and ends. */
+async function namedUpstream(name: string): Promise<Upstream> {
+  return tcpUpstream((socket) => {
+    socket.end(name);
+    socket.resume();
+  });
+}
+
+async function plainClient(keygate: Keygate): Promise<Socket> {
+  const socket = connectTcp({ port: keygate.port(), host: '127.0.0.1', allowHalfOpen: true });
+  await once(socket, 'connect');
+  socket.on('error', () => {});
+  return socket;
+}
+
+/** The other side has ended, and so do we. */
+async function ended(client: Socket): Promise<void> {
+  client.on('end', () => client.end());
+  client.resume();
+  // A reset is an end too.
+  const { promise, resolve } = Promise.withResolvers<void>();
+  client.once('close', () => resolve());
+  if (!client.destroyed) await promise;
+}
