@@ -269,6 +269,16 @@ export interface OpenedListener {
   address: string
 }
 
+/** The first route that fits says where a connection goes. */
+export interface RouteSettings {
+  /** DNS names in lower case, wildcards as `*.example.org`; empty: any. */
+  names: Array<string>
+  /** Application protocols; empty: any. */
+  alpn: Array<string>
+  /** Undefined: it is refused. */
+  upstream?: string
+}
+
 export interface SandboxReport {
   /** Version of what the kernel has of Landlock; 0: none is in force. */
   landlockAbi: number
