@@ -394,6 +394,28 @@ export interface UpstreamSnapshot {
   servers: Array<ServerSnapshot>
 }
 
+/** TLS towards an upstream. */
+export interface UpstreamTlsSettings {
+  /** DNS names or IP addresses that the servers' certificates must be for, in the order of `servers`. */
+  names: Array<string>
+  /** Trusted certificates, DER. */
+  roots: Array<Buffer>
+  /** Whether the name is sent (SNI). An IP address never is. */
+  sendName: boolean
+  /** Name of a certificate to show when a server asks for one. */
+  certificate?: string
+  alpn: Array<string>
+  /** `1.2`, `1.3`; empty: both. */
+  versions: Array<string>
+  /** IANA names in order of preference; empty: all. */
+  cipherSuites: Array<string>
+  /** IANA names in order of preference; empty: all. */
+  groups: Array<string>
+  /** Whether TLS sessions are resumed. */
+  resume: boolean
+  deadlineMs: number
+}
+
 /**
  * Takes a listening TCP socket that was opened elsewhere, and says where it listens. The caller's to close.
  * Throws with what it is instead.
