@@ -15,6 +15,7 @@ export function snapshotOf(parts: Partial<EngineSnapshot>): EngineSnapshot {
     ciphers: [],
     groups: [],
     access: { sampledOut: 0, rateLimited: 0 },
+    tickets: { deriving: false },
     ioCpuUs: 0,
     ...parts,
   };
