@@ -38,6 +38,24 @@ export function isLocal(address: TcpAddress | UnixAddress): boolean {
   return address.host === '::1' || (isIPv4(address.host) && address.host.startsWith('127.'));
 }
 
+/** `http://host:port`: where an HTTP proxy is. */
+export function parseProxyUrl(text: string): Parsed<TcpAddress> {
+  const expected = 'http://HOST:PORT such as http://proxy.internal:3128';
+  if (/^[a-z]+:\/\/[^/]*@/i.test(text)) {
+    return {
+      fault: {
+        code: 'config_secret',
+        found: 'a URL with a user in it',
+        expected,
+        hint: 'a proxy that asks for a password is not supported',
+      },
+    };
+  }
+  const [, address] = /^http:\/\/([^/]*)\/?$/i.exec(text) ?? [];
+  const parsed = address === undefined ? undefined : parseTcpAddress(address, 1);
+  return parsed === undefined || 'fault' in parsed ? { fault: { expected } } : parsed;
+}
+
 /** `192.0.2.1:443`, `[2001:db8::1]:443`, `unix:/run/web.sock`. */
 export function formatAddress(address: TcpAddress | UnixAddress): string {
   if ('path' in address) return `unix:${address.path}`;

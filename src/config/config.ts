@@ -30,6 +30,7 @@ export interface Config {
   /** The built-in policies `modern` and `intermediate` are among them. */
   readonly policies: Readonly<Record<string, PolicyConfig>>;
   readonly tickets: TicketsConfig;
+  readonly ocsp: OcspConfig;
   readonly upstreams: Readonly<Record<string, UpstreamConfig>>;
   readonly listeners: Readonly<Record<string, ListenerConfig>>;
 }
@@ -125,6 +126,8 @@ export interface CertificateConfig {
   readonly key: Pkcs11Uri;
   /** Names of tokens that hold the key; at least one. */
   readonly tokens: readonly string[];
+  /** Whether clients get an OCSP response with it. */
+  readonly ocsp: 'off' | 'staple';
 }
 
 export type TlsVersion = '1.2' | '1.3';
@@ -175,6 +178,18 @@ export interface TicketKeyConfig {
   readonly uri: Pkcs11Uri;
   /** Names of tokens that hold it; at least one. */
   readonly tokens: readonly string[];
+}
+
+/** How OCSP responses are fetched. */
+export interface OcspConfig {
+  /** Absolute path of the directory where they are kept; undefined: nowhere. */
+  readonly cache: string | undefined;
+  /** An HTTP proxy. */
+  readonly proxy: TcpAddress | undefined;
+  /** Ask with a nonce, and refuse answers without it. */
+  readonly nonce: boolean;
+  /** For one answer, from looking up the name to the last byte. */
+  readonly timeoutMs: number;
 }
 
 export interface UpstreamConfig {

@@ -10,6 +10,7 @@ import type {
   HealthConfig,
   ListenerConfig,
   LogConfig,
+  OcspConfig,
   PolicyConfig,
   TicketsConfig,
   TokenConfig,
@@ -46,6 +47,7 @@ export function normalise(document: Document, file: string, directory: string): 
     policies,
     tickets: ticketsConfig(document.tickets, Object.keys(tokens)),
     upstreams: named(document.upstreams, (name, upstream) => upstreamConfig(name, upstream, directory)),
+    ocsp: ocspConfig(document.ocsp, directory),
     listeners: named(document.listeners, listenerConfig),
   };
 }
@@ -115,6 +117,7 @@ function certificateConfig(
     chain: absolutePath(certificate.chain, directory),
     key: certificate.key,
     tokens: certificate.tokens ?? allTokens,
+    ocsp: certificate.ocsp,
   };
 }
 
@@ -126,6 +129,15 @@ function ticketsConfig(
     key: key && { uri: key, tokens: tokens ?? allTokens },
     lifetimeMs: lifetime,
     rotationMs: rotation,
+  };
+}
+
+function ocspConfig({ cache, proxy, nonce, timeout }: Document['ocsp'], directory: string): OcspConfig {
+  return {
+    cache: cache === undefined ? undefined : absolutePath(cache, directory),
+    proxy,
+    nonce,
+    timeoutMs: timeout,
   };
 }
 

@@ -8,9 +8,9 @@
  */
 import { isIP } from 'node:net';
 import * as z from 'zod';
-import { parseAdminAddress, parseBindAddress, parseServerAddress } from './address.ts';
 import { cipherSuites, groups, listenerModes, logLevels } from './config.ts';
 import type { ListenerMode } from './config.ts';
+import { parseAdminAddress, parseBindAddress, parseProxyUrl, parseServerAddress } from './address.ts';
 import type { Fault, Parsed } from './fault.ts';
 import { parsePath } from './path.ts';
 import { cipherSuiteVersion } from './policies.ts';
@@ -70,6 +70,9 @@ const certificate = z.strictObject({
     .min(1, 'at least one token')
     .optional()
     .describe('Tokens that hold this key. Default: all tokens.'),
+  ocsp: oneOf(['off', 'staple'], 'off').describe(
+    '`staple`: fetch the status of the certificate from its OCSP responder, and give it to clients that ask. The chain must have the issuer.',
+  ),
 });
 
 const tlsVersion = z
@@ -163,6 +166,21 @@ const upstreamTls = z
     deadline: duration(100, 600_000, '10s').describe('From connected to the end of the handshake.'),
   })
   .describe('TLS to the servers, for listeners with mode `encrypt` or `bridge`. Default: plaintext.');
+const ocsp = z.strictObject({
+  cache: path(
+    'Directory in which responses are kept, so that keygate has them when it starts without a network; writable for `user`. Default: none.',
+  ).optional(),
+  proxy: kind('URL', 'http://HOST:PORT', parseProxyUrl)
+    .describe('HTTP proxy through which responders are asked. Default: directly.')
+    .optional(),
+  nonce: z
+    .boolean({ error: 'true or false' })
+    .default(false)
+    .describe('Ask with a nonce, and refuse answers without it; most public responders have none.'),
+  timeout: duration(100, 60_000, '10s').describe(
+    'For one answer of a responder. No handshake and no start waits for it.',
+  ),
+});
 
 const upstream = z.strictObject({
   tls: upstreamTls.optional(),
@@ -370,6 +388,7 @@ export const documentSchema = z.strictObject(
       .default({})
       .describe('TLS policies beside the built-in `modern` (TLS 1.3) and `intermediate` (TLS 1.2 and 1.3).'),
     tickets: tickets.prefault({}).describe('Session tickets.'),
+    ocsp: ocsp.prefault({}).describe('How the responses are fetched that `certificates.NAME.ocsp` asks for.'),
     upstreams: section('upstream', upstream).describe('Services that connections go to.'),
     listeners: section('listener', listener).describe('Addresses that clients connect to.'),
   },

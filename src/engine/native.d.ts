@@ -59,11 +59,11 @@ export declare class Engine {
   /**
    * Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
    * `ticket_secrets`: as for `set_ticket_secrets`. `access_log` gets the lines of connections; `key_log`, where there
-   * is one, the secrets of every connection.
+   * is one, the secrets of every connection. `staples`: as for `set_staples`.
    *
    * Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
    */
-  constructor(settings: EngineSettings, ticketSecrets: Array<Buffer>, accessLog: LineLog, keyLog?: LineLog | undefined | null)
+  constructor(settings: EngineSettings, ticketSecrets: Array<Buffer>, accessLog: LineLog, keyLog: LineLog | undefined | null, staples: Array<Staple>)
   /**
    * Makes another configuration ready beside the one that serves, which notices nothing of it. Logs in to new tokens
    * and finds the keys of new certificates. In place of what was prepared before.
@@ -96,6 +96,8 @@ export declare class Engine {
    * derives them.
    */
   setTicketSecrets(secrets: Array<Buffer>): void
+  /** New handshakes see them at once, and certificates of later configurations have them from the start. No handshake waits. */
+  setStaples(staples: Array<Staple>): void
   /** Accepts no more connections; established ones go on. */
   drain(): void
   /**
@@ -306,6 +308,14 @@ export interface ServerSnapshot {
   /** TLS handshakes with it that finished. */
   fullHandshakeLatency: LatencySnapshot
   resumedHandshakeLatency: LatencySnapshot
+}
+
+/** What clients that ask for the status of a certificate get (RFC 6066 8). */
+export interface Staple {
+  /** SHA-256 of the first certificate of the chain, DER. */
+  leaf: Buffer
+  /** An OCSP response, DER, as the responder sent it; undefined: none. */
+  response?: Buffer
 }
 
 /** The secret key from which tokens derive the secrets of session tickets. */

@@ -9,6 +9,7 @@ import { closeSync, fstatSync, openSync, readFileSync } from 'node:fs';
 import { accessHint } from '../config/access.ts';
 import type { CertificateConfig } from '../config/config.ts';
 import type { Problem } from '../errors.ts';
+import { isMustStaple } from '../ocsp/subject.ts';
 import { algorithmOf, describePublicKey } from './algorithm.ts';
 import type { KeyAlgorithm } from './algorithm.ts';
 
@@ -61,6 +62,11 @@ export function readChain(
   for (const member of members) checkDates(member, now, report);
   const key = checkKey(leaf, report);
   checkPurpose(leaf, report);
+  if (config.ocsp === 'off' && isMustStaple(leaf.certificate.raw)) {
+    report.warning(
+      'it is must-staple (RFC 7633) and is not stapled, so clients that honour that refuse it: `ocsp: staple`',
+    );
+  }
   const names = serverNames(leaf.certificate, report);
   if (key === undefined) return report.reading(undefined);
 

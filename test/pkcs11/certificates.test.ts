@@ -26,7 +26,7 @@ describe('a certificate chain', () => {
   const read = (...parts: readonly string[]): ChainReading => {
     const chain = join(directory, 'chain.pem');
     writeFileSync(chain, parts.map((part) => `${part.trim()}\n`).join(''));
-    return readChain({ name: 'www', chain, key: { object: 'www' }, tokens: ['hsm'] });
+    return readChain({ name: 'www', chain, key: { object: 'www' }, tokens: ['hsm'], ocsp: 'off' });
   };
   const leaf = (options?: Parameters<Authority['issue']>[1]) => authority.issue(anyPublicKey(), options);
 
@@ -122,9 +122,9 @@ describe('a certificate chain', () => {
 
   it('is refused when the file is absent, a directory, empty, torn, garbled or too large', async () => {
     const pem = (await leaf()).trim();
-    const absent = readChain({ name: 'www', chain: join(directory, 'absent.pem'), key: {}, tokens: [] });
+    const absent = readChain({ name: 'www', chain: join(directory, 'absent.pem'), key: {}, tokens: [], ocsp: 'off' });
     assert.equal(absent.problems[0]?.found, 'ENOENT');
-    const folder = readChain({ name: 'www', chain: directory, key: {}, tokens: [] });
+    const folder = readChain({ name: 'www', chain: directory, key: {}, tokens: [], ocsp: 'off' });
     assert.equal(folder.problems[0]?.found, 'no regular file');
     assert.equal(read('').problems[0]?.found, 'no certificate');
     assert.match(read(pem.slice(0, -10)).problems[0]?.found ?? '', /does not end/);

@@ -131,6 +131,7 @@ it('wrong certificate files alone are a configuration error with every problem',
     chain: join(bench.disposable.directory, 'nope.pem'),
     key: { object: 'www' },
     tokens: ['hsm'],
+    ocsp: 'off' as const,
   };
   assert.throws(
     () => provePlan(planConfig([tokenConfig(bench.disposable)], [expired, absent]), tools),
@@ -287,7 +288,7 @@ function openBench(test: TestContext, { loggedIn = true } = {}) {
         chain,
         `${await authority.issue(key?.publicKey ?? anyPublicKey(), options)}\n${authority.intermediatePem}\n`,
       );
-      return { name, chain, key: { object: key?.key.label ?? name }, tokens: ['hsm'] };
+      return { name, chain, key: { object: key?.key.label ?? name }, tokens: ['hsm'], ocsp: 'off' as const };
     },
   };
 }

@@ -130,7 +130,7 @@ function start(sockets: number[]): Engine {
     ],
     ticketLifetimeMs: 3_600_000,
   };
-  return new native.Engine(settings, [Buffer.alloc(32, 1)], native.LineLog.open('/dev/null', false));
+  return new native.Engine(settings, [Buffer.alloc(32, 1)], native.LineLog.open('/dev/null', false), undefined, []);
 }
 
 function answer(message: EngineAnswer): void {

@@ -22,7 +22,7 @@ if (process.getuid?.() === 0) {
 const pin = { env: 'KEYGATE_TEST_PIN' };
 const config = planConfig(
   [tokenConfig({ module: path, label, pinFile: '' }, { pin })],
-  [{ name: 'www', chain, key: { object: 'www' }, tokens: ['hsm'] }],
+  [{ name: 'www', chain, key: { object: 'www' }, tokens: ['hsm'], ocsp: 'off' }],
 );
 const faults = () =>
   examinePlan(config, { guard: unguarded, readPin })

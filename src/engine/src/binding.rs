@@ -1,6 +1,7 @@
 //! Owns the border to JavaScript: the shapes of what crosses it (`native.d.ts` is generated from here) and their checking.
 //! No panic crosses it, and nothing calls back: JavaScript asks. JavaScript thread only.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
@@ -15,9 +16,9 @@ use rustls::{RootCertStore, ServerConfig};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::access_log::AccessPlan;
-use crate::certificates::{Certificate, Certificates, UnknownName};
+use crate::certificates::{Certificate, Certificates, LeafDigest, UnknownName};
 use crate::close::CLOSE_REASONS;
-use crate::generation::{self, Generation, LoadFault};
+use crate::generation::{self, Generation, LoadFault, Staples};
 use crate::handover;
 use crate::io_thread::{IoPlan, IoThread};
 use crate::key_log::KeyLog;
@@ -209,6 +210,15 @@ pub struct EngineSettings {
     pub access: Option<AccessSettings>,
 }
 
+/// What clients that ask for the status of a certificate get (RFC 6066 8).
+#[napi(object)]
+pub struct Staple {
+    /// SHA-256 of the first certificate of the chain, DER.
+    pub leaf: Buffer,
+    /// An OCSP response, DER, as the responder sent it; undefined: none.
+    pub response: Option<Buffer>,
+}
+
 /// Not cumulative; bucket i counts what is above bound i-1 and at most bound i, the last one what is above all bounds.
 #[napi(object)]
 pub struct LatencySnapshot {
@@ -389,6 +399,7 @@ pub struct Engine {
     former: Vec<Generation>,
     prepared: Option<Generation>,
     shared: Shared,
+    staples: Staples,
 }
 
 /// What every configuration of the worker has in common.
@@ -402,7 +413,7 @@ struct Shared {
 impl Engine {
     /// Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
     /// `ticket_secrets`: as for `set_ticket_secrets`. `access_log` gets the lines of connections; `key_log`, where there
-    /// is one, the secrets of every connection.
+    /// is one, the secrets of every connection. `staples`: as for `set_staples`.
     ///
     /// Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
     #[napi(constructor, catch_unwind)]
@@ -411,6 +422,7 @@ impl Engine {
         ticket_secrets: Vec<Buffer>,
         access_log: &LineLog,
         key_log: Option<&LineLog>,
+        staples: Vec<Staple>,
     ) -> Result<Self> {
         let ticketer = Ticketer::new(tickets::LIFETIME_MAX);
         rotate(&ticketer, ticket_secrets)?;
@@ -419,10 +431,12 @@ impl Engine {
             rotation: TicketRotation::default(),
             key_log: key_log.map(|log| Arc::new(KeyLog(log.log.clone()))),
         };
+        let mut kept = Staples::new();
+        keep_staples(&mut kept, &staple_changes(staples)?);
         // Before the first lane: exit must not run a module's destructors under it.
         process::engine_runs(true);
         let nothing = Generation::default();
-        let started = build(settings, &nothing, &shared).and_then(|(current, plan)| {
+        let started = build(settings, &nothing, &shared, &kept).and_then(|(current, plan)| {
             // Before the first client.
             if current.ticket_key.is_some() {
                 shared.rotation.begin(current.ticket_key.clone(), &shared.ticketer);
@@ -436,7 +450,7 @@ impl Engine {
             }
         });
         let (current, io) = started.inspect_err(|_| process::engine_runs(false))?;
-        Ok(Self { io, current, former: Vec::new(), prepared: None, shared })
+        Ok(Self { io, current, former: Vec::new(), prepared: None, shared, staples: kept })
     }
 
     /// Makes another configuration ready beside the one that serves, which notices nothing of it. Logs in to new tokens
@@ -446,7 +460,7 @@ impl Engine {
     #[napi(catch_unwind)]
     pub fn prepare(&mut self, settings: EngineSettings) -> Result<()> {
         self.discard();
-        let (next, plan) = build(settings, &self.current, &self.shared)?;
+        let (next, plan) = build(settings, &self.current, &self.shared, &self.staples)?;
         if let Err(error) = self.io.prepare(plan) {
             self.stop_tokens_of(&next);
             return Err(invalid(error.to_string()));
@@ -522,6 +536,17 @@ impl Engine {
             return Err(invalid("a token derives the ticket secrets"));
         }
         rotate(&self.shared.ticketer, secrets)
+    }
+
+    /// New handshakes see them at once, and certificates of later configurations have them from the start. No handshake waits.
+    #[napi(catch_unwind)]
+    pub fn set_staples(&mut self, staples: Vec<Staple>) -> Result<()> {
+        let changes = staple_changes(staples)?;
+        keep_staples(&mut self.staples, &changes);
+        for generation in self.former.iter().chain(&self.prepared).chain([&self.current]) {
+            generation.staple(&changes);
+        }
+        Ok(())
     }
 
     /// Accepts no more connections; established ones go on.
@@ -632,12 +657,38 @@ impl Engine {
     }
 }
 
+fn keep_staples(kept: &mut Staples, changes: &HashMap<LeafDigest, Option<Vec<u8>>>) {
+    for (leaf, response) in changes {
+        match response {
+            Some(response) => kept.insert(*leaf, response.clone()),
+            None => kept.remove(leaf),
+        };
+    }
+}
+
+fn staple_changes(staples: Vec<Staple>) -> Result<HashMap<LeafDigest, Option<Vec<u8>>>> {
+    staples
+        .into_iter()
+        .map(|Staple { leaf, response }| {
+            let leaf = LeafDigest::try_from(leaf.as_ref()).map_err(|_| {
+                invalid(format!("staple: expected a digest of 32 bytes, found {}", leaf.len()))
+            })?;
+            Ok((leaf, response.map(|response| response.to_vec())))
+        })
+        .collect()
+}
+
 /// How long a token may take to stop after a failed start, or when a reload has removed it. A lane that takes longer is
 /// left behind: it stays inside its module.
 const STOP_BUDGET: Duration = Duration::from_millis(200);
 
 /// All of it or nothing: no token stays started when something is wrong.
-fn build(settings: EngineSettings, former: &Generation, shared: &Shared) -> Result<(Generation, IoPlan)> {
+fn build(
+    settings: EngineSettings,
+    former: &Generation,
+    shared: &Shared,
+    staples: &Staples,
+) -> Result<(Generation, IoPlan)> {
     let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms, ticket_key, access } =
         settings;
     // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
@@ -649,8 +700,8 @@ fn build(settings: EngineSettings, former: &Generation, shared: &Shared) -> Resu
         rotation: shared.rotation.clone(),
         key_log: shared.key_log.clone(),
     };
-    let loaded =
-        load_certificates(&mut next, certificates).and_then(|()| load_ticket_key(&mut next, ticket_key));
+    let loaded = load_certificates(&mut next, certificates, staples)
+        .and_then(|()| load_ticket_key(&mut next, ticket_key));
     let planned = loaded.and_then(|()| {
         let plan = IoPlan {
             listeners: listeners
@@ -947,12 +998,16 @@ fn token_error(error: &TokenError) -> Error {
     Error::new(Status::GenericFailure, format!("token_fault {}: {error}", error.problem.code()))
 }
 
-fn load_certificates(next: &mut Generation, certificates: Vec<CertificateSettings>) -> Result<()> {
+fn load_certificates(
+    next: &mut Generation,
+    certificates: Vec<CertificateSettings>,
+    staples: &Staples,
+) -> Result<()> {
     for CertificateSettings { name, names, chain, public_key, keys } in certificates {
         let places = keys.into_iter().map(key_place).collect();
         let chain = chain.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
         let make = |key, sign_deadline| Certificate::new(names, chain, key, sign_deadline);
-        next.load(name, &public_key, places, make).map_err(load_fault)?;
+        next.load(name, &public_key, places, staples, make).map_err(load_fault)?;
     }
     next.loaded();
     Ok(())

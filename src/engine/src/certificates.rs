@@ -1,7 +1,10 @@
 //! Owns the choice of a certificate for a ClientHello: by name (exact, then wildcard), then by what the client can verify.
-//! Also owns the bridge from rustls' signing call to the suspended step. Knows nothing of lanes. I/O thread only.
+//! Also owns the OCSP response that goes with a certificate, and the bridge from rustls' signing call to the suspended step.
+//! Knows nothing of lanes. I/O thread only, but for `Certificate::staple`.
 
 use rustls::client::ResolvesClientCert;
+use arc_swap::ArcSwap;
+use aws_lc_rs::digest;
 use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, Signer, SigningKey};
@@ -15,11 +18,16 @@ use crate::fiber::{SignatureWanted, suspend_for_signature};
 use crate::signing::PrivateKey;
 use crate::signing::public_key::KeyAlgorithm;
 
-/// A chain, the names it is for, and the key in the token.
+/// SHA-256 of the DER of the first certificate of a chain: what an OCSP response is about.
+pub type LeafDigest = [u8; 32];
+
+/// A chain, the names it is for, and the key in the token. One for all listeners: there may be ten thousand of them.
 pub struct Certificate {
     names: Vec<String>,
-    /// One for all listeners: there may be ten thousand of them.
-    certified: Arc<CertifiedKey>,
+    leaf: LeafDigest,
+    /// Replaced as a whole when the OCSP response changes. A handshake takes the one of its ClientHello and waits for no lock;
+    /// those under way keep theirs.
+    certified: ArcSwap<CertifiedKey>,
 }
 
 impl Certificate {
@@ -31,9 +39,31 @@ impl Certificate {
         key: Arc<PrivateKey>,
         sign_deadline: Duration,
     ) -> Self {
-        let signing_key = Arc::new(TokenSigningKey { key, sign_deadline });
-        Self { names, certified: Arc::new(CertifiedKey::new(chain, signing_key)) }
+        Self::with_key(names, chain, Arc::new(TokenSigningKey { key, sign_deadline }))
     }
+
+    fn with_key(names: Vec<String>, chain: Vec<CertificateDer<'static>>, key: Arc<dyn SigningKey>) -> Self {
+        let leaf = leaf_digest(chain.first().map_or(&[], |leaf| leaf));
+        Self { names, leaf, certified: ArcSwap::from_pointee(CertifiedKey::new(chain, key)) }
+    }
+
+    pub fn leaf(&self) -> &LeafDigest {
+        &self.leaf
+    }
+
+    /// What clients that ask for it get from the next ClientHello on; None: nothing. JavaScript thread.
+    pub fn staple(&self, response: Option<Vec<u8>>) {
+        let served = self.certified.load_full();
+        if served.ocsp != response {
+            self.certified.store(Arc::new(CertifiedKey { ocsp: response, ..CertifiedKey::clone(&served) }));
+        }
+    }
+}
+
+fn leaf_digest(leaf: &[u8]) -> LeafDigest {
+    let mut bytes = [0; 32];
+    bytes.copy_from_slice(digest::digest(&digest::SHA256, leaf).as_ref());
+    bytes
 }
 
 /// Shown to an upstream that asks who we are.
@@ -42,7 +72,7 @@ pub struct OwnCertificate(Arc<CertifiedKey>);
 
 impl Certificate {
     pub fn for_upstreams(&self) -> OwnCertificate {
-        OwnCertificate(self.certified.clone())
+        OwnCertificate(self.certified.load_full())
     }
 }
 
@@ -68,8 +98,8 @@ pub enum UnknownName {
 
 /// The certificates of a listener.
 pub struct Certificates {
-    by_name: HashMap<String, Vec<Arc<CertifiedKey>>>,
-    default: Vec<Arc<CertifiedKey>>,
+    by_name: HashMap<String, Vec<Arc<Certificate>>>,
+    default: Vec<Arc<Certificate>>,
     unknown_name: UnknownName,
 }
 
@@ -93,23 +123,22 @@ pub fn take_hello_seen() -> Option<HelloSeen> {
 
 impl Certificates {
     pub fn new(certificates: &[Arc<Certificate>], unknown_name: UnknownName) -> Self {
-        let mut by_name: HashMap<String, Vec<Arc<CertifiedKey>>> = HashMap::new();
+        let mut by_name: HashMap<String, Vec<Arc<Certificate>>> = HashMap::new();
         let mut default = Vec::new();
         for certificate in certificates {
-            let certified = &certificate.certified;
             for name in &certificate.names {
-                by_name.entry(name.clone()).or_default().push(certified.clone());
+                by_name.entry(name.clone()).or_default().push(certificate.clone());
             }
             // The default is the first certificate and those of other key types for the very same names: an EC and RSA pair.
             if certificates.first().is_some_and(|first| same_names(first, certificate)) {
-                default.push(certified.clone());
+                default.push(certificate.clone());
             }
         }
         Self { by_name, default, unknown_name }
     }
 
     /// The certificates for exactly this name, then those for its wildcard.
-    fn for_name(&self, name: &str) -> Vec<&Arc<CertifiedKey>> {
+    fn for_name(&self, name: &str) -> Vec<&Arc<Certificate>> {
         let exact = self.by_name.get(name);
         let wildcard = name.split_once('.').and_then(|(_, parent)| self.by_name.get(&format!("*.{parent}")));
         exact.into_iter().chain(wildcard).flatten().collect()
@@ -138,9 +167,10 @@ impl ResolvesServerCert for Certificates {
         // In the order of the configuration. When nothing fits, the first goes on and rustls says precisely what is missing.
         candidates
             .iter()
+            .map(|certificate| certificate.certified.load())
             .find(|certified| is_verifiable(certified, &hello))
-            .or_else(|| candidates.first())
-            .map(|certified| Arc::clone(certified))
+            .map(|certified| Arc::clone(&certified))
+            .or_else(|| candidates.first().map(|certificate| certificate.certified.load_full()))
     }
 }
 

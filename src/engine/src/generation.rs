@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustls::ServerConfig;
 
-use crate::certificates::Certificate;
+use crate::certificates::{Certificate, LeafDigest};
 use crate::signing::PrivateKey;
 use crate::signing::token::{Token, TokenPlan};
 use crate::signing::token_error::TokenError;
@@ -30,6 +30,9 @@ pub struct Generation {
     /// The same, for handshakes with upstreams.
     pub upstream_tls: Vec<Arc<UpstreamTls>>,
 }
+
+/// OCSP responses by what they are about, also of certificates that come with a later configuration.
+pub type Staples = HashMap<LeafDigest, Vec<u8>>;
 
 struct StartedToken {
     identity: TokenIdentity,
@@ -87,6 +90,7 @@ impl Generation {
         name: String,
         public_key: &[u8],
         places: Vec<KeyPlace>,
+        staples: &Staples,
         make: impl FnOnce(Arc<PrivateKey>, Duration) -> Certificate,
     ) -> Result<(), LoadFault> {
         let mut keys = Vec::with_capacity(places.len());
@@ -104,7 +108,9 @@ impl Generation {
         }
         let key = PrivateKey::new(keys)
             .map_err(|error| LoadFault::Settings(format!("certificate {name}: {error}")))?;
-        self.certificates.insert(name, Arc::new(make(key, sign_deadline)));
+        let certificate = make(key, sign_deadline);
+        certificate.staple(staples.get(certificate.leaf()).cloned());
+        self.certificates.insert(name, Arc::new(certificate));
         Ok(())
     }
 
@@ -140,6 +146,15 @@ impl Generation {
 
     pub fn certificate(&self, name: &str) -> Option<&Arc<Certificate>> {
         self.certificates.get(name)
+    }
+
+    /// By digest and not by name: in the next configuration, or in a file that was replaced, a name may be of another certificate.
+    pub fn staple(&self, changed: &HashMap<LeafDigest, Option<Vec<u8>>>) {
+        for certificate in self.certificates.values() {
+            if let Some(response) = changed.get(certificate.leaf()) {
+                certificate.staple(response.clone());
+            }
+        }
     }
 
     pub fn tokens(&self) -> impl Iterator<Item = &Arc<Token>> {
