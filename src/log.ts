@@ -38,6 +38,15 @@ export const logEvents = {
   upstream_unresolved: 'the name of a server has no address; the server is left out',
   tickets_rotated: 'another key issues session tickets',
   tickets_not_rotated: 'no token could derive the next ticket key, and why; the former one is used on',
+  ocsp_stapled: 'a certificate has an OCSP response that says good, and until when; not for each that follows',
+  ocsp_revoked: 'the issuer says that a certificate is revoked, and clients that ask are told so',
+  ocsp_fetch_failed:
+    'no OCSP response could be fetched, and why; once for each reason, and tried again until there is one',
+  ocsp_expired: 'the OCSP response of a certificate has ended, and there was no other: it is served without',
+  ocsp_must_staple_missing:
+    'a must-staple certificate has no valid OCSP response: clients that honour that refuse it; repeated',
+  ocsp_impossible: 'a certificate that is to be stapled cannot be: it names no responder, or its chain has no issuer',
+  ocsp_cache_failed: 'OCSP responses cannot be kept on disk, and why',
   reload_requested: 'somebody asked the admin server for a reload',
   reload_committed: 'the file is what is served; with what has changed',
   reload_refused: 'the file is wrong, and where; nothing has changed',

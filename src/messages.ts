@@ -15,6 +15,14 @@ export interface SocketUse {
   readonly listener: string;
 }
 
+/** What a certificate is served with. */
+export interface Staple {
+  /** SHA-256 of the first certificate of a chain, DER: a name may be of another certificate in the next configuration. */
+  readonly leaf: Uint8Array;
+  /** An OCSP response in DER; undefined: none any more. */
+  readonly response: Uint8Array | undefined;
+}
+
 export type PrimaryMessage =
   /** The first message to every worker. `ticketSecrets`: 32 bytes each, the current epoch first. */
   | {
@@ -28,9 +36,13 @@ export type PrimaryMessage =
       /** Those of the worker's own slot. */
       readonly accept: readonly SocketUse[];
       readonly ticketSecrets: readonly Uint8Array[];
+      /** Also of certificates that are not served yet. */
+      readonly staples: readonly Staple[];
     }
   /** The epoch has changed. */
   | { readonly type: 'tickets'; readonly ticketSecrets: readonly Uint8Array[] }
+  /** Those that have changed. */
+  | { readonly type: 'staples'; readonly staples: readonly Staple[] }
   /** Accept from a sibling's sockets too, until it is back. */
   | { readonly type: 'adopt'; readonly accept: readonly SocketUse[] }
   | { readonly type: 'release'; readonly sockets: readonly number[] }

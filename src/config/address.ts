@@ -41,7 +41,7 @@ export function isLocal(address: TcpAddress | UnixAddress): boolean {
 /** `http://host:port`: where an HTTP proxy is. */
 export function parseProxyUrl(text: string): Parsed<TcpAddress> {
   const expected = 'http://HOST:PORT such as http://proxy.internal:3128';
-  if (/^[a-z]+:\/\/[^/]*@/i.test(text)) {
+  if (/@/.test(text)) {
     return {
       fault: {
         code: 'config_secret',

@@ -43,8 +43,8 @@ export async function askResponder(
   const post: Call = { url: responder, method: 'POST', body };
   try {
     const short = nonce === undefined ? getUrl(responder, body) : undefined;
-    const first = short === undefined ? undefined : await send({ url: short, method: 'GET' });
-    // Some responders know one of the two only.
+    const first = short === undefined ? undefined : await orNothing(send({ url: short, method: 'GET' }), signal);
+    // All know POST (RFC 6960 A.1); some refuse GET, or break off.
     const found = first === undefined || 'outcome' in first ? await send(post) : first;
     return 'outcome' in found ? found : verifyResponse(found.bytes, subject, nonce, Date.now());
   } catch (error) {
@@ -54,6 +54,15 @@ export async function askResponder(
 
 export function isAnswer(result: OcspAnswer | OcspRefusal | FetchFailure): result is OcspAnswer {
   return 'status' in result;
+}
+
+async function orNothing<Found>(exchanged: Promise<Found>, signal: AbortSignal): Promise<Found | undefined> {
+  try {
+    return await exchanged;
+  } catch (error) {
+    if (signal.aborted) throw error;
+    return undefined;
+  }
 }
 
 interface Call {

@@ -178,7 +178,7 @@ function delegationFault(signer: X509Certificate, issuer: X509Certificate, now: 
   }
   // Node's types do not know that it may be absent.
   const purposes: readonly string[] | undefined = signer.keyUsage;
-  if (purposes?.includes(id_kp_OCSPSigning) !== true)
+  if (purposes === undefined || !purposes.includes(id_kp_OCSPSigning))
     return 'the certificate of its signer is not for OCSP (OCSPSigning)';
   const [from, to] = [signer.validFromDate.getTime(), signer.validToDate.getTime()];
   if (now + clockSkewMs < from || now > to) return 'the certificate of its signer is not valid now';

@@ -59,6 +59,8 @@ export function readChain(
     return report.reading(undefined);
   }
   checkOrder(members, report);
+  // OCSP needs the issuer, which may be the root itself.
+  if (config.ocsp === 'off' || members.length > 2) warnOfRoot(members, report);
   for (const member of members) checkDates(member, now, report);
   const key = checkKey(leaf, report);
   checkPurpose(leaf, report);
@@ -213,6 +215,9 @@ function checkOrder(members: readonly Member[], report: Report): void {
       swapped ? 'put the leaf first, then its issuers' : 'each certificate must be followed by its issuer',
     );
   }
+}
+
+function warnOfRoot(members: readonly Member[], report: Report): void {
   const last = members.at(-1);
   if (members.length > 1 && last !== undefined && isIssuedBy(last.certificate, last.certificate)) {
     report.warning(

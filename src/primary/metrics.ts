@@ -15,9 +15,12 @@ import type { EngineSnapshot, LatencySnapshot } from '../engine/native.d.ts';
 import type { LogCounts } from '../log.ts';
 import { version } from '../version.ts';
 import type { Config } from '../config/config.ts';
+import { fetchOutcomes } from '../ocsp/exchange.ts';
 import { reloadOutcomes } from './reload.ts';
 import type { Reloads } from './reload.ts';
 import type { Observation } from './snapshot-book.ts';
+import { stapleStates } from './stapler.ts';
+import type { StapleStatus } from './stapler.ts';
 import type { TicketEpoch } from './ticket-epochs.ts';
 import type { SlotStatus } from './workers.ts';
 
@@ -33,6 +36,7 @@ export interface Measurements {
   readonly workers: readonly SlotStatus[];
   readonly ready: boolean;
   readonly certificates: readonly { readonly name: string; readonly notAfterMs: number }[];
+  readonly staples: readonly StapleStatus[];
   readonly config: Pick<Config, 'listeners' | 'tokens' | 'log'>;
   /** How many workers there are to be. */
   readonly slots: number;
@@ -352,6 +356,39 @@ const families: readonly Family[] = [
     'When the certificate expires, in Unix time.',
     ['certificate'],
     ({ certificates }) => certificates.map(({ name, notAfterMs }) => [[name], notAfterMs / 1000]),
+  ),
+  gauge(
+    'ocsp_status',
+    '1 for what clients get that ask for the OCSP status of the certificate: a response that says good or revoked, or none (missing).',
+    ['certificate', 'status'],
+    ({ staples }) =>
+      staples.flatMap(({ certificate, state }) =>
+        stapleStates.map((status) => [[certificate, status], Number(state === status)] as const),
+      ),
+  ),
+  gauge(
+    'ocsp_must_staple',
+    '1 when the certificate is must-staple (RFC 7633): without a response some clients refuse it.',
+    ['certificate'],
+    ({ staples }) => staples.map(({ certificate, mustStaple }) => [[certificate], Number(mustStaple)]),
+  ),
+  gauge(
+    'ocsp_response_expiry_timestamp_seconds',
+    'When the response that is served ends, in Unix time; the next one is fetched after half of its time.',
+    ['certificate'],
+    ({ staples }) =>
+      staples.flatMap(({ certificate, nextUpdate }) =>
+        nextUpdate === undefined ? [] : [[[certificate], nextUpdate.getTime() / 1000] as const],
+      ),
+  ),
+  counter(
+    'ocsp_fetches_total',
+    'Questions to OCSP responders, by outcome: ok; unreachable (no answer in time); http_error (an answer that is none of OCSP); responder_error (the responder cannot answer); invalid (not signed as it must be, about another certificate, out of date); unknown (the responder does not know the certificate).',
+    ['certificate', 'outcome'],
+    ({ staples }) =>
+      staples.flatMap(({ certificate, fetches }) =>
+        fetchOutcomes.map((outcome) => [[certificate, outcome], fetches[outcome]] as const),
+      ),
   ),
   counter('reloads_total', 'Reloads of the configuration, by outcome.', ['outcome'], ({ reloads }) =>
     reloadOutcomes.map((outcome) => [[outcome], reloads.counts[outcome]]),

@@ -21,6 +21,7 @@ import type { ErrorCode, Problem } from '../errors.ts';
 import type { Log } from '../log.ts';
 import { closeSockets, openListeners, shutSockets } from './listeners.ts';
 import type { ServiceManager } from './service-manager.ts';
+import type { Stapler } from './stapler.ts';
 import type { Workers } from './workers.ts';
 
 export const reloadOutcomes = ['committed', 'refused', 'rolled_back'] as const;
@@ -55,6 +56,7 @@ export interface CertificateFacts {
 /** What a reload goes through; here only to be the same wherever it is needed. */
 interface ReloadParts {
   readonly workers: Pick<Workers, 'listening' | 'prepare' | 'commit' | 'discard'>;
+  readonly stapler: Pick<Stapler, 'follow'>;
   readonly native: EngineBinding;
   readonly serviceManager: Pick<ServiceManager, 'reloading' | 'reloaded'>;
   /** How many workers there are. */
@@ -153,7 +155,7 @@ export class Reloads {
   }
 
   async #try(): Promise<Omit<ReloadReport, 'seconds'>> {
-    const { workers, native, slots, rereadAdmin } = this.#parts;
+    const { workers, stapler, native, slots, rereadAdmin } = this.#parts;
     let next: Config;
     let admin;
     let listeners;
@@ -168,9 +170,12 @@ export class Reloads {
     }
     const certificates = certificateFacts(next, this.#certificates);
     const changes = [...changesOf(this.#config, next, this.#certificates, certificates), ...(admin?.changes ?? [])];
+    // While the workers prepare: new certificates have staples by the time they are served, if their responders are quick.
+    void stapler.follow(this.#config, next);
     const refusal = (await workers.prepare(next, listeners, next.reloadDeadlineMs)) ?? (await workers.commit());
     if (refusal !== undefined) {
       workers.discard();
+      void stapler.follow(this.#config);
       closeSockets(listeners.opened);
       const { code, message, hint } = refusal.failure;
       const worker = refusal.worker === undefined ? {} : { worker: refusal.worker };
@@ -184,6 +189,7 @@ export class Reloads {
     this.#certificates = certificates;
     this.#generation += 1;
     this.#since = new Date();
+    void stapler.follow(next);
     this.#onCommit(next);
     admin?.commit();
     // Every worker has accepted what waited there, and let go.
@@ -290,7 +296,7 @@ function changesOf(
       ...removed.map((name) => `${section}.${name} removed`),
     ];
   });
-  const keys = ['log', 'tickets', 'drainDeadlineMs', 'reloadDeadlineMs'] as const;
+  const keys = ['log', 'tickets', 'ocsp', 'drainDeadlineMs', 'reloadDeadlineMs'] as const;
   return [
     ...changed,
     ...keys

@@ -25,6 +25,7 @@ import { takePassedSockets } from './passed-sockets.ts';
 import { becomeConfigured, logPrivileges } from './privileges.ts';
 import { Reloads } from './reload.ts';
 import { ServiceManager } from './service-manager.ts';
+import { Stapler } from './stapler.ts';
 import { TicketEpochs } from './ticket-epochs.ts';
 import type { TicketEpoch } from './ticket-epochs.ts';
 import { version } from '../version.ts';
@@ -76,7 +77,9 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   if (config.sandbox.enabled) engine().refuseRings();
 
   const epochs = new TicketEpochs();
-  const workers = new Workers(config, slots, listeners, epochs, log);
+  const stapler = new Stapler(config, log);
+  const workers = new Workers(config, slots, listeners, epochs, () => stapler.staples, log);
+  stapler.on('changed', (staples) => workers.giveStaples(staples));
   const ended = Promise.withResolvers<void>();
   const allReady = Promise.withResolvers<void>();
   workers.once('allReady', allReady.resolve);
@@ -93,7 +96,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   // It shows what reloads do, and they have it read its files again.
   const opened: { admin?: Admin | undefined } = {};
   const rereadAdmin = () => opened.admin?.reread();
-  const parts = { workers, native: engine(), serviceManager, slots, log, rereadAdmin };
+  const parts = { workers, stapler, native: engine(), serviceManager, slots, log, rereadAdmin };
   const reloads = new Reloads(config, parts, (next) => {
     log.level = next.log.level;
     if (next.tickets.rotationMs === rotationMs) return;
@@ -136,7 +139,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   const losses = new LogLosses(log);
   const history = new History(engine().latencyBoundsUs());
   const drainNow = () => drain(reloads.config.drainDeadlineMs);
-  const admin = await openAdmin({ reloads, workers, epochs, slots, logs, history, drain: drainNow });
+  const admin = await openAdmin({ reloads, workers, stapler, epochs, slots, logs, history, drain: drainNow });
   opened.admin = admin;
   const observation = setInterval(() => {
     workers
@@ -151,10 +154,13 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
         log.error({ event: 'admin_status', error }, 'the status page could not be told what was measured');
       });
   }, observeIntervalMs);
+  // What is in the cache is there before the first client; whatever is not comes when it comes.
+  void stapler.follow(config);
   workers.start();
   const end = ended.promise.finally(async () => {
     clearInterval(observation);
     clearInterval(rotation);
+    stapler.stop();
     await admin?.close();
     const { engine: measured } = await workers.observe();
     const cut = measured.closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
@@ -173,6 +179,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
 interface Parts {
   readonly reloads: Reloads;
   readonly workers: Workers;
+  readonly stapler: Stapler;
   readonly epochs: TicketEpochs;
   readonly slots: number;
   readonly logs: Logs;
@@ -181,7 +188,7 @@ interface Parts {
 }
 
 async function openAdmin(parts: Parts): Promise<Admin | undefined> {
-  const { reloads, workers, history, drain } = parts;
+  const { reloads, workers, stapler, history, drain } = parts;
   const { log } = parts.logs;
   const { admin } = reloads.config;
   if (admin === undefined) return undefined;
@@ -200,7 +207,11 @@ async function openAdmin(parts: Parts): Promise<Admin | undefined> {
         keyLog: reloads.config.log.keyLog,
         listeners: workers.listening.addresses,
         workers: workers.status.map((worker) => ({ ...worker, process: processes.get(worker.slot) })),
-        certificates: reloads.certificates.map(({ name, notAfterMs }) => ({ name, notAfterMs })),
+        certificates: reloads.certificates.map(({ name, notAfterMs }) => ({
+          name,
+          notAfterMs,
+          ocsp: stapler.status(name),
+        })),
         logs,
         engine: measured,
       };
@@ -231,7 +242,7 @@ async function openAdmin(parts: Parts): Promise<Admin | undefined> {
   return startAdmin(admin, view, log);
 }
 
-async function measurements({ reloads, workers, epochs, slots, logs }: Parts): Promise<Measurements> {
+async function measurements({ reloads, workers, stapler, epochs, slots, logs }: Parts): Promise<Measurements> {
   const { engine: snapshot, logs: ofWorkers, processes, cpu } = await workers.observe();
   return {
     snapshot,
@@ -241,6 +252,7 @@ async function measurements({ reloads, workers, epochs, slots, logs }: Parts): P
     workers: workers.status,
     ready: workers.unreadiness === undefined,
     certificates: reloads.certificates,
+    staples: stapler.statuses,
     config: reloads.config,
     slots,
     reloads,

@@ -23,7 +23,14 @@ import { engine } from '../engine/binding.ts';
 import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { PrimaryMessage, SocketUse, WorkerFailure, WorkerMessage, WorkerSandbox } from '../messages.ts';
+import type {
+  PrimaryMessage,
+  SocketUse,
+  Staple,
+  WorkerFailure,
+  WorkerMessage,
+  WorkerSandbox,
+} from '../messages.ts';
 import type { Listeners, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
@@ -127,6 +134,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   #config: Config;
   #listeners: Listeners;
   readonly #epochs: TicketEpochs;
+  readonly #staples: () => readonly Staple[];
   readonly #log: Log;
   readonly #slots: Slot[];
   readonly #book = new SnapshotBook();
@@ -145,11 +153,20 @@ export class Workers extends EventEmitter<WorkersEvents> {
   /** Set once: no process may be forked any more. */
   #halted: WorkerFailure | undefined;
 
-  constructor(config: Config, slots: number, listeners: Listeners, epochs: TicketEpochs, log: Log) {
+  /** @param staples what a worker that begins is to serve certificates with */
+  constructor(
+    config: Config,
+    slots: number,
+    listeners: Listeners,
+    epochs: TicketEpochs,
+    staples: () => readonly Staple[],
+    log: Log,
+  ) {
     super();
     this.#config = config;
     this.#listeners = listeners;
     this.#epochs = epochs;
+    this.#staples = staples;
     this.#log = log;
     this.#slots = Array.from({ length: slots }, (_, index) => newSlot(index));
   }
@@ -290,6 +307,11 @@ export class Workers extends EventEmitter<WorkersEvents> {
     for (const slot of this.#slots) {
       if (slot.state === 'ready') this.#tell(slot, { type: 'tickets', ticketSecrets: this.#epochs.secrets });
     }
+  }
+
+  /** Also those who are starting: they have been given what there was when they were forked. */
+  giveStaples(staples: readonly Staple[]): void {
+    for (const slot of this.#slots) this.#tell(slot, { type: 'staples', staples });
   }
 
   reopenLogs(): void {
@@ -457,6 +479,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       handoverFd,
       accept: usesOf(this.#listeners, slot),
       ticketSecrets: this.#epochs.secrets,
+      staples: this.#staples(),
     });
   }
 

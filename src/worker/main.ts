@@ -3,7 +3,7 @@
  * Must not know: the other workers; whatever happens per byte or per handshake.
  * Runs: main thread of a worker, forked by src/primary/workers.ts.
  */
-import type { Engine, EngineSettings } from '../engine/native.d.ts';
+import type { Engine, EngineSettings, Staple as EngineStaple } from '../engine/native.d.ts';
 import { engine as loadEngine } from '../engine/binding.ts';
 import { giveBackMemory, giveBackMemorySoon } from '../engine/memory.ts';
 import type { Config, LogLevel, TicketsConfig } from '../config/config.ts';
@@ -11,7 +11,7 @@ import { readPin } from '../config/pin.ts';
 import { ConfigError, KeygateError, ServiceError } from '../errors.ts';
 import { openLogs } from '../log.ts';
 import type { Log, Logs } from '../log.ts';
-import type { PrimaryMessage, WorkerFailure, WorkerMessage, WorkerSnapshot } from '../messages.ts';
+import type { PrimaryMessage, Staple, WorkerFailure, WorkerMessage, WorkerSnapshot } from '../messages.ts';
 import { nativeGuard } from '../pkcs11/native-guard.ts';
 import { provePlan } from '../pkcs11/plan.ts';
 import { engineSettings } from './plan.ts';
@@ -44,6 +44,8 @@ let preparing:
 let tickets: TicketsConfig | undefined;
 /** Of the primary; not used while a token derives them. */
 let ticketSecrets: readonly Uint8Array[] = [];
+/** Those that came before there was an engine, in their order. */
+let earlyStaples: readonly Staple[] = [];
 let draining = false;
 let drainTimer: NodeJS.Timeout | undefined;
 let leaving = false;
@@ -75,6 +77,10 @@ function obey(message: PrimaryMessage): void {
     case 'tickets':
       ticketSecrets = message.ticketSecrets;
       useTicketSecrets();
+      return;
+    case 'staples':
+      if (engine === undefined) earlyStaples = [...earlyStaples, ...message.staples];
+      else engine.setStaples(message.staples.map(engineStaple));
       return;
     case 'adopt':
       if (!draining) for (const { listener, fd } of sockets?.uses(message.accept) ?? []) engine?.accept(listener, fd);
@@ -110,7 +116,7 @@ function obey(message: PrimaryMessage): void {
 
 async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
   const { config, accept } = message;
-  ({ ticketSecrets } = message);
+  ({ ticketSecrets, staples: earlyStaples } = message);
   ({ tickets } = config);
   const opened = openLogs(config.log, Number(process.env['KEYGATE_SLOT']));
   logs = opened;
@@ -121,7 +127,8 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   const sandbox = enterSandbox(config, native, opened.log);
   const { settings, warnings } = await prove(config, sockets.uses(accept), opened.log);
   const secrets = ticketSecrets.map((secret) => Buffer.from(secret));
-  engine = new native.Engine(settings, secrets, opened.access, opened.key);
+  engine = new native.Engine(settings, secrets, opened.access, opened.key, earlyStaples.map(engineStaple));
+  earlyStaples = [];
   watch(engine, opened);
   tell({ type: 'ready', warnings, sandbox });
   // In a turn of its own, where nothing above refers to what was read any more.
@@ -193,6 +200,10 @@ function measure(running: Engine): WorkerSnapshot {
 
 function useTicketSecrets(): void {
   if (tickets?.key === undefined) engine?.setTicketSecrets(ticketSecrets.map((secret) => Buffer.from(secret)));
+}
+
+function engineStaple({ leaf, response }: Staple): EngineStaple {
+  return { leaf: Buffer.from(leaf), ...(response === undefined ? {} : { response: Buffer.from(response) }) };
 }
 
 function watch(running: Engine, { log }: Logs): void {

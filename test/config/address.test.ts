@@ -11,6 +11,7 @@ import {
   isLocal,
   parseAdminAddress,
   parseBindAddress,
+  parseProxyUrl,
   parseServerAddress,
 } from '../../src/config/address.ts';
 
@@ -19,6 +20,26 @@ it('servers are IP addresses, DNS names or unix sockets', () => {
   assert.deepEqual(parseServerAddress('[2001:DB8::1]:443'), { value: { host: '2001:db8::1', port: 443 } });
   assert.deepEqual(parseServerAddress('Web.internal:65535'), { value: { host: 'web.internal', port: 65_535 } });
   assert.deepEqual(parseServerAddress('unix:/run/web.sock'), { value: { path: '/run/web.sock' } });
+});
+
+it('a proxy is a URL of a host and a port, and a password in it is never shown', () => {
+  assert.deepEqual(parseProxyUrl('http://Proxy.internal:3128'), { value: { host: 'proxy.internal', port: 3128 } });
+  assert.deepEqual(parseProxyUrl('http://[::1]:80/'), { value: { host: '::1', port: 80 } });
+  for (const text of [
+    'proxy:3128',
+    'http://proxy',
+    'https://proxy:443',
+    'http://proxy:0',
+    'http://proxy:80/path',
+    '',
+  ]) {
+    assert.ok('fault' in parseProxyUrl(text), text);
+  }
+  for (const text of ['http://user:s3cret@proxy:80', 'socks5://user:s3cret@proxy:80', 'user:s3cret@proxy']) {
+    const parsed = parseProxyUrl(text);
+    assert.ok('fault' in parsed && parsed.fault.code === 'config_secret', text);
+    assert.doesNotMatch(JSON.stringify(parsed), /s3cret/);
+  }
 });
 
 it('a server needs a port from 1 to 65535', () => {

@@ -12,6 +12,7 @@ import type { WorkerSnapshot } from '../../src/messages.ts';
 import { metricsTable, renderMetrics } from '../../src/primary/metrics.ts';
 import { SnapshotBook } from '../../src/primary/snapshot-book.ts';
 import type { Observation } from '../../src/primary/snapshot-book.ts';
+import type { StapleStatus } from '../../src/primary/stapler.ts';
 import type { SlotStatus } from '../../src/primary/workers.ts';
 import { parseScrape } from '../support/prometheus-text.ts';
 import type { ScrapedFamily } from '../support/prometheus-text.ts';
@@ -28,6 +29,17 @@ const readyWorker: SlotStatus = {
   sandbox: undefined,
 };
 const certificates = [{ name: 'www', notAfterMs: Date.UTC(2030, 0, 1) }];
+const staple: StapleStatus = {
+  certificate: 'www',
+  state: 'revoked',
+  mustStaple: true,
+  responder: 'http://ocsp.example.org/',
+  thisUpdate: new Date(Date.UTC(2029, 0, 1)),
+  nextUpdate: new Date(Date.UTC(2029, 0, 8)),
+  nextFetch: undefined,
+  problem: undefined,
+  fetches: { ok: 7, unreachable: 3, http_error: 0, responder_error: 0, invalid: 0, unknown: 0 },
+};
 const config = parseConfig(
   `tokens: { hsm: { module: m.so, uri: "pkcs11:token=t", pin: { env: PIN }, queue: { max: 500 } } }
 certificates: { www: { chain: c.pem, key: "pkcs11:object=k" } }
@@ -262,6 +274,7 @@ async function families(
     workers,
     ready: true,
     certificates,
+    staples: [staple],
     config,
     slots: 2,
     reloads: { counts: { committed: 0, refused: 0, rolled_back: 0 }, last: undefined, since: new Date() },

@@ -6,7 +6,7 @@
 import { execFileSync, spawn } from 'node:child_process';
 import type { ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { globSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { connect, createServer } from 'node:net';
 import type { AddressInfo, Server, Socket } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -26,6 +26,19 @@ export interface IssueOptions {
   readonly longSerial?: boolean;
 }
 
+export interface ResponderOptions {
+  readonly signer?: Signer;
+  /** Options of openssl ocsp; `-nmin N`: each response holds for so many minutes. */
+  readonly validity?: readonly string[];
+  /** Its clock is so many seconds late. */
+  readonly lateSeconds?: number;
+}
+
+export interface Responder {
+  readonly port: number;
+  stop(): Promise<void>;
+}
+
 export interface OcspAuthority {
   readonly directory: string;
   /** PEM. */
@@ -39,11 +52,8 @@ export interface OcspAuthority {
   forget(certificate: string): void;
   /** A response as the responder would give it. @param validity options of openssl ocsp, such as `-nmin 5` */
   respond(certificate: string, options?: { readonly signer?: Signer; readonly validity?: readonly string[] }): Buffer;
-  /** Starts `openssl ocsp`. @returns its port, and how to end it */
-  startResponder(
-    signer: Signer,
-    validity: readonly string[],
-  ): Promise<{ readonly port: number; stop(): Promise<void> }>;
+  /** Starts `openssl ocsp`. */
+  startResponder(options?: ResponderOptions): Promise<Responder>;
 }
 
 export function ocspAuthority(test: Pick<TestContext, 'after'>): OcspAuthority {
@@ -160,14 +170,21 @@ export function ocspAuthority(test: Pick<TestContext, 'after'>): OcspAuthority {
       openssl(...responder(name, validity), ...asked, '-noverify');
       return readFileSync(at('response.der'));
     },
-    async startResponder(name, validity) {
+    async startResponder({ signer: name = 'issuer', validity = ['-nmin', '10'], lateSeconds = 0 } = {}) {
       const child = spawn('openssl', [...responder(name, validity), '-port', '0'], {
         cwd: directory,
+        env: { ...process.env, ...(lateSeconds === 0 ? {} : lateClock(lateSeconds)) },
         stdio: ['ignore', 'pipe', 'pipe'],
       });
       child.stderr.resume();
-      process.on('exit', () => child.kill('SIGKILL'));
-      return { port: await portOf(child), stop: async () => end(child) };
+      const kill = () => child.kill('SIGKILL');
+      process.on('exit', kill);
+      const stop = async () => {
+        process.off('exit', kill);
+        await end(child);
+      };
+      test.after(stop);
+      return { port: await portOf(child), stop };
     },
   };
 }
@@ -181,6 +198,13 @@ const newKey = (name: string) => [
   '-keyout',
   `${name}.key`,
 ];
+
+/** As `faketime` would preload it. */
+function lateClock(seconds: number): Readonly<Record<string, string>> {
+  const library = globSync('/usr/lib/*/faketime/libfaketime.so.1')[0];
+  if (library === undefined) throw new Error('apt-get install faketime');
+  return { LD_PRELOAD: library, FAKETIME: `-${seconds}s` };
+}
 
 const caConfiguration = `[ca]
 default_ca = test
@@ -212,13 +236,17 @@ async function end(child: ChildProcess): Promise<void> {
 
 /** What a responder's address leads to. */
 export type Behaviour =
-  | { readonly forwardTo: number }
+  | {
+      readonly forwardTo: number;
+      /** What GET gets instead. */
+      readonly butGet?: string;
+    }
   /** Nobody listens. */
   | 'dead'
   /** Accepts, and says nothing. */
   | 'silent'
-  /** These bytes, whatever was asked, and then the end. */
-  | { readonly says: Buffer | string };
+  /** These bytes, whatever was asked, and then the end, unless it `stays`. */
+  | { readonly says: Buffer | string; readonly stays?: boolean };
 
 /** The address that certificates name, with something behind it that changes. */
 export interface ResponderAddress {
@@ -243,7 +271,12 @@ export async function responderAddress(behaviour: Behaviour): Promise<ResponderA
       requests.push(head.toString('latin1').split('\r\n', 1)[0] ?? '');
       if (typeof now === 'string') return;
       if ('says' in now) {
-        socket.end(now.says);
+        if (now.stays === true) socket.write(now.says);
+        else socket.end(now.says);
+        return;
+      }
+      if (now.butGet !== undefined && head.toString('latin1').startsWith('GET ')) {
+        socket.end(now.butGet);
         return;
       }
       const responder = connect(now.forwardTo, '127.0.0.1');
@@ -269,7 +302,7 @@ export async function responderAddress(behaviour: Behaviour): Promise<ResponderA
   if (behaviour === 'dead') await shut();
   return {
     port,
-    url: `http://127.0.0.1:${port}/ocsp`,
+    url: `http://127.0.0.1:${port}/`,
     requests,
     async become(next) {
       now = next;
