@@ -31,8 +31,12 @@ const retryMaxMs = 10 * 60_000;
 const lookIntervalMs = 500;
 /** Questions to one responder at the same time. One that is dead takes up nobody else's time. */
 const questionsAtOnceMax = 4;
-/** Reading chains and the cache holds up whatever else the primary does for so long at a time. */
-const sliceMs = 200;
+/**
+ * Reading chains and the cache holds up whatever else the primary does for so long at a time: the first time longer, so that a few
+ * certificates have their staples before the first worker is forked. Ten thousand take half a minute.
+ */
+const firstSliceMs = 200;
+const sliceMs = 20;
 
 export const stapleStates = ['good', 'revoked', 'missing'] as const;
 /** What clients get that ask for it. */
@@ -104,7 +108,7 @@ export class Stapler extends EventEmitter<StaplerEvents> {
     this.#config = (coming ?? current).ocsp;
     const names = new Map<string, string>();
     const wanted = new Set<string>();
-    let began = performance.now();
+    let sliceEndsAt = performance.now() + firstSliceMs;
     for (const config of configsOf(current, coming)) {
       const certificate = this.#chains.read(config);
       if (certificate === undefined) continue;
@@ -112,10 +116,10 @@ export class Stapler extends EventEmitter<StaplerEvents> {
       wanted.add(digest);
       names.set(config.name, digest);
       this.#enter(digest, certificate, config.name);
-      if (performance.now() - began < sliceMs) continue;
+      if (performance.now() < sliceEndsAt) continue;
       await turn();
       if (following !== this.#following) return;
-      began = performance.now();
+      sliceEndsAt = performance.now() + sliceMs;
     }
     this.#chains.settle();
     this.#names = names;

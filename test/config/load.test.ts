@@ -45,7 +45,9 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
         loginLockWaitMs: 10_000,
       },
     },
-    certificates: { www: { name: 'www', chain: '/etc/keygate/www.pem', key: { object: 'www' }, tokens: ['a'] } },
+    certificates: {
+      www: { name: 'www', chain: '/etc/keygate/www.pem', key: { object: 'www' }, tokens: ['a'], ocsp: 'off' },
+    },
     policies: {
       modern: { ...plain(config.policies['modern']), name: 'modern', minVersion: '1.3', maxVersion: '1.3' },
       intermediate: {
@@ -56,6 +58,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
       },
     },
     tickets: { lifetimeMs: 43_200_000, rotationMs: 43_200_000 },
+    ocsp: { nonce: false, timeoutMs: 10_000 },
     upstreams: {
       web: {
         name: 'web',
@@ -454,6 +457,16 @@ const placed: Record<string, Placed> = {
     sections: { more: 'tickets: { lifetime: ▸2h, rotation: 1h }' },
     path: 'tickets.lifetime',
     code: 'config_conflict',
+  },
+  'a proxy with a password': {
+    sections: { more: 'ocsp: { proxy: ▸"http://user:secret@proxy:3128" }' },
+    path: 'ocsp.proxy',
+    code: 'config_secret',
+  },
+  'an OCSP timeout above a minute': {
+    sections: { more: 'ocsp: { timeout: ▸61s }' },
+    path: 'ocsp.timeout',
+    code: 'config_value',
   },
   'a ticket lifetime above seven days': {
     sections: { more: 'tickets: { lifetime: ▸8d, rotation: 7d }' },

@@ -5,7 +5,7 @@
  */
 import assert from 'node:assert/strict';
 import { describe, it } from 'node:test';
-import fc from 'fast-check';
+import * as fc from 'fast-check';
 import { refreshAt, retryDelayMs } from '../../src/primary/stapler.ts';
 
 const hour = 3_600_000;
