@@ -23,14 +23,7 @@ import { engine } from '../engine/binding.ts';
 import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type {
-  PrimaryMessage,
-  SocketUse,
-  Staple,
-  WorkerFailure,
-  WorkerMessage,
-  WorkerSandbox,
-} from '../messages.ts';
+import type { PrimaryMessage, SocketUse, Staple, WorkerFailure, WorkerMessage, WorkerSandbox } from '../messages.ts';
 import type { Listeners, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
