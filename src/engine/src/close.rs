@@ -1,10 +1,11 @@
 //! Owns the reasons why a connection ends: one closed list, three words each (side / phase / reason), the same in metric,
 //! log, panel and README. Knows nothing of how a connection is run.
 
-use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, PeerIncompatible};
+use rustls::{AlertDescription, Error, InvalidMessage, PeerIncompatible};
 
 use crate::signing::SignError;
 use crate::stats::Counter;
+use crate::verify::Reason;
 
 macro_rules! close_reasons {
     ($($name:ident = $side:literal / $phase:literal / $reason:literal : $meaning:literal;)+) => {
@@ -71,12 +72,27 @@ close_reasons! {
     UpstreamHandshakeProtocolError = "upstream" / "handshake" / "protocol_error": "The server broke a rule of TLS.";
     UpstreamHandshakeAlert = "upstream" / "handshake" / "alert": "The server refused with an alert: it wants another certificate of ours, or none of what we offered.";
     UpstreamHandshakeNoSharedParameters = "upstream" / "handshake" / "no_shared_parameters": "No version, cipher suite, group, signature scheme or application protocol in common with the server.";
-    UpstreamHandshakeUnknownIssuer = "upstream" / "handshake" / "unknown_issuer": "No trusted root issued the server's certificate, or an intermediate certificate is missing.";
-    UpstreamHandshakeExpired = "upstream" / "handshake" / "expired": "The server's certificate, or one of its issuers, has expired.";
-    UpstreamHandshakeNotYetValid = "upstream" / "handshake" / "not_yet_valid": "The server's certificate is not valid yet: is a clock wrong?";
-    UpstreamHandshakeWrongName = "upstream" / "handshake" / "wrong_name": "The server's certificate is for another name.";
-    UpstreamHandshakeRevoked = "upstream" / "handshake" / "revoked": "The server's certificate has been revoked.";
-    UpstreamHandshakeBadCertificate = "upstream" / "handshake" / "bad_certificate": "The server's certificate cannot be used: bad encoding, a bad signature, a weak key, or not for servers.";
+    // Those of the server's certificate: verify/reason.rs.
+    UpstreamHandshakeInvalid = "upstream" / "handshake" / "invalid": "The server's certificate cannot be understood, or breaks a rule of X.509.";
+    UpstreamHandshakeUnknownIssuer = "upstream" / "handshake" / "unknown_issuer": "The server's certificate leads to none of `tls.roots`: the wrong roots, or the server does not send its intermediate certificates.";
+    UpstreamHandshakeSelfSigned = "upstream" / "handshake" / "self_signed": "The server's certificate is signed by itself and by nobody in `tls.roots`.";
+    UpstreamHandshakeExpired = "upstream" / "handshake" / "expired": "The server's certificate, or one of its issuers, has expired, or this host's clock is wrong.";
+    UpstreamHandshakeNotYetValid = "upstream" / "handshake" / "not_yet_valid": "The server's certificate, or one of its issuers, is not valid yet, or this host's clock is wrong.";
+    UpstreamHandshakeWrongName = "upstream" / "handshake" / "wrong_name": "The server's certificate is for other names than the server's, or `tls.name`.";
+    UpstreamHandshakeWrongPurpose = "upstream" / "handshake" / "wrong_purpose": "The server's certificate is not for TLS servers (extended key usage).";
+    UpstreamHandshakeBadSignature = "upstream" / "handshake" / "bad_signature": "A signature on a certificate, or the server's own in the handshake, is wrong.";
+    UpstreamHandshakeWeakKey = "upstream" / "handshake" / "weak_key": "The server's key or an issuer's is RSA of less than 2048 bits.";
+    UpstreamHandshakeWeakSignature = "upstream" / "handshake" / "weak_signature": "A certificate is signed with an algorithm that is not accepted, such as SHA-1.";
+    UpstreamHandshakeRevoked = "upstream" / "handshake" / "revoked": "One of `tls.crls` revokes the server's certificate or an issuer's.";
+    UpstreamHandshakeRevocationUnknown = "upstream" / "handshake" / "revocation_unknown": "None of `tls.crls` is of the certificate's issuer, or it is out of date or not signed as it should be.";
+    UpstreamHandshakePinMismatch = "upstream" / "handshake" / "pin_mismatch": "No key in the server's chain is one of `tls.pins`.";
+    UpstreamHandshakeTlsaMismatch = "upstream" / "handshake" / "tlsa_mismatch": "The server's certificate matches none of its TLSA records.";
+    UpstreamHandshakeTlsaMissing = "upstream" / "handshake" / "tlsa_missing": "DNSSEC proves that the server has no usable TLSA record.";
+    UpstreamHandshakeTlsaInsecure = "upstream" / "handshake" / "tlsa_insecure": "The server's zone is not signed, or the resolver does not validate.";
+    UpstreamHandshakeTlsaUnavailable = "upstream" / "handshake" / "tlsa_unavailable": "No TLSA answer that holds: DNSSEC validation failed, or the resolver does not answer.";
+    UpstreamHandshakeSctMissing = "upstream" / "handshake" / "sct_missing": "The server showed no signed certificate timestamp.";
+    UpstreamHandshakeSctInvalid = "upstream" / "handshake" / "sct_invalid": "Too few timestamps hold, and one has a wrong signature.";
+    UpstreamHandshakeSctInsufficient = "upstream" / "handshake" / "sct_insufficient": "Too few timestamps are from logs in `transparency.logs`, or from too few operators.";
 
     ClientRelayClosed = "client" / "relay" / "closed": "The client closed first. Normal.";
     ClientRelayTruncated = "client" / "relay" / "truncated": "The client closed without close_notify: bytes may be missing (many HTTP clients do so).";
@@ -142,6 +158,9 @@ impl Close {
 
     /// The reason for a handshake with an upstream that rustls ended.
     pub fn from_upstream_tls_error(error: &Error) -> Self {
+        if let Some(reason) = Reason::from_error(error) {
+            return reason.close();
+        }
         match error {
             Error::AlertReceived(AlertDescription::CloseNotify) => Self::UpstreamHandshakeClosed,
             Error::AlertReceived(_) => Self::UpstreamHandshakeAlert,
@@ -149,20 +168,6 @@ impl Close {
                 Self::UpstreamHandshakeNoSharedParameters
             }
             Error::InvalidMessage(InvalidMessage::InvalidContentType) => Self::UpstreamHandshakeNotTls,
-            Error::InvalidCertificate(found) => match found {
-                CertificateError::UnknownIssuer => Self::UpstreamHandshakeUnknownIssuer,
-                CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
-                    Self::UpstreamHandshakeExpired
-                }
-                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-                    Self::UpstreamHandshakeNotYetValid
-                }
-                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
-                    Self::UpstreamHandshakeWrongName
-                }
-                CertificateError::Revoked => Self::UpstreamHandshakeRevoked,
-                _ => Self::UpstreamHandshakeBadCertificate,
-            },
             _ => Self::UpstreamHandshakeProtocolError,
         }
     }

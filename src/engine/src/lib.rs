@@ -31,6 +31,7 @@ pub mod tickets;
 mod tls;
 pub mod upstream;
 mod upstream_tls;
+pub mod verify;
 
 /// For the engine's own memory; Node, aws-lc and the PKCS#11 modules keep the process' allocator. Not under the fuzzer, whose
 /// sanitizer must see every allocation.

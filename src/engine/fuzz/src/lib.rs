@@ -2,4 +2,5 @@
 //! modules are also run by the engine's own tests with a bounded random corpus, on a stable compiler.
 
 pub mod proxy_header;
+pub mod server_certificate;
 pub mod tickets;
