@@ -35,6 +35,10 @@ export const logEvents = {
   token_repaired: 'PKCS#11 sessions were reopened, a login repeated, or keys found again',
   server_down: 'a worker holds a server of an upstream for unhealthy',
   server_up: 'it does not any more',
+  server_certificate:
+    "certificates of an upstream's servers were refused, or reported and accepted, and why; once a minute",
+  tlsa_changed: 'DNS says something else about the TLSA records of a server, or nothing that holds',
+  transparency_logs_old: 'the list of transparency logs is out of date',
   upstream_unresolved: 'the name of a server has no address; the server is left out',
   tickets_rotated: 'another key issues session tickets',
   tickets_not_rotated: 'no token could derive the next ticket key, and why; the former one is used on',

@@ -3,7 +3,7 @@
  * Must not know: what listens or connects there; name resolution.
  * Runs: everywhere.
  */
-import { isIPv4, isIPv6, SocketAddress } from 'node:net';
+import { isIP, isIPv4, isIPv6, SocketAddress } from 'node:net';
 import type { TcpAddress, UnixAddress } from './config.ts';
 import type { Fault, Parsed } from './fault.ts';
 
@@ -22,6 +22,15 @@ export function parseBindAddress(text: string): Parsed<TcpAddress> {
 /** A server: an IP address or a DNS name with a port, or a unix socket. */
 export function parseServerAddress(text: string): Parsed<TcpAddress | UnixAddress> {
   return text.startsWith('unix:') ? parseUnixAddress(text) : parseTcpAddress(text, 1);
+}
+
+/** Where a resolver listens: an IP address and a port. */
+export function parseResolverAddress(text: string): Parsed<TcpAddress> {
+  const expected = 'IP-ADDRESS:PORT such as 127.0.0.1:53 or [::1]:53';
+  const parsed = parseTcpAddress(text, 1);
+  if ('fault' in parsed) return { fault: { ...parsed.fault, expected } };
+  if (isIP(parsed.value.host) !== 0) return parsed;
+  return { fault: { expected, hint: 'a name would have to be resolved first' } };
 }
 
 /** Where the admin server listens: an address of this host or a unix socket. */

@@ -31,6 +31,10 @@ export interface Config {
   readonly policies: Readonly<Record<string, PolicyConfig>>;
   readonly tickets: TicketsConfig;
   readonly ocsp: OcspConfig;
+  /** There when an upstream's `dane` is not off. */
+  readonly dns: DnsConfig | undefined;
+  /** There when an upstream's `transparency` is not off. */
+  readonly transparency: TransparencyConfig | undefined;
   readonly upstreams: Readonly<Record<string, UpstreamConfig>>;
   readonly listeners: Readonly<Record<string, ListenerConfig>>;
 }
@@ -210,7 +214,34 @@ export interface UpstreamConfig {
   readonly tls: UpstreamTlsConfig | undefined;
 }
 
+export const checkModes = ['off', 'report', 'enforce'] as const;
+/** Whether a check's failure is only counted or refuses. */
+export type CheckMode = (typeof checkModes)[number];
+
+/** A resolver whose word that DNSSEC has validated an answer is taken. */
+export interface DnsConfig {
+  /** A loopback address unless `tls` is there. */
+  readonly resolver: TcpAddress;
+  readonly tls: { readonly name: string; /** As of an upstream. */ readonly roots: string | undefined } | undefined;
+}
+
+export interface TransparencyConfig {
+  /** Absolute path of a list of logs (Google's, version 3). */
+  readonly logs: string;
+  readonly scts: number;
+  /** At most `scts`. */
+  readonly operators: number;
+}
+
 export interface UpstreamTlsConfig {
+  /** Of PKIX and pins. */
+  readonly verify: 'enforce' | 'report';
+  /** Absolute paths. */
+  readonly crls: readonly string[];
+  /** SHA-256 in base64; empty: any key. */
+  readonly pins: readonly string[];
+  readonly dane: CheckMode;
+  readonly transparency: CheckMode;
   /** DNS name or IP address that the certificate must be for; undefined: the host of each server. */
   readonly name: string | undefined;
   /** Absolute path of a PEM file; undefined: the roots of this host. */

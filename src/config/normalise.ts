@@ -7,6 +7,7 @@ import type {
   AdminConfig,
   CertificateConfig,
   Config,
+  DnsConfig,
   HealthConfig,
   ListenerConfig,
   LogConfig,
@@ -46,6 +47,11 @@ export function normalise(document: Document, file: string, directory: string): 
     ),
     policies,
     tickets: ticketsConfig(document.tickets, Object.keys(tokens)),
+    dns: document.dns && dnsConfig(document.dns, directory),
+    transparency: document.transparency && {
+      ...document.transparency,
+      logs: absolutePath(document.transparency.logs, directory),
+    },
     upstreams: named(document.upstreams, (name, upstream) => upstreamConfig(name, upstream, directory)),
     ocsp: ocspConfig(document.ocsp, directory),
     listeners: named(document.listeners, listenerConfig),
@@ -141,6 +147,15 @@ function ocspConfig({ cache, proxy, nonce, timeout }: Document['ocsp'], director
   };
 }
 
+function dnsConfig({ resolver, tls }: NonNullable<Document['dns']>, directory: string): DnsConfig {
+  return { resolver, tls: tls && { name: tls.name, roots: rootsPath(tls.roots, directory) } };
+}
+
+/** Undefined: those of this host. */
+function rootsPath(roots: string, directory: string): string | undefined {
+  return roots === 'system' ? undefined : absolutePath(roots, directory);
+}
+
 function policyConfig(name: string, policy: Document['policies'][string]): PolicyConfig {
   const { minVersion, maxVersion, groups, cipherSuites = cipherSuitesOf(minVersion, maxVersion), tickets } = policy;
   return { name, minVersion, maxVersion, groups, cipherSuites, tickets };
@@ -161,12 +176,13 @@ function upstreamConfig(name: string, upstream: Document['upstreams'][string], d
 }
 
 function upstreamTlsConfig(
-  { name, roots, certificate, deadline, ...same }: NonNullable<Document['upstreams'][string]['tls']>,
+  { name, roots, crls, certificate, deadline, ...same }: NonNullable<Document['upstreams'][string]['tls']>,
   directory: string,
 ): UpstreamTlsConfig {
   return {
     name,
-    roots: roots === 'system' ? undefined : absolutePath(roots, directory),
+    roots: rootsPath(roots, directory),
+    crls: crls.map((file) => absolutePath(file, directory)),
     certificate,
     ...same,
     deadlineMs: deadline,

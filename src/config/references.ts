@@ -3,8 +3,8 @@
  * Must not know: positions; whether the document is otherwise right, so that its problems are all reported at once.
  * Runs: at start, on the main thread.
  */
-import { isIPv6 } from 'node:net';
-import { isLocal, parseAdminAddress, parseBindAddress } from './address.ts';
+import { isIP, isIPv6 } from 'node:net';
+import { isLocal, parseAdminAddress, parseBindAddress, parseServerAddress } from './address.ts';
 import { listenerModes } from './config.ts';
 import type { TcpAddress, UnixAddress } from './config.ts';
 import { builtInPolicies } from './policies.ts';
@@ -17,6 +17,7 @@ export function referenceFaults(document: unknown): PlacedFault[] {
     ...repeatedNames(document),
     ...builtInNames(document),
     ...misplacedTls(document),
+    ...uncheckable(document),
     ...sharedBinds(document),
     ...openAdmin(document),
   ];
@@ -193,6 +194,37 @@ function* misplacedTls(document: unknown): Generator<PlacedFault> {
       if (hasTls === wantsTls) continue;
       const expected = wantsTls ? 'an upstream with `tls`' : 'an upstream without `tls`';
       yield { path, code: 'config_conflict', expected: `${expected}, as mode ${String(mode)} says` };
+    }
+  }
+}
+
+/** What an upstream wants checked needs a section that says how, and DANE a name and a port to ask for. */
+function* uncheckable(document: unknown): Generator<PlacedFault> {
+  for (const [at, tls] of nested(document, 'upstreams', 'tls')) {
+    const { dane, transparency, name } = mapping(tls);
+    for (const [key, mode, section] of [
+      ['dane', dane, 'dns'],
+      ['transparency', transparency, 'transparency'],
+    ] as const) {
+      if ((mode !== 'report' && mode !== 'enforce') || mapping(document)[section] !== undefined) continue;
+      yield {
+        path: [...at, key],
+        code: 'config_reference',
+        expected: `off, or a section \`${section}\` at the top of the file`,
+      };
+    }
+    if (dane !== 'report' && dane !== 'enforce') continue;
+    for (const [path, text] of texts(document, 'upstreams', 'servers')) {
+      const parsed = parseServerAddress(text);
+      if (path[1] !== at[1] || 'fault' in parsed) continue;
+      const host = 'host' in parsed.value ? parsed.value.host : undefined;
+      const asked = host !== undefined && typeof name === 'string' ? name : host;
+      if (asked !== undefined && isIP(asked) === 0) continue;
+      const expected =
+        host === undefined
+          ? 'a server with a port: TLSA records are about one'
+          : 'a DNS name, here or in `tls.name`: addresses have no TLSA records';
+      yield { path, code: 'config_conflict', expected, conflictsWith: [...at, 'dane'] };
     }
   }
 }

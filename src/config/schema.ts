@@ -8,9 +8,16 @@
  */
 import { isIP } from 'node:net';
 import * as z from 'zod';
-import { cipherSuites, groups, listenerModes, logLevels } from './config.ts';
+import {
+  isLocal,
+  parseAdminAddress,
+  parseBindAddress,
+  parseProxyUrl,
+  parseResolverAddress,
+  parseServerAddress,
+} from './address.ts';
+import { checkModes, cipherSuites, groups, listenerModes, logLevels } from './config.ts';
 import type { ListenerMode } from './config.ts';
-import { parseAdminAddress, parseBindAddress, parseProxyUrl, parseServerAddress } from './address.ts';
 import type { Fault, Parsed } from './fault.ts';
 import { parsePath } from './path.ts';
 import { cipherSuiteVersion } from './policies.ts';
@@ -140,6 +147,41 @@ const tickets = z
     params: { code: 'config_conflict' },
   });
 
+const dns = z
+  .strictObject({
+    resolver: kind('address', 'IP-ADDRESS:PORT', parseResolverAddress).describe(
+      '`127.0.0.1:53`. Its word that DNSSEC has validated an answer is taken, so it must be on loopback, or reached with `tls`.',
+    ),
+    tls: z
+      .strictObject({
+        name: kind('name', 'a DNS name or an IP address', parseServerName).describe(
+          "What the resolver's certificate must be for.",
+        ),
+        roots: path('PEM file of trusted certificates, or `system` for those of this host.').prefault('system'),
+      })
+      .optional()
+      .describe('Ask over TLS (RFC 7858). Default: UDP, and TCP for long answers.'),
+  })
+  .refine(({ resolver, tls }) => tls !== undefined || isLocal(resolver), {
+    path: ['resolver'],
+    error: 'a loopback address such as 127.0.0.1:53, or dns.tls beside it',
+    params: { hint: 'anybody on the way to a resolver elsewhere could say that DNSSEC has validated an answer' },
+  })
+  .describe('A resolver that validates DNSSEC, for `dane`. Default: none.');
+
+const transparency = z
+  .strictObject({
+    logs: path('The list of logs as JSON, in the format of https://www.gstatic.com/ct/log_list/v3/log_list.json.'),
+    scts: whole(1, 16, 2).describe('Signed certificate timestamps that a certificate needs, each of another log.'),
+    operators: whole(1, 16, 2).describe('Operators that these logs must be of, at least.'),
+  })
+  .refine(({ scts, operators }) => operators <= scts, {
+    path: ['operators'],
+    error: 'at most as many operators as scts',
+    params: { code: 'config_conflict' },
+  })
+  .describe('Which logs of Certificate Transparency count, for `transparency` of upstreams. Default: none.');
+
 const upstreamTls = z
   .strictObject({
     name: kind('name', 'a DNS name or an IP address', parseServerName)
@@ -147,7 +189,30 @@ const upstreamTls = z
         "What the server's certificate must be for, and what is asked for (SNI). Default: the host of each server.",
       )
       .optional(),
+    verify: oneOf(['enforce', 'report'], 'enforce').describe(
+      '`enforce`: a server is refused unless its certificate leads to `roots`, is for its name, valid, not in `crls` and pinned. `report`: that is only counted, and **any server is accepted** unless `dane` is enforced.',
+    ),
     roots: path('PEM file of trusted certificates, or `system` for those of this host.').prefault('system'),
+    crls: z
+      .array(path('PEM or DER file.'), { error: 'a list of paths' })
+      .max(64, 'at most 64 files')
+      .default([])
+      .describe(
+        "Lists of revoked certificates, PEM or DER, read at start and reload. With any, one must be of the issuer of the server's certificate and not out of date.",
+      ),
+    pins: z
+      .array(kind('pin', 'sha256/ and 32 bytes in base64', parseKeyPin), { error: 'a list of pins' })
+      .max(64, 'at most 64 pins')
+      .default([])
+      .describe(
+        'SHA-256 of public keys (SubjectPublicKeyInfo) as `sha256/BASE64`, of which the verified chain must have one. Empty: any.',
+      ),
+    dane: oneOf(checkModes, 'off').describe(
+      'TLSA records from `dns`: `report` counts servers that fit none; `enforce` refuses them, also when there is no answer that DNSSEC vouches for. A record of usage 2 or 3 then stands in for `verify`.',
+    ),
+    transparency: oneOf(checkModes, 'off').describe(
+      'Certificate Transparency by the top-level `transparency`: `report` counts servers with too few SCTs, `enforce` refuses them.',
+    ),
     certificate: reference('a certificate')
       .describe('Shown to a server that asks who we are (mutual TLS); its key is in a token. Default: none.')
       .optional(),
@@ -389,6 +454,8 @@ export const documentSchema = z.strictObject(
       .describe('TLS policies beside the built-in `modern` (TLS 1.3) and `intermediate` (TLS 1.2 and 1.3).'),
     tickets: tickets.prefault({}).describe('Session tickets.'),
     ocsp: ocsp.prefault({}).describe('How the responses are fetched that `certificates.NAME.ocsp` asks for.'),
+    dns: dns.optional(),
+    transparency: transparency.optional(),
     upstreams: section('upstream', upstream).describe('Services that connections go to.'),
     listeners: section('listener', listener).describe('Addresses that clients connect to.'),
   },
@@ -603,6 +670,17 @@ function parseRouteName(text: string): Parsed<string> {
   const isName = new RegExp(`^(?:\\*\\.)?${label}(?:\\.${label})*$`).test(lowered);
   if (lowered.length <= 253 && isName) return { value: lowered };
   return { fault: { expected: 'a DNS name, or one with * as its first label' } };
+}
+
+function parseKeyPin(text: string): Parsed<string> {
+  const [, digest] = /^sha256\/([A-Za-z0-9+/]{43}=)$/.exec(text) ?? [];
+  if (digest !== undefined && Buffer.from(digest, 'base64').toString('base64') === digest) return { value: digest };
+  return {
+    fault: {
+      expected: 'sha256/ and 32 bytes in base64',
+      hint: 'openssl x509 -in cert.pem -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary | base64',
+    },
+  };
 }
 
 function parseServerName(text: string): Parsed<string> {

@@ -98,6 +98,11 @@ export declare class Engine {
   setTicketSecrets(secrets: Array<Buffer>): void
   /** New handshakes see them at once, and certificates of later configurations have them from the start. No handshake waits. */
   setStaples(staples: Array<Staple>): void
+  /**
+   * What DNS says now about a server of an upstream, by its place in `servers`; also for handshakes that are under way. One
+   * that is not there, or not any more, is ignored.
+   */
+  setTlsa(upstream: string, server: number, answer: TlsaAnswer): void
   /** Accepts no more connections; established ones go on. */
   drain(): void
   /**
@@ -118,6 +123,8 @@ export interface EngineSettings {
   ticketKey?: TicketKeySettings
   /** Undefined: no access log. */
   access?: AccessSettings
+  /** Undefined: no upstream asks for it. */
+  transparency?: TransparencySettings
 }
 
 export interface EngineSnapshot {
@@ -135,6 +142,15 @@ export interface EngineSnapshot {
   tickets: TicketSnapshot
   /** CPU time of the I/O thread. */
   ioCpuUs: number
+}
+
+/** How often something was found about a certificate of a server, and what came of it. */
+export interface FindingSnapshot {
+  /** The third word of a close reason. */
+  reason: string
+  /** The certificate was refused, or this was only counted. */
+  refused: number
+  reported: number
 }
 
 export interface GroupSnapshot {
@@ -337,6 +353,24 @@ export interface TicketSnapshot {
   failure?: string
 }
 
+/** What is known about the TLSA records of a server. */
+export interface TlsaAnswer {
+  /** Validated by DNSSEC (then also that there is no record), not signed, or not to be had. */
+  state: 'secure' | 'insecure' | 'unavailable'
+  /** Empty unless `secure`. */
+  records: Array<TlsaRecord>
+  /** How long a secure answer holds. */
+  validMs: number
+}
+
+/** A TLSA record (RFC 6698 2.1). */
+export interface TlsaRecord {
+  usage: number
+  selector: number
+  matchingType: number
+  data: Buffer
+}
+
 /** A token and how to use it. Durations are milliseconds. */
 export interface TokenSettings {
   name: string
@@ -384,6 +418,27 @@ export interface TokenSnapshot {
   loginLockTimeouts: number
 }
 
+/** A log of Certificate Transparency whose SCTs count. */
+export interface TransparencyLogSettings {
+  /** SHA-256 of the key. */
+  id: Buffer
+  /** SubjectPublicKeyInfo, DER. */
+  key: Buffer
+  operator: string
+  /** Unix time in seconds; SCTs that it has signed from then on do not count. */
+  retiredAt?: number
+  /** It takes certificates that end from here on and before there, in Unix time in seconds. */
+  endsFrom?: number
+  endsBefore?: number
+}
+
+export interface TransparencySettings {
+  logs: Array<TransparencyLogSettings>
+  /** SCTs that a certificate needs, each of another log. */
+  scts: number
+  operators: number
+}
+
 export interface UpstreamSettings {
   name: string
   /** `192.0.2.1:80`, `[2001:db8::1]:80` or `unix:/path`: addresses, not names. */
@@ -402,14 +457,17 @@ export interface UpstreamSettings {
 export interface UpstreamSnapshot {
   name: string
   servers: Array<ServerSnapshot>
+  /** Certificates of servers that were accepted. */
+  certificatesAccepted: number
+  /** Of each reason; empty without TLS. */
+  findings: Array<FindingSnapshot>
 }
 
 /** TLS towards an upstream. */
 export interface UpstreamTlsSettings {
   /** DNS names or IP addresses that the servers' certificates must be for, in the order of `servers`. */
   names: Array<string>
-  /** Trusted certificates, DER. */
-  roots: Array<Buffer>
+  verification: VerificationSettings
   /** Whether the name is sent (SNI). An IP address never is. */
   sendName: boolean
   /** Name of a certificate to show when a server asks for one. */
@@ -424,6 +482,22 @@ export interface UpstreamTlsSettings {
   /** Whether TLS sessions are resumed. */
   resume: boolean
   deadlineMs: number
+}
+
+/** How the certificates of an upstream's servers are verified. */
+export interface VerificationSettings {
+  /** Trusted certificates, DER. */
+  roots: Array<Buffer>
+  /** Lists of revoked certificates, DER. */
+  crls: Array<Buffer>
+  /** SHA-256 of SubjectPublicKeyInfos; empty: any key. */
+  pins: Array<Buffer>
+  /** PKIX and pins. */
+  pkix: 'report' | 'enforce'
+  dane: 'off' | 'report' | 'enforce'
+  /** In the order of `servers`; empty when `dane` is off. */
+  tlsa: Array<TlsaAnswer>
+  transparency: 'off' | 'report' | 'enforce'
 }
 
 /**
@@ -476,6 +550,8 @@ export declare function probeAddress(address: string): void
  * kernel cannot be asked for that, the report of `enterSandbox` in the worker says so.
  */
 export declare function refuseRings(): void
+/** Why this is not a list of revoked certificates (DER) that the engine understands; undefined: it is one. */
+export declare function revocationListFault(der: Buffer): string | null
 
 /** Sets the length of a listening socket's accept queue, also of one that has waiting connections. */
 export declare function setBacklog(fd: number, backlog: number): void

@@ -277,6 +277,27 @@ const families: readonly Family[] = [
         [[...labels, 'true'], resumedHandshakeLatency] as const,
       ]),
   ),
+  counter(
+    'upstream_certificates_accepted_total',
+    'Certificates that servers showed and that were accepted; a resumed TLS session shows none.',
+    ['upstream'],
+    ({ snapshot }) =>
+      snapshot.upstreams.flatMap(({ name, findings, certificatesAccepted }) =>
+        findings.length === 0 ? [] : [[[name], certificatesAccepted] as const],
+      ),
+  ),
+  counter(
+    'upstream_certificate_findings_total',
+    'What was found about certificates of servers, by whether they were refused for it or it was only reported; the reasons are those of upstream/handshake.',
+    ['upstream', 'reason', 'outcome'],
+    ({ snapshot }) =>
+      snapshot.upstreams.flatMap(({ name, findings }) =>
+        findings.flatMap(({ reason, refused, reported }) => [
+          [[name, reason, 'refused'], refused] as const,
+          [[name, reason, 'reported'], reported] as const,
+        ]),
+      ),
+  ),
   gauge('ready', '1 while /ready says so.', [], ({ ready }) => [[[], Number(ready)]]),
   gauge('worker_up', '1 while the worker is ready and answers.', ['worker'], ({ workers }) =>
     workers.map(({ slot, state, answers }) => [[String(slot)], Number(state === 'ready' && answers)]),

@@ -151,7 +151,11 @@ function sum(a: EngineSnapshot, b: EngineSnapshot): EngineSnapshot {
       a.upstreams,
       b.upstreams,
       ({ name }) => name,
-      (x, y) => ({ name: x.name, servers: merge(x.servers, y.servers, ({ address }) => address, sumServer) }),
+      (x, y) => ({
+        ...addNumbers(x, y),
+        servers: merge(x.servers, y.servers, ({ address }) => address, sumServer),
+        findings: merge(x.findings, y.findings, ({ reason }) => reason, addNumbers),
+      }),
     ),
     closes: merge(
       a.closes,

@@ -15,11 +15,14 @@ import type { PrimaryMessage, Staple, WorkerFailure, WorkerMessage, WorkerSnapsh
 import { nativeGuard } from '../pkcs11/native-guard.ts';
 import { provePlan } from '../pkcs11/plan.ts';
 import { engineSettings } from './plan.ts';
+import { FindingWatch } from './finding-watch.ts';
 import { HealthWatch } from './health-watch.ts';
 import { ProcessMeter } from './process-meter.ts';
 import { enterSandbox } from './sandbox.ts';
+import { pemOf, readRoots } from './roots.ts';
 import { Sockets } from './sockets.ts';
 import { TicketWatch } from './ticket-watch.ts';
+import { TlsaWatch, tlsaTargets } from './tlsa-watch.ts';
 
 /** How long the I/O thread and each token get to stop when the process leaves. */
 const stopBudgetMs = 200;
@@ -39,9 +42,12 @@ let preparing:
       readonly sockets: readonly number[];
       readonly logLevel: LogLevel;
       readonly tickets: TicketsConfig;
+      readonly tlsa: TlsaWatch | undefined;
     }
   | undefined;
 let tickets: TicketsConfig | undefined;
+/** Of the configuration that serves. */
+let tlsa: TlsaWatch | undefined;
 /** Of the primary; not used while a token derives them. */
 let ticketSecrets: readonly Uint8Array[] = [];
 /** Those that came before there was an engine, in their order. */
@@ -125,10 +131,11 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   native.harden();
   native.endWithParent();
   const sandbox = enterSandbox(config, native, opened.log);
-  const { settings, warnings } = await prove(config, sockets.uses(accept), opened.log);
+  const { settings, warnings, asked } = await prove(config, sockets.uses(accept), opened.log);
   const secrets = ticketSecrets.map((secret) => Buffer.from(secret));
   engine = new native.Engine(settings, secrets, opened.access, opened.key, earlyStaples.map(engineStaple));
   earlyStaples = [];
+  useTlsa(asked);
   watch(engine, opened);
   tell({ type: 'ready', warnings, sandbox });
   // In a turn of its own, where nothing above refers to what was read any more.
@@ -139,12 +146,35 @@ async function prove(
   config: Config,
   accept: ReturnType<Sockets['uses']>,
   log: Log,
-): Promise<{ settings: EngineSettings; warnings: readonly string[] }> {
+): Promise<{ settings: EngineSettings; warnings: readonly string[]; asked: TlsaWatch | undefined }> {
   tell({ type: 'doing', what: `it proved the tokens ${Object.keys(config.tokens).join(', ')}` });
   const proved = provePlan(config, { guard: nativeGuard, readPin });
   const settings = await engineSettings(config, proved, accept, log);
+  const asked = await askTlsa(config, settings, log);
   tell({ type: 'doing', what: `the engine logged in to the tokens ${Object.keys(config.tokens).join(', ')}` });
-  return { settings, warnings: proved.warnings };
+  return { settings, warnings: proved.warnings, asked };
+}
+
+/** Fills in what DNS says about servers, so that the first connection is judged by it. */
+async function askTlsa({ dns, file }: Config, { upstreams }: EngineSettings, log: Log): Promise<TlsaWatch | undefined> {
+  const targets = tlsaTargets(upstreams);
+  if (dns === undefined || targets.length === 0) return undefined;
+  tell({ type: 'doing', what: 'it asked for TLSA records' });
+  const resolver = {
+    address: dns.resolver,
+    tls: dns.tls && { name: dns.tls.name, roots: readRoots(dns.tls.roots, file).map(pemOf) },
+  };
+  const asked = new TlsaWatch({ resolver, targets, log }, tlsa);
+  await asked.ask();
+  for (const { name, tls } of upstreams) if (tls !== undefined) tls.verification.tlsa = asked.answers(name);
+  return asked;
+}
+
+/** In place of what was asked for the former configuration. */
+function useTlsa(next: TlsaWatch | undefined): void {
+  tlsa?.end();
+  tlsa = next;
+  tlsa?.begin(({ upstream, server }, answer) => engine?.setTlsa(upstream, server, answer));
 }
 
 /** Whatever goes wrong is the primary's to know; this worker serves on with what it has. */
@@ -158,12 +188,14 @@ async function prepare({
     if (engine === undefined || sockets === undefined || logs === undefined || draining) {
       throw new ServiceError('worker_failed', 'the worker does not serve');
     }
-    preparing = { reload, sockets: message.sockets, logLevel: config.log.level, tickets: config.tickets };
+    const { tickets: ofTickets, log } = config;
+    preparing = { reload, sockets: message.sockets, logLevel: log.level, tickets: ofTickets, tlsa: undefined };
     sockets.take(reload, message.sockets);
-    const { settings, warnings } = await prove(config, sockets.uses(accept), logs.log);
+    const { settings, warnings, asked } = await prove(config, sockets.uses(accept), logs.log);
     // The primary may have thought better of it while names were looked up.
     if (preparing?.reload !== reload) return;
     engine.prepare(settings);
+    preparing = { ...preparing, tlsa: asked };
     tell({ type: 'prepared', reload, warnings });
   } catch (error) {
     discard(reload);
@@ -181,6 +213,7 @@ function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>
   logs.log.level = preparing.logLevel;
   ({ tickets } = preparing);
   useTicketSecrets();
+  useTlsa(preparing.tlsa);
   preparing = undefined;
   tell({ type: 'committed', reload });
   giveBackMemorySoon(loadEngine());
@@ -209,11 +242,13 @@ function engineStaple({ leaf, response }: Staple): EngineStaple {
 function watch(running: Engine, { log }: Logs): void {
   const health = new HealthWatch(log);
   const ticketWatch = new TicketWatch(log);
+  const findings = new FindingWatch(log);
   setInterval(() => {
     if (leaving) return;
     const snapshot = running.snapshot();
     if (!snapshot.running) throw new Error('the I/O thread ended by itself');
     health.look(snapshot);
+    findings.look(snapshot);
     if (tickets !== undefined) ticketWatch.look(running, snapshot.tickets, tickets.rotationMs);
     running.letGo();
   }, watchIntervalMs).unref();

@@ -27,8 +27,10 @@ import type {
 import { ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import type { KeyInToken, ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
+import { readRevocationLists } from './revocation-lists.ts';
 import { readRoots } from './roots.ts';
 import { ticketEpoch } from './ticket-watch.ts';
+import { readTransparencyLogs } from './transparency-logs.ts';
 import { resolveUpstream } from './upstream-names.ts';
 
 /** A listening socket to accept from. */
@@ -39,7 +41,7 @@ interface WorkerSocket {
 }
 
 /**
- * Servers without an address are left out with a warning. Reads every PIN once more; the engine keeps them to log in
+ * Servers without an address are left out with a warning. What DNS says of them is left to tlsa-watch.ts. Reads every PIN once more; the engine keeps them to log in
  * again, and wipes the buffers.
  * @throws ServiceError `upstream_unresolved`, or `engine_failed` for a number that the engine has no room for; TokenError
  * when a PIN's source has gone
@@ -64,6 +66,7 @@ export async function engineSettings(
     ticketLifetimeMs: config.tickets.lifetimeMs,
     ...ticketKeySettings(config, proved),
     ...accessSettings(config.log),
+    ...transparencySettings(config, log),
   };
   assertNumbersFit(settings);
   return settings;
@@ -81,6 +84,17 @@ function accessSettings({ access }: LogConfig): Pick<EngineSettings, 'access'> {
   if (access === undefined) return {};
   const { sample, rate, failures } = access;
   return { access: { sample, rate, failuresAlways: failures === 'always' } };
+}
+
+function transparencySettings(
+  { transparency, upstreams }: Config,
+  log: Pick<Log, 'warn'>,
+): Pick<EngineSettings, 'transparency'> {
+  const isWanted = Object.values(upstreams).some(({ tls }) => tls !== undefined && tls.transparency !== 'off');
+  if (!isWanted || transparency === undefined) return {};
+  const { logs, warnings } = readTransparencyLogs(transparency);
+  for (const warning of warnings) log.warn({ event: 'transparency_logs_old' }, warning);
+  return { transparency: { logs: [...logs], scts: transparency.scts, operators: transparency.operators } };
 }
 
 const u32Max = 0xffff_ffff;
@@ -173,7 +187,15 @@ function upstreamTlsSettings(
   return {
     // A socket without a name was refused with the configuration.
     names: hosts.map((host) => tls.name ?? host ?? ''),
-    roots: readRoots(tls.roots, file),
+    verification: {
+      roots: readRoots(tls.roots, file),
+      crls: readRevocationLists(tls.crls),
+      pins: tls.pins.map((pin) => Buffer.from(pin, 'base64')),
+      pkix: tls.verify,
+      dane: tls.dane,
+      tlsa: [],
+      transparency: tls.transparency,
+    },
     sendName: tls.sni,
     ...(tls.certificate === undefined ? {} : { certificate: tls.certificate }),
     alpn: [...tls.alpn],

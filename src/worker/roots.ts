@@ -29,6 +29,11 @@ export function readRoots(path: string | undefined, configFile: string): Buffer[
   throw fault(path, configFile, `${pems.length} certificates, ${roots.length} of which can be read`);
 }
 
+/** As Node's TLS wants them. */
+export function pemOf(der: Buffer): string {
+  return new X509Certificate(der).toString();
+}
+
 function pemBlocks(path: string, configFile: string): string[] {
   try {
     const text = readFileSync(path, 'latin1');

@@ -231,6 +231,8 @@ const tokenPin = (pin: string): Sections => token(`uri: "pkcs11:token=a", pin: $
 const tokenLanes = (lanes: string): Sections => token(`uri: "pkcs11:token=a", pin: { file: pin }, lanes: ${lanes}`);
 const certificate = (keys: string): Sections => ({ certificates: `{ www: { ${keys} } }` });
 const upstream = (keys: string): Sections => ({ upstreams: `{ web: ${keys} }` });
+/** Beside the one that listeners go to. */
+const farUpstream = (keys: string): Sections => ({ upstreams: `{ web: { servers: ["a:1"] }, far: ${keys} }` });
 const listener = (keys: string): Sections => ({ listeners: `{ https: { bind: ["0.0.0.0:443"], ${keys} } }` });
 const policy = (keys: string): Sections => ({ more: `policies: { p: { ${keys} } }` });
 
@@ -378,6 +380,59 @@ const placed: Record<string, Placed> = {
     sections: certificate('chain: w, key: "pkcs11:object=w", tokens: [▸b]'),
     path: 'certificates.www.tokens[0]',
     code: 'config_reference',
+  },
+  'DANE without a resolver': {
+    sections: farUpstream('{ servers: ["a.test:1"], tls: { dane: ▸enforce } }'),
+    path: 'upstreams.far.tls.dane',
+    code: 'config_reference',
+    expected: /a section `dns`/,
+  },
+  'DANE for an address': {
+    sections: {
+      ...farUpstream('{ servers: ["a.test:1", ▸"10.0.0.1:1"], tls: { dane: report } }'),
+      more: 'dns: { resolver: "127.0.0.1:53" }',
+    },
+    path: 'upstreams.far.servers[1]',
+    code: 'config_conflict',
+    expected: /addresses have no TLSA records/,
+  },
+  'DANE for a socket': {
+    sections: {
+      ...farUpstream('{ servers: [▸"unix:/run/a"], tls: { name: a.test, dane: report } }'),
+      more: 'dns: { resolver: "127.0.0.1:53" }',
+    },
+    path: 'upstreams.far.servers[0]',
+    code: 'config_conflict',
+    expected: /TLSA records are about one/,
+  },
+  'transparency without a list of logs': {
+    sections: farUpstream('{ servers: ["a.test:1"], tls: { transparency: ▸report } }'),
+    path: 'upstreams.far.tls.transparency',
+    code: 'config_reference',
+    expected: /a section `transparency`/,
+  },
+  'a pin that is not one': {
+    sections: farUpstream('{ servers: ["a.test:1"], tls: { pins: [▸"sha256/AAAA"] } }'),
+    path: 'upstreams.far.tls.pins[0]',
+    code: 'config_value',
+    expected: /sha256\/ and 32 bytes/,
+  },
+  'a resolver that is not on this host': {
+    sections: { more: 'dns: { resolver: ▸"192.0.2.53:53" }' },
+    path: 'dns.resolver',
+    code: 'config_value',
+    expected: /a loopback address/,
+  },
+  'a resolver by name': {
+    sections: { more: 'dns: { resolver: ▸"localhost:53" }' },
+    path: 'dns.resolver',
+    code: 'config_value',
+    expected: /IP-ADDRESS:PORT/,
+  },
+  'more operators than SCTs': {
+    sections: { more: 'transparency: { logs: l, scts: 1, operators: ▸2 }' },
+    path: 'transparency.operators',
+    code: 'config_conflict',
   },
   'an admin server that everybody can reach': {
     sections: { more: 'admin: { listen: ▸"0.0.0.0:9180" }' },

@@ -351,6 +351,8 @@ function anySnapshot(of: (what: string) => number): EngineSnapshot {
             resumedHandshakeLatency: latency('resumedHandshakeLatency'),
           },
         ],
+        certificatesAccepted: of('certificatesAccepted'),
+        findings: [{ reason: 'expired', refused: of('findings refused'), reported: of('findings reported') }],
       },
     ],
     closes: engine()

@@ -12,7 +12,7 @@ import { History } from '../../src/primary/history.ts';
 import { overviewOf } from '../../src/primary/overview.ts';
 import type { Overview, Subjects } from '../../src/primary/overview.ts';
 import type { SlotStatus } from '../../src/primary/workers.ts';
-import { listenerOf, serverOf, snapshotOf, tokenOf } from '../support/snapshot.ts';
+import { listenerOf, serverOf, snapshotOf, tokenOf, upstreamOf } from '../support/snapshot.ts';
 
 const config = parseConfig(
   `tokens: { hsm: { module: /m.so, uri: "pkcs11:token=a", pin: { file: pin } } }
@@ -85,7 +85,7 @@ describe('an overview', () => {
   });
 
   it('takes nothing for up while no worker is ready', () => {
-    const last = snapshotOf({ tokens: [tokenOf({})], upstreams: [{ name: 'web', servers: [serverOf({})] }] });
+    const last = snapshotOf({ tokens: [tokenOf({})], upstreams: [upstreamOf(serverOf({}))] });
     const up = ({ tokens, servers }: Overview) => [tokens.rows[0]?.up, servers.rows[0]?.up];
     assert.deepEqual(up(overview([last])), [true, true]);
     assert.deepEqual(up(overview([last], { workers: [{ ...worker, state: 'waiting' }] })), [false, false]);
@@ -93,8 +93,7 @@ describe('an overview', () => {
 
   it('does not hold it against a server that a client went away', () => {
     const connects = ['ok', 'cancelled', 'refused', 'deadline'].map((outcome) => ({ outcome, count: 2 }));
-    const [row] = overview([snapshotOf({ upstreams: [{ name: 'web', servers: [serverOf({ connects })] }] })]).servers
-      .rows;
+    const [row] = overview([snapshotOf({ upstreams: [upstreamOf(serverOf({ connects }))] })]).servers.rows;
     assert.equal(row?.failed, 4);
   });
 

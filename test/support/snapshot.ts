@@ -3,7 +3,13 @@
  * Must not know: what is tested.
  * Runs: in test processes.
  */
-import type { EngineSnapshot, ListenerSnapshot, ServerSnapshot, TokenSnapshot } from '../../src/engine/native.d.ts';
+import type {
+  EngineSnapshot,
+  ListenerSnapshot,
+  ServerSnapshot,
+  TokenSnapshot,
+  UpstreamSnapshot,
+} from '../../src/engine/native.d.ts';
 
 export function snapshotOf(parts: Partial<EngineSnapshot>): EngineSnapshot {
   return {
@@ -27,6 +33,10 @@ export function listenerOf(parts: Partial<ListenerSnapshot>): ListenerSnapshot {
 
 export function tokenOf(parts: Partial<TokenSnapshot>): TokenSnapshot {
   return withZeros({ name: 'hsm', up: true, mechanisms: [], signWait: { buckets: [], sumUs: 0 }, ...parts });
+}
+
+export function upstreamOf(...servers: ServerSnapshot[]): UpstreamSnapshot {
+  return { name: 'web', servers, certificatesAccepted: 0, findings: [] };
 }
 
 export function serverOf(parts: Partial<ServerSnapshot>): ServerSnapshot {

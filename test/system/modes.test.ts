@@ -173,7 +173,7 @@ describe('modes', { timeout: 110_000 }, () => {
     { what: 'not valid yet', leaf: { notBefore: daysFromNow(1), notAfter: daysFromNow(20) }, reason: 'not_yet_valid' },
     { what: 'for another name', leaf: { names: ['other.test'] }, reason: 'wrong_name' },
     { what: 'of an unknown root', tls: { roots: 'other' }, reason: 'unknown_issuer' },
-    { what: 'for clients only', leaf: { purpose: 'client' }, reason: 'bad_certificate' },
+    { what: 'for clients only', leaf: { purpose: 'client' }, reason: 'wrong_purpose' },
     { what: 'of an old version', own: { maxVersion: 'TLSv1.2' }, tls: { policy: 'modern' }, reason: 'alert' },
     { what: 'that wants a certificate', own: { requestCert: true, rejectUnauthorized: true }, reason: 'alert' },
     { what: 'without a protocol in common', own: { ALPNProtocols: ['b'] }, tls: { alpn: ['a'] }, reason: 'alert' },

@@ -6,13 +6,14 @@ use std::net::SocketAddr;
 use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use napi::bindgen_prelude::Buffer;
 use napi::{Error, Result, Status};
 use napi_derive::napi;
+use rustls::ServerConfig;
+use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{RootCertStore, ServerConfig};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::access_log::AccessPlan;
@@ -37,7 +38,11 @@ use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
 use crate::ticket_keys::{TicketRotation, TicketStanding};
 use crate::tickets::{self, EpochSecret, Ticketer};
 use crate::upstream::{Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
-use crate::upstream_tls::UpstreamTls;
+use crate::upstream_tls::{ServerTls, UpstreamTls};
+use crate::verify::{
+    Answer, Findings, Log as TransparencyLog, Mode, Policy as TransparencyPolicy, RevocationLists, Roots,
+    ServerVerifier, Standing, VerifyPlan,
+};
 
 /// A token and how to use it. Durations are milliseconds.
 #[napi(object)]
@@ -91,13 +96,76 @@ pub struct HealthSettings {
     pub rise: u32,
 }
 
+/// A TLSA record (RFC 6698 2.1).
+#[napi(object)]
+pub struct TlsaRecord {
+    pub usage: u32,
+    pub selector: u32,
+    pub matching_type: u32,
+    pub data: Buffer,
+}
+
+/// What is known about the TLSA records of a server.
+#[napi(object)]
+pub struct TlsaAnswer {
+    /// Validated by DNSSEC (then also that there is no record), not signed, or not to be had.
+    #[napi(ts_type = "'secure' | 'insecure' | 'unavailable'")]
+    pub state: String,
+    /// Empty unless `secure`.
+    pub records: Vec<TlsaRecord>,
+    /// How long a secure answer holds.
+    pub valid_ms: u32,
+}
+
+/// A log of Certificate Transparency whose SCTs count.
+#[napi(object)]
+pub struct TransparencyLogSettings {
+    /// SHA-256 of the key.
+    pub id: Buffer,
+    /// SubjectPublicKeyInfo, DER.
+    pub key: Buffer,
+    pub operator: String,
+    /// Unix time in seconds; SCTs that it has signed from then on do not count.
+    pub retired_at: Option<u32>,
+    /// It takes certificates that end from here on and before there, in Unix time in seconds.
+    pub ends_from: Option<u32>,
+    pub ends_before: Option<u32>,
+}
+
+#[napi(object)]
+pub struct TransparencySettings {
+    pub logs: Vec<TransparencyLogSettings>,
+    /// SCTs that a certificate needs, each of another log.
+    pub scts: u32,
+    pub operators: u32,
+}
+
+/// How the certificates of an upstream's servers are verified.
+#[napi(object)]
+pub struct VerificationSettings {
+    /// Trusted certificates, DER.
+    pub roots: Vec<Buffer>,
+    /// Lists of revoked certificates, DER.
+    pub crls: Vec<Buffer>,
+    /// SHA-256 of SubjectPublicKeyInfos; empty: any key.
+    pub pins: Vec<Buffer>,
+    /// PKIX and pins.
+    #[napi(ts_type = "'report' | 'enforce'")]
+    pub pkix: String,
+    #[napi(ts_type = "'off' | 'report' | 'enforce'")]
+    pub dane: String,
+    /// In the order of `servers`; empty when `dane` is off.
+    pub tlsa: Vec<TlsaAnswer>,
+    #[napi(ts_type = "'off' | 'report' | 'enforce'")]
+    pub transparency: String,
+}
+
 /// TLS towards an upstream.
 #[napi(object)]
 pub struct UpstreamTlsSettings {
     /// DNS names or IP addresses that the servers' certificates must be for, in the order of `servers`.
     pub names: Vec<String>,
-    /// Trusted certificates, DER.
-    pub roots: Vec<Buffer>,
+    pub verification: VerificationSettings,
     /// Whether the name is sent (SNI). An IP address never is.
     pub send_name: bool,
     /// Name of a certificate to show when a server asks for one.
@@ -208,6 +276,8 @@ pub struct EngineSettings {
     pub ticket_key: Option<TicketKeySettings>,
     /// Undefined: no access log.
     pub access: Option<AccessSettings>,
+    /// Undefined: no upstream asks for it.
+    pub transparency: Option<TransparencySettings>,
 }
 
 /// What clients that ask for the status of a certificate get (RFC 6066 8).
@@ -264,10 +334,24 @@ pub struct ServerSnapshot {
     pub resumed_handshake_latency: LatencySnapshot,
 }
 
+/// How often something was found about a certificate of a server, and what came of it.
+#[napi(object)]
+pub struct FindingSnapshot {
+    /// The third word of a close reason.
+    pub reason: String,
+    /// The certificate was refused, or this was only counted.
+    pub refused: i64,
+    pub reported: i64,
+}
+
 #[napi(object)]
 pub struct UpstreamSnapshot {
     pub name: String,
     pub servers: Vec<ServerSnapshot>,
+    /// Certificates of servers that were accepted.
+    pub certificates_accepted: i64,
+    /// Of each reason; empty without TLS.
+    pub findings: Vec<FindingSnapshot>,
 }
 
 #[napi(object)]
@@ -549,6 +633,18 @@ impl Engine {
         Ok(())
     }
 
+    /// What DNS says now about a server of an upstream, by its place in `servers`; also for handshakes that are under way. One
+    /// that is not there, or not any more, is ignored.
+    #[napi(catch_unwind)]
+    pub fn set_tlsa(&self, upstream: String, server: u32, answer: TlsaAnswer) -> Result<()> {
+        let answer = tlsa_answer(answer).map_err(invalid)?;
+        let it = self.current.upstream_tls.iter().find(|tls| tls.name == upstream);
+        if let Some(server) = it.and_then(|tls| tls.servers.get(server as usize)) {
+            server.tlsa.set(answer);
+        }
+        Ok(())
+    }
+
     /// Accepts no more connections; established ones go on.
     #[napi(catch_unwind)]
     pub fn drain(&self) {
@@ -589,6 +685,10 @@ impl Engine {
                 .upstreams
                 .iter()
                 .map(|upstream| UpstreamSnapshot {
+                    certificates_accepted: self
+                        .findings_of(&upstream.name)
+                        .map_or(0, |findings| signed(findings.accepted())),
+                    findings: self.findings_of(&upstream.name).map(finding_snapshots).unwrap_or_default(),
                     name: upstream.name.clone(),
                     servers: upstream
                         .servers
@@ -646,6 +746,11 @@ impl Engine {
         }
     }
 
+    fn findings_of(&self, upstream: &str) -> Option<&Findings> {
+        let tls = self.current.upstream_tls.iter().find(|tls| tls.name == upstream)?;
+        Some(&tls.findings)
+    }
+
     fn ticket_snapshot(&self) -> TicketSnapshot {
         let TicketStanding { epoch, deriving, failure } = self.shared.rotation.standing();
         TicketSnapshot { epoch: epoch.map(signed), deriving, failure }
@@ -689,8 +794,16 @@ fn build(
     shared: &Shared,
     staples: &Staples,
 ) -> Result<(Generation, IoPlan)> {
-    let EngineSettings { tokens, certificates, upstreams, listeners, ticket_lifetime_ms, ticket_key, access } =
-        settings;
+    let EngineSettings {
+        tokens,
+        certificates,
+        upstreams,
+        listeners,
+        ticket_lifetime_ms,
+        ticket_key,
+        access,
+        transparency,
+    } = settings;
     // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
     let plans = tokens.into_iter().map(token_plan).collect();
     let mut next =
@@ -703,6 +816,8 @@ fn build(
     let loaded = load_certificates(&mut next, certificates, staples)
         .and_then(|()| load_ticket_key(&mut next, ticket_key));
     let planned = loaded.and_then(|()| {
+        let logs =
+            Arc::new(transparency.map(transparency_policy).transpose().map_err(invalid)?.unwrap_or_default());
         let plan = IoPlan {
             listeners: listeners
                 .into_iter()
@@ -710,7 +825,11 @@ fn build(
                 .collect::<Result<_>>()?,
             upstreams: upstreams
                 .into_iter()
-                .map(|settings| upstream_plan(settings, &next, &shared))
+                .map(|settings| {
+                    let former = former.upstream_tls.iter().find(|tls| tls.name == settings.name);
+                    let findings = former.map(|tls| tls.findings.clone()).unwrap_or_default();
+                    upstream_plan(settings, &next, &shared, &logs, findings)
+                })
                 .collect::<Result<_>>()?,
             access: access.map(access_plan).unwrap_or_default(),
         };
@@ -949,6 +1068,12 @@ fn log_error(path: Option<&str>, error: &std::io::Error) -> Error {
     Error::new(Status::GenericFailure, format!("{what}{error}"))
 }
 
+/// Why this is not a list of revoked certificates (DER) that the engine understands; undefined: it is one.
+#[napi(catch_unwind)]
+pub fn revocation_list_fault(der: Buffer) -> Option<String> {
+    RevocationLists::new([&der[..]]).err()
+}
+
 /// Keeps other processes of this host from logging in to tokens of the same module at the same moment.
 #[napi]
 pub struct LoginLock {
@@ -1108,13 +1233,16 @@ fn upstream_plan(
     settings: UpstreamSettings,
     generation: &Generation,
     shared: &Shared,
+    logs: &Arc<TransparencyPolicy>,
+    findings: Arc<Findings>,
 ) -> Result<(UpstreamPlan, Option<Arc<UpstreamTls>>)> {
     let name = settings.name;
     let fault = |what: String| invalid(format!("upstream {name}: {what}"));
     let tls = match settings.tls {
         None => None,
         Some(tls) if tls.names.len() == settings.servers.len() => {
-            Some(upstream_tls(tls, generation, shared).map_err(fault)?)
+            let verification = verification(&tls.verification, logs, findings).map_err(fault)?;
+            Some(upstream_tls(&name, tls, &verification, generation, shared).map_err(fault)?)
         }
         Some(_) => return Err(fault("tls.names: expected one for each server".into())),
     };
@@ -1164,14 +1292,12 @@ fn upstream_plan(
 
 /// The error says what is wrong with the upstream.
 fn upstream_tls(
+    upstream: &str,
     settings: UpstreamTlsSettings,
+    verification: &VerifyPlan,
     generation: &Generation,
     shared: &Shared,
 ) -> std::result::Result<Arc<UpstreamTls>, String> {
-    let names = settings.names.iter().map(|name| {
-        ServerName::try_from(name.clone())
-            .map_err(|_| format!("tls.names: expected a DNS name or an IP address, found {name:?}"))
-    });
     let certificate =
         match &settings.certificate {
             None => None,
@@ -1179,26 +1305,117 @@ fn upstream_tls(
                 format!("tls.certificate: expected one of the certificates, found {name:?}")
             })?),
         };
-    let mut roots = RootCertStore::empty();
-    let (usable, _) =
-        roots.add_parsable_certificates(settings.roots.iter().map(|der| CertificateDer::from(der.to_vec())));
-    if usable == 0 {
-        return Err(format!(
-            "tls.roots: expected a usable certificate, found none among {}",
-            settings.roots.len()
-        ));
-    }
     let policy =
         Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.resume)?;
-    let config = policy.client_config(ClientPlan {
+    let mut answers = settings.verification.tlsa.into_iter();
+    let server = |name: &String| {
+        let name = ServerName::try_from(name.clone())
+            .map_err(|_| format!("tls.names: expected a DNS name or an IP address, found {name:?}"))?;
+        let tlsa = Arc::new(Standing::default());
+        if let Some(answer) = answers.next() {
+            tlsa.set(tlsa_answer(answer)?);
+        }
+        let plan = VerifyPlan { name: name.clone(), tlsa: tlsa.clone(), ..verification.clone() };
+        let config = policy.client_config(ClientPlan {
+            verifier: ServerVerifier::new(plan, &aws_lc_rs::default_provider()),
+            certificate: certificate.as_deref(),
+            alpn: &settings.alpn,
+            send_name: settings.send_name,
+            key_log: shared.key_log.clone(),
+        })?;
+        Ok::<_, String>(ServerTls::new(name, config, settings.resume, tlsa))
+    };
+    Ok(Arc::new(UpstreamTls {
+        name: upstream.to_owned(),
+        servers: settings.names.iter().map(server).collect::<std::result::Result<_, _>>()?,
+        findings: verification.findings.clone(),
+        deadline: ms(settings.deadline_ms),
+    }))
+}
+
+/// What the servers of an upstream have in common: all but name and TLSA records.
+fn verification(
+    settings: &VerificationSettings,
+    logs: &Arc<TransparencyPolicy>,
+    findings: Arc<Findings>,
+) -> std::result::Result<VerifyPlan, String> {
+    let roots = Roots::new(settings.roots.iter().map(|der| CertificateDer::from(der.to_vec())));
+    if roots.is_empty() {
+        let found = settings.roots.len();
+        return Err(format!("tls.roots: expected a usable certificate, found none among {found}"));
+    }
+    let lists = RevocationLists::new(settings.crls.iter().map(|der| &der[..]))
+        .map_err(|error| format!("tls.crls: expected a list of revoked certificates, found {error}"))?;
+    let pins = settings.pins.iter().map(|pin| {
+        <[u8; 32]>::try_from(&pin[..])
+            .map_err(|_| format!("tls.pins: expected 32 bytes, found {}", pin.len()))
+    });
+    Ok(VerifyPlan {
+        name: ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into()), // each server has its own
+        pkix: mode("tls.verify", &settings.pkix)?,
         roots: Arc::new(roots),
-        certificate: certificate.as_deref(),
-        alpn: &settings.alpn,
-        send_name: settings.send_name,
-        key_log: shared.key_log.clone(),
-    })?;
-    let names = names.collect::<std::result::Result<_, _>>()?;
-    Ok(Arc::new(UpstreamTls { config, names, deadline: ms(settings.deadline_ms) }))
+        lists: Arc::new(lists),
+        pins: pins.collect::<std::result::Result<_, _>>()?,
+        dane: mode("tls.dane", &settings.dane)?,
+        tlsa: Arc::default(),
+        transparency: mode("tls.transparency", &settings.transparency)?,
+        policy: logs.clone(),
+        findings,
+    })
+}
+
+fn mode(key: &str, word: &str) -> std::result::Result<Mode, String> {
+    match word {
+        "off" => Ok(Mode::Off),
+        "report" => Ok(Mode::Report),
+        "enforce" => Ok(Mode::Enforce),
+        other => Err(format!("{key}: expected off, report or enforce, found {other:?}")),
+    }
+}
+
+fn tlsa_answer(answer: TlsaAnswer) -> std::result::Result<Answer, String> {
+    match answer.state.as_str() {
+        "insecure" => Ok(Answer::Insecure),
+        "unavailable" => Ok(Answer::Unavailable),
+        "secure" => {
+            // A number that does not fit is one that we do not know either.
+            let byte = |number: u32| u8::try_from(number).unwrap_or(u8::MAX);
+            let records = answer.records.iter().map(|TlsaRecord { usage, selector, matching_type, data }| {
+                (byte(*usage), byte(*selector), byte(*matching_type), &data[..])
+            });
+            Ok(Answer::secure(records, Instant::now() + ms(answer.valid_ms)))
+        }
+        other => Err(format!("TLSA: expected secure, insecure or unavailable, found {other:?}")),
+    }
+}
+
+fn transparency_policy(settings: TransparencySettings) -> std::result::Result<TransparencyPolicy, String> {
+    let logs = settings.logs.into_iter().map(|log| {
+        let id = <[u8; 32]>::try_from(&log.id[..])
+            .map_err(|_| format!("transparency: expected a log's id of 32 bytes, found {}", log.id.len()))?;
+        let interval = log.ends_from.zip(log.ends_before);
+        Ok(TransparencyLog {
+            id,
+            key: log.key.to_vec(),
+            operator: log.operator,
+            retired_ms: log.retired_at.map(|at| u64::from(at) * 1000),
+            interval_ms: interval.map(|(from, before)| (i64::from(from) * 1000, i64::from(before) * 1000)),
+        })
+    });
+    let logs = logs.collect::<std::result::Result<Vec<_>, String>>()?;
+    Ok(TransparencyPolicy::new(logs, settings.scts as usize, settings.operators as usize))
+}
+
+fn finding_snapshots(findings: &Findings) -> Vec<FindingSnapshot> {
+    findings
+        .refused()
+        .zip(findings.reported())
+        .map(|((reason, refused), (_, reported))| FindingSnapshot {
+            reason: reason.word().to_owned(),
+            refused: signed(refused),
+            reported: signed(reported),
+        })
+        .collect()
 }
 
 fn rotate(ticketer: &Ticketer, secrets: Vec<Buffer>) -> Result<()> {

@@ -2,9 +2,9 @@
 //! Also owns the OCSP response that goes with a certificate, and the bridge from rustls' signing call to the suspended step.
 //! Knows nothing of lanes. I/O thread only, but for `Certificate::staple`.
 
-use rustls::client::ResolvesClientCert;
 use arc_swap::ArcSwap;
 use aws_lc_rs::digest;
+use rustls::client::ResolvesClientCert;
 use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, Signer, SigningKey};

@@ -1,11 +1,12 @@
 //! Owns what a listener negotiates: versions, cipher suites, groups, application protocols, tickets. Turns names from the
 //! configuration into a rustls configuration, or says which name is unknown. Runs on the JavaScript thread, at start.
 
-use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::client::Resumption;
+use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::{CryptoProvider, SupportedKxGroup, aws_lc_rs};
 use rustls::server::{NoServerSessionStorage, ResolvesServerCert};
 use rustls::version::{TLS12, TLS13};
-use rustls::{ClientConfig, RootCertStore, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
+use rustls::{ClientConfig, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 use std::sync::Arc;
 
 use crate::certificates::Certificate;
@@ -87,36 +88,39 @@ impl Policy {
     }
 }
 
-/// What an upstream is offered, beside the policy.
+/// What a server is offered, beside the policy.
 pub struct ClientPlan<'a> {
-    pub roots: Arc<RootCertStore>,
+    pub verifier: Arc<dyn ServerCertVerifier>,
     pub certificate: Option<&'a Certificate>,
     pub alpn: &'a [String],
     pub send_name: bool,
     pub key_log: Option<Arc<KeyLog>>,
 }
 
-/// TLS sessions kept of an upstream, by server name.
-const SESSIONS_MAX: usize = 256;
+/// TLS sessions kept of a server.
+const SESSIONS_MAX: usize = 16;
+
+/// What is remembered of a server's TLS sessions: nothing yet.
+pub fn resumption(enabled: bool) -> Resumption {
+    if enabled { Resumption::in_memory_sessions(SESSIONS_MAX) } else { Resumption::disabled() }
+}
 
 impl Policy {
-    /// As a client of an upstream.
+    /// As a client of a server.
     ///
     /// # Errors
     /// The versions, suites and groups do not fit together.
-    pub fn client_config(&self, plan: ClientPlan<'_>) -> Result<Arc<ClientConfig>, String> {
+    pub fn client_config(&self, plan: ClientPlan<'_>) -> Result<ClientConfig, String> {
         let provider = Arc::new(CryptoProvider {
             cipher_suites: self.cipher_suites.clone(),
             kx_groups: self.groups.clone(),
             ..aws_lc_rs::default_provider()
         });
-        let verifier = WebPkiServerVerifier::builder_with_provider(plan.roots, provider.clone())
-            .build()
-            .map_err(|error| error.to_string())?;
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&self.versions)
             .map_err(|error| error.to_string())?
-            .with_webpki_verifier(verifier);
+            .dangerous()
+            .with_custom_certificate_verifier(plan.verifier);
         let mut config = match plan.certificate {
             None => builder.with_no_client_auth(),
             Some(own) => builder.with_client_cert_resolver(Arc::new(own.for_upstreams())),
@@ -124,14 +128,11 @@ impl Policy {
         config.alpn_protocols = plan.alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         config.enable_sni = plan.send_name;
         config.enable_early_data = false;
-        config.resumption = match self.tickets {
-            true => Resumption::in_memory_sessions(SESSIONS_MAX),
-            false => Resumption::disabled(),
-        };
+        config.resumption = resumption(self.tickets);
         if let Some(key_log) = plan.key_log {
             config.key_log = key_log;
         }
-        Ok(Arc::new(config))
+        Ok(config)
     }
 }
 

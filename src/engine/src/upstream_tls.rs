@@ -8,7 +8,7 @@
 //!                                                   └─ failed ──────────> alert ──> Close
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustls::ClientConfig;
@@ -17,18 +17,53 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::close::Close;
 use crate::handshake::{Established, Leftover};
+use crate::policy::resumption;
 use crate::relay::Scratch;
 use crate::step::{StepFault, receive, run_step, write_all};
 use crate::stream::Stream;
 use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX};
+use crate::verify::{Findings, Standing};
 
 /// How an upstream is spoken to.
 pub struct UpstreamTls {
-    pub config: Arc<ClientConfig>,
-    /// Who each server must be, in the order of `UpstreamPlan::servers`.
-    pub names: Vec<ServerName<'static>>,
+    /// The upstream's.
+    pub name: String,
+    /// In the order of `UpstreamPlan::servers`.
+    pub servers: Vec<ServerTls>,
+    /// What was found about its certificates.
+    pub findings: Arc<Findings>,
     /// From connected to Finished.
     pub deadline: Duration,
+}
+
+/// How one server is spoken to.
+pub struct ServerTls {
+    /// Who it must be.
+    name: ServerName<'static>,
+    /// With the TLS sessions that can be resumed, and after how many changes of `tlsa` they began.
+    config: Mutex<(u64, Arc<ClientConfig>)>,
+    resumes: bool,
+    /// What DNS says about it.
+    pub tlsa: Arc<Standing>,
+}
+
+impl ServerTls {
+    pub fn new(name: ServerName<'static>, config: ClientConfig, resumes: bool, tlsa: Arc<Standing>) -> Self {
+        let config = Mutex::new((tlsa.changes(), Arc::new(config)));
+        Self { name, config, resumes, tlsa }
+    }
+
+    /// A resumption shows no certificate: when DNS says something else, sessions are forgotten.
+    fn config(&self) -> Arc<ClientConfig> {
+        let changes = self.tlsa.changes();
+        let mut current = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.0 != changes {
+            let mut config = ClientConfig::clone(&current.1);
+            config.resumption = resumption(self.resumes);
+            *current = (changes, Arc::new(config));
+        }
+        current.1.clone()
+    }
 }
 
 /// Takes a connection to the server with this index through the handshake.
@@ -42,9 +77,9 @@ pub async fn shake_hands(
     deadline: Instant,
     scratch: &Scratch,
 ) -> Result<Established, Close> {
-    let name = upstream.names.get(index).ok_or(Close::ProxyInternalPanic)?;
-    let mut tls = Tls::client(upstream.config.clone(), name.clone())
-        .map_err(|_| Close::UpstreamHandshakeProtocolError)?;
+    let it = upstream.servers.get(index).ok_or(Close::ProxyInternalPanic)?;
+    let mut tls =
+        Tls::client(it.config(), it.name.clone()).map_err(|_| Close::UpstreamHandshakeProtocolError)?;
     loop {
         let mut step = run_step(tls, server, deadline, Close::UpstreamHandshakeClosed).await?;
         let to_server = step.tls.take_to_peer();

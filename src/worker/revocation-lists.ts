@@ -1,0 +1,57 @@
+/**
+ * Owns: reading lists of revoked certificates (RFC 5280 5) from their files, PEM or DER.
+ * Must not know: who is verified with them.
+ * Runs: main thread of a worker, at a start or a reload, and of `keygate check`.
+ */
+import { readFileSync } from 'node:fs';
+import { accessHint } from '../config/access.ts';
+import { engine } from '../engine/binding.ts';
+import { ConfigError } from '../errors.ts';
+
+/** Those of large public CAs have some megabytes. */
+const bytesMax = 64 * 1024 * 1024;
+
+/**
+ * @returns DER, in the order of the files.
+ * @throws ConfigError `config_certificate`
+ */
+export function readRevocationLists(files: readonly string[]): Buffer[] {
+  return files.flatMap((file) => {
+    const lists = listsIn(read(file), file);
+    if (lists.length === 0) throw fault(file, 'no list');
+    for (const der of lists) {
+      const why = engine().revocationListFault(der);
+      if (why !== null) throw fault(file, `one that cannot be used (${why})`);
+    }
+    return lists;
+  });
+}
+
+function listsIn(bytes: Buffer, file: string): Buffer[] {
+  if (bytes[0] === 0x30) return [bytes];
+  const blocks = bytes.toString('latin1').matchAll(/-----BEGIN X509 CRL-----([^-]+)-----END X509 CRL-----/g);
+  return [...blocks].map(([, base64 = '']) => {
+    const der = Buffer.from(base64, 'base64');
+    if (der.length === 0) throw fault(file, 'an empty PEM block');
+    return der;
+  });
+}
+
+function read(file: string): Buffer {
+  let bytes: Buffer;
+  try {
+    bytes = readFileSync(file);
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    throw fault(file, code ?? String(error), accessHint(code).hint);
+  }
+  if (bytes.length > bytesMax) throw fault(file, `more than ${bytesMax} bytes`);
+  return bytes;
+}
+
+function fault(file: string, found: string, hint?: string): ConfigError {
+  const expected = 'a list of revoked certificates, PEM or DER';
+  return new ConfigError([
+    { file, path: 'tls.crls', code: 'config_certificate', found, expected, ...(hint === undefined ? {} : { hint }) },
+  ]);
+}
