@@ -16,6 +16,7 @@ import { becomeConfigured, findAccount } from '../primary/privileges.ts';
 import { coloured, printJson, printLine } from './output.ts';
 import type { Colour } from './output.ts';
 import { examineUpstreams } from './reachability.ts';
+import { examineVerification } from './verification.ts';
 import { examineStapling } from './stapling.ts';
 
 export interface CheckOptions {
@@ -61,6 +62,7 @@ async function examine(file: string, allowKeyLog: boolean): Promise<Finding[]> {
     ...examinePlan(config, tools).findings,
     ...(await examineStapling(config)),
     ...(await examineUpstreams(config)),
+    ...(await examineVerification(config)),
   ];
 }
 
