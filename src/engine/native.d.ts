@@ -550,6 +550,7 @@ export declare function probeAddress(address: string): void
  * kernel cannot be asked for that, the report of `enterSandbox` in the worker says so.
  */
 export declare function refuseRings(): void
+
 /** Why this is not a list of revoked certificates (DER) that the engine understands; undefined: it is one. */
 export declare function revocationListFault(der: Buffer): string | null
 
