@@ -2,5 +2,6 @@
 //! modules are also run by the engine's own tests with a bounded random corpus, on a stable compiler.
 
 pub mod proxy_header;
+pub mod proxy_header_in;
 pub mod server_certificate;
 pub mod tickets;

@@ -1,16 +1,12 @@
-//! Owns the bytes of a PROXY protocol header (versions 1 and 2), by which the upstream learns who the client is and
-//! what its TLS is. Only writes; knows nothing of sockets or of where its values come from. Runs on the I/O thread.
-//!
-//! Source: "The PROXY protocol, versions 1 & 2", HAProxy's doc/proxy-protocol.txt; its sections are cited.
+//! Owns writing a header, by which the upstream learns who the client is and what its TLS is. Knows nothing of sockets or of
+//! where its values come from. Runs on the I/O thread.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Text or binary. Only version 2 carries anything besides the addresses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ProxyVersion {
-    V1,
-    V2,
-}
+use super::{
+    Endpoints, PREFIX_V1, ProxyVersion, SIGNATURE_V2, TCP_OVER_IPV4, TCP_OVER_IPV6, Type, UNSPECIFIED,
+    VERSION_2_LOCAL, VERSION_2_PROXY, crc32c,
+};
 
 /// What the upstream is told. Version 1 has room for the endpoints alone.
 ///
@@ -27,15 +23,6 @@ pub struct ProxyInfo<'a> {
     /// None when the client spoke no TLS.
     pub ssl: Option<SslInfo<'a>>,
     pub unique_id: Option<&'a [u8]>,
-}
-
-/// The two ends of the client's connection, as seen by the listener.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Endpoints {
-    /// The client.
-    pub source: SocketAddr,
-    /// The listener's address that the client connected to.
-    pub destination: SocketAddr,
 }
 
 /// The client's TLS (spec 2.2.6).
@@ -90,7 +77,7 @@ pub fn write_local(version: ProxyVersion, own: Option<Endpoints>, out: &mut Vec<
     match version {
         ProxyVersion::V1 => write_v1(own, out),
         ProxyVersion::V2 => {
-            out.extend_from_slice(SIGNATURE);
+            out.extend_from_slice(SIGNATURE_V2);
             out.extend_from_slice(&[VERSION_2_LOCAL, UNSPECIFIED, 0, 0]);
         }
     }
@@ -98,15 +85,16 @@ pub fn write_local(version: ProxyVersion, own: Option<Endpoints>, out: &mut Vec<
 
 fn write_v1(endpoints: Option<Endpoints>, out: &mut Vec<u8>) {
     let line = match endpoints.map(Family::of) {
-        None => "PROXY UNKNOWN\r\n".to_owned(),
+        None => "UNKNOWN\r\n".to_owned(),
         Some(Family::Inet(source, destination, [source_port, destination_port])) => {
-            format!("PROXY TCP4 {source} {destination} {source_port} {destination_port}\r\n")
+            format!("TCP4 {source} {destination} {source_port} {destination_port}\r\n")
         }
         Some(Family::Inet6(source, destination, [source_port, destination_port])) => {
             let (source, destination) = (hexadecimal(source), hexadecimal(destination));
-            format!("PROXY TCP6 {source} {destination} {source_port} {destination_port}\r\n")
+            format!("TCP6 {source} {destination} {source_port} {destination_port}\r\n")
         }
     };
+    out.extend_from_slice(PREFIX_V1);
     out.extend_from_slice(line.as_bytes());
 }
 
@@ -121,20 +109,12 @@ fn hexadecimal(address: Ipv6Addr) -> String {
     }
 }
 
-const SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
-
-const VERSION_2_LOCAL: u8 = 0x20;
-const VERSION_2_PROXY: u8 = 0x21;
-const UNSPECIFIED: u8 = 0x00;
-const TCP_OVER_IPV4: u8 = 0x11;
-const TCP_OVER_IPV6: u8 = 0x21;
-
 /// Spec 2.2. A client without addresses is LOCAL, as HAProxy sends it, because HAProxy refuses PROXY of an unspecified
 /// family. Receivers must then use the connection's own addresses; whether they read the values is theirs to say.
 fn write_v2(info: &ProxyInfo<'_>, out: &mut Vec<u8>) {
     let start = out.len();
     let family = info.endpoints.map(Family::of);
-    out.extend_from_slice(SIGNATURE);
+    out.extend_from_slice(SIGNATURE_V2);
     out.extend_from_slice(&match family {
         None => [VERSION_2_LOCAL, UNSPECIFIED],
         Some(Family::Inet(..)) => [VERSION_2_PROXY, TCP_OVER_IPV4],
@@ -173,21 +153,6 @@ fn write_ports(ports: [u16; 2], out: &mut Vec<u8>) {
     for port in ports {
         out.extend_from_slice(&port.to_be_bytes());
     }
-}
-
-/// Spec 2.2 and 2.2.6.
-#[derive(Clone, Copy)]
-enum Type {
-    Alpn = 0x01,
-    Authority = 0x02,
-    Crc32c = 0x03,
-    UniqueId = 0x05,
-    Ssl = 0x20,
-    SslVersion = 0x21,
-    SslCommonName = 0x22,
-    SslCipher = 0x23,
-    SslSignatureAlgorithm = 0x24,
-    SslKeyAlgorithm = 0x25,
 }
 
 impl Type {
@@ -277,27 +242,3 @@ fn mapped(address: IpAddr) -> Ipv6Addr {
         IpAddr::V6(address) => address,
     }
 }
-
-/// CRC-32C (Castagnoli), RFC 9260 appendix A: reflected, all ones before and after.
-fn crc32c(bytes: &[u8]) -> u32 {
-    !bytes.iter().fold(u32::MAX, |crc, byte| {
-        let index = (crc ^ u32::from(*byte)) & 0xff;
-        (crc >> 8) ^ CRC32C_TABLE[index as usize]
-    })
-}
-
-const CRC32C_TABLE: [u32; 256] = {
-    let mut table = [0; 256];
-    let mut index = 0;
-    while index < table.len() {
-        let mut crc = index as u32;
-        let mut bit = 0;
-        while bit < 8 {
-            crc = if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
-            bit += 1;
-        }
-        table[index] = crc;
-        index += 1;
-    }
-    table
-};
