@@ -12,7 +12,8 @@ import { nativeGuard } from '../pkcs11/native-guard.ts';
 import { examinePlan } from '../pkcs11/plan.ts';
 import type { Finding } from '../pkcs11/plan.ts';
 import { readCredentials } from '../primary/admin-credentials.ts';
-import { becomeConfigured, findAccount } from '../primary/privileges.ts';
+import { engine } from '../engine/binding.ts';
+import { becomeConfigured, demandTransparency, findAccount } from '../primary/privileges.ts';
 import { coloured, printJson, printLine } from './output.ts';
 import type { Colour } from './output.ts';
 import { examineUpstreams } from './reachability.ts';
@@ -55,10 +56,12 @@ async function examine(file: string, allowKeyLog: boolean): Promise<Finding[]> {
     }));
   }
   const tools = { guard: nativeGuard, readPin };
+  const isRoot = process.geteuid?.() === 0;
   return [
     { severity: 'ok', subject: 'config', message: config.file },
     ...becomeUser(config),
     ...examineAdmin(config),
+    ...examineTransparency(config, isRoot),
     ...examinePlan(config, tools).findings,
     ...(await examineStapling(config)),
     ...(await examineUpstreams(config)),
@@ -96,6 +99,19 @@ function examineAdmin({ admin }: Config): Finding[] {
   } catch (error) {
     if (!(error instanceof ServiceError)) throw error;
     return [{ severity: 'error', subject, message: error.message, error }];
+  }
+}
+
+/** Who is not root cannot know what systemd or a container will give to `serve`. */
+function examineTransparency(config: Config, isRoot: boolean): Finding[] {
+  const subject = 'transparent upstreams';
+  try {
+    demandTransparency(config, engine());
+    return [];
+  } catch (error) {
+    if (!(error instanceof ServiceError)) throw error;
+    const { message } = error;
+    return [isRoot ? { severity: 'error', subject, message, error } : { severity: 'warning', subject, message }];
   }
 }
 

@@ -4,7 +4,7 @@
  * Runs: everywhere.
  */
 import { isIP, isIPv4, isIPv6, SocketAddress } from 'node:net';
-import type { TcpAddress, UnixAddress } from './config.ts';
+import type { ServerAddress, TcpAddress, UnixAddress } from './config.ts';
 import type { Fault, Parsed } from './fault.ts';
 
 /** sun_path holds 108 bytes with the final zero (unix(7)). */
@@ -19,8 +19,9 @@ export function parseBindAddress(text: string): Parsed<TcpAddress> {
   return { fault: { expected, hint: 'listeners bind addresses, not names' } };
 }
 
-/** A server: an IP address or a DNS name with a port, or a unix socket. */
-export function parseServerAddress(text: string): Parsed<TcpAddress | UnixAddress> {
+/** A server: an IP address or a DNS name with a port, a unix socket, or the word for the original destination. */
+export function parseServerAddress(text: string): Parsed<ServerAddress> {
+  if (text === 'original') return { value: { original: true } };
   return text.startsWith('unix:') ? parseUnixAddress(text) : parseTcpAddress(text, 1);
 }
 
@@ -65,8 +66,41 @@ export function parseProxyUrl(text: string): Parsed<TcpAddress> {
   return parsed === undefined || 'fault' in parsed ? { fault: { expected } } : parsed;
 }
 
-/** `192.0.2.1:443`, `[2001:db8::1]:443`, `unix:/run/web.sock`. */
-export function formatAddress(address: TcpAddress | UnixAddress): string {
+/**
+ * An IP network, `192.0.2.0/24`, or a single address. It comes out as a network in canonical form; bits beyond the prefix
+ * are refused: they may be a mistyped prefix, and more is believed of those networks than of others.
+ */
+export function parseNetwork(text: string): Parsed<string> {
+  const expected = 'a network such as 192.0.2.0/24 or 2001:db8::/32, or an IP address';
+  const match = /^(?<address>[0-9A-Fa-f:.]+)(?:\/(?<prefix>0|[1-9][0-9]{0,2}))?$/.exec(text);
+  const { address = '', prefix } = match?.groups ?? {};
+  if (!isIPv4(address) && !isIPv6(address)) return { fault: { expected } };
+  const family = isIPv4(address) ? 'ipv4' : 'ipv6';
+  const width = family === 'ipv4' ? 32 : 128;
+  const bits = Number(prefix ?? width);
+  if (bits > width) return { fault: { expected: `${expected}; a prefix of at most ${width}` } };
+  const hostBits = BigInt(width - bits);
+  const value = numberOf(address, family);
+  if ((value >> hostBits) << hostBits !== value) {
+    return { fault: { expected, hint: `${text} has bits beyond its prefix: write the network's own address` } };
+  }
+  return { value: `${new SocketAddress({ address, family }).address}/${bits}` };
+}
+
+function numberOf(address: string, family: 'ipv4' | 'ipv6'): bigint {
+  if (family === 'ipv4') return address.split('.').reduce((value, part) => (value << 8n) | BigInt(part), 0n);
+  // The URL parser writes an IPv4 address at the end in hexadecimal too.
+  const [, plain = ''] = /^\[(.*)\]$/.exec(new URL(`http://[${address}]`).hostname) ?? [];
+  const [head = '', tail] = plain.split('::');
+  const groups = (part: string) => (part === '' ? [] : part.split(':'));
+  const [before, after] = [groups(head), groups(tail ?? '')];
+  const zeros = Array.from({ length: 8 - before.length - after.length }, () => '0');
+  return [...before, ...zeros, ...after].reduce((value, part) => (value << 16n) | BigInt(`0x${part}`), 0n);
+}
+
+/** `192.0.2.1:443`, `[2001:db8::1]:443`, `unix:/run/web.sock`, `original`. */
+export function formatAddress(address: ServerAddress): string {
+  if ('original' in address) return 'original';
   if ('path' in address) return `unix:${address.path}`;
   return address.host.includes(':') ? `[${address.host}]:${address.port}` : `${address.host}:${address.port}`;
 }

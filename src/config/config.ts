@@ -74,6 +74,13 @@ export interface UnixAddress {
   readonly path: string;
 }
 
+/** Where the client wanted to go before it was redirected to us. */
+export interface OriginalAddress {
+  readonly original: true;
+}
+
+export type ServerAddress = TcpAddress | UnixAddress | OriginalAddress;
+
 export interface AdminConfig {
   /** Reachable from other hosts only with a token or client certificates. */
   readonly listen: TcpAddress | UnixAddress;
@@ -198,11 +205,13 @@ export interface OcspConfig {
 
 export interface UpstreamConfig {
   readonly name: string;
-  /** At least one, no two equal. */
-  readonly servers: readonly (TcpAddress | UnixAddress)[];
+  /** At least one, no two equal; the original destination stands alone. */
+  readonly servers: readonly ServerAddress[];
   readonly balance: 'round-robin' | 'least-connections';
   /** PROXY protocol version sent to the upstream. */
   readonly proxyProtocol: 'v1' | 'v2' | undefined;
+  /** Servers see the client's address as the source of its connections. */
+  readonly transparent: boolean;
   readonly connectDeadlineMs: number;
   /** How many servers are tried for one connection, 1..16. */
   readonly attempts: number;
@@ -296,11 +305,22 @@ export interface ListenerConfig {
   readonly upstream: string | undefined;
   /** The first that fits counts. */
   readonly routes: readonly RouteConfig[];
+  readonly proxyProtocol: ProxyInConfig | undefined;
+  /** Clients were redirected here: their original destination counts. */
+  readonly transparent: boolean;
   readonly deadlines: ListenerDeadlines;
   /** Per worker. */
   readonly limits: { readonly connections: number; readonly handshakes: number };
   /** Length of the accept queue per worker, listen(2). */
   readonly backlog: number;
+}
+
+/** Proxies in front, whose connections must begin with a PROXY header. Nobody else's may. */
+export interface ProxyInConfig {
+  /** Networks in their canonical form, `192.0.2.0/24`; at least one. */
+  readonly from: readonly string[];
+  /** From accept to the end of the header. */
+  readonly deadlineMs: number;
 }
 
 export interface ListenerDeadlines {

@@ -167,6 +167,7 @@ function upstreamConfig(name: string, upstream: Document['upstreams'][string], d
     servers: upstream.servers,
     balance: upstream.balance,
     proxyProtocol: upstream.proxyProtocol,
+    transparent: upstream.transparent,
     connectDeadlineMs: upstream.connectDeadline,
     attempts: upstream.attempts,
     health: upstream.health && healthConfig(upstream.health),
@@ -199,13 +200,14 @@ function healthConfig({
 }
 
 function listenerConfig(name: string, listener: Document['listeners'][string]): ListenerConfig {
-  const { deadlines, certificates = [], routes, upstream, ...same } = listener;
+  const { deadlines, certificates = [], routes, upstream, proxyProtocol, ...same } = listener;
   return {
     name,
     ...same,
     certificates,
     upstream,
     routes: routes.map(({ names, alpn, upstream: to }) => ({ names, alpn, upstream: to })),
+    proxyProtocol: proxyProtocol && { from: proxyProtocol.from, deadlineMs: proxyProtocol.deadline },
     deadlines: {
       handshakeMs: deadlines.handshake,
       idleMs: deadlines.idle,

@@ -19,6 +19,7 @@ export function referenceFaults(document: unknown): PlacedFault[] {
     ...misplacedTls(document),
     ...uncheckable(document),
     ...sharedBinds(document),
+    ...destinationless(document),
     ...openAdmin(document),
   ];
 }
@@ -180,20 +181,27 @@ function* nested(document: unknown, section: string, key: string): Generator<[Pa
 /** A mode says on which sides TLS is spoken, and so must its upstreams. */
 function* misplacedTls(document: unknown): Generator<PlacedFault> {
   const upstreams = mapping(mapping(document)['upstreams']);
-  for (const [name, entry] of Object.entries(mapping(mapping(document)['listeners']))) {
-    const { mode = 'offload', upstream, routes } = mapping(entry);
-    if (!listenerModes.some((known) => known === mode)) continue;
+  for (const [path, listener, target] of targets(document)) {
+    const { mode = 'offload' } = listener;
+    if (!listenerModes.some((known) => known === mode) || !(target in upstreams)) continue;
     const wantsTls = mode === 'encrypt' || mode === 'bridge';
-    const targets: [Path, unknown][] = [[['listeners', name, 'upstream'], upstream]];
-    if (Array.isArray(routes))
-      for (const [index, route] of routes.entries())
-        targets.push([['listeners', name, 'routes', index, 'upstream'], mapping(route)['upstream']]);
-    for (const [path, target] of targets) {
-      if (typeof target !== 'string' || !(target in upstreams)) continue;
-      const hasTls = mapping(upstreams[target])['tls'] !== undefined;
-      if (hasTls === wantsTls) continue;
-      const expected = wantsTls ? 'an upstream with `tls`' : 'an upstream without `tls`';
-      yield { path, code: 'config_conflict', expected: `${expected}, as mode ${String(mode)} says` };
+    const hasTls = mapping(upstreams[target])['tls'] !== undefined;
+    if (hasTls === wantsTls) continue;
+    const expected = wantsTls ? 'an upstream with `tls`' : 'an upstream without `tls`';
+    yield { path, code: 'config_conflict', expected: `${expected}, as mode ${String(mode)} says` };
+  }
+}
+
+/** Every upstream that a listener names, with the listener. */
+function* targets(document: unknown): Generator<[Path, Readonly<Record<string, unknown>>, string]> {
+  for (const [name, entry] of Object.entries(mapping(mapping(document)['listeners']))) {
+    const listener = mapping(entry);
+    const { upstream, routes } = listener;
+    if (typeof upstream === 'string') yield [['listeners', name, 'upstream'], listener, upstream];
+    if (!Array.isArray(routes)) continue;
+    for (const [index, route] of routes.entries()) {
+      const target = mapping(route)['upstream'];
+      if (typeof target === 'string') yield [['listeners', name, 'routes', index, 'upstream'], listener, target];
     }
   }
 }
@@ -226,6 +234,21 @@ function* uncheckable(document: unknown): Generator<PlacedFault> {
           : 'a DNS name, here or in `tls.name`: addresses have no TLSA records';
       yield { path, code: 'config_conflict', expected, conflictsWith: [...at, 'dane'] };
     }
+  }
+}
+
+/** `original` is what the kernel knows of a redirected client; a client of any other listener wanted to come to us. */
+function* destinationless(document: unknown): Generator<PlacedFault> {
+  const servers = [...texts(document, 'upstreams', 'servers')];
+  const originals = new Set(servers.flatMap(([[, name], server]) => (server === 'original' ? [name] : [])));
+  for (const [path, listener, name] of targets(document)) {
+    if (!originals.has(name) || listener['transparent'] === true) continue;
+    yield {
+      path,
+      code: 'config_conflict',
+      expected: 'another upstream, or transparent: true',
+      hint: `the server of ${name} is the original destination of redirected clients`,
+    };
   }
 }
 

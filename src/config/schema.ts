@@ -12,6 +12,7 @@ import {
   isLocal,
   parseAdminAddress,
   parseBindAddress,
+  parseNetwork,
   parseProxyUrl,
   parseResolverAddress,
   parseServerAddress,
@@ -247,18 +248,26 @@ const ocsp = z.strictObject({
   ),
 });
 
-const upstream = z.strictObject({
+const upstreamKeys = z.strictObject({
   tls: upstreamTls.optional(),
   servers: z
-    .array(kind('address', 'HOST:PORT or unix:/path', parseServerAddress), { error: 'a list of servers' })
+    .array(kind('address', 'HOST:PORT, unix:/path or original', parseServerAddress), { error: 'a list of servers' })
     .min(1, 'at least one server')
     .max(256, 'at most 256 servers')
-    .describe('`host:port`, `[v6]:port` or `unix:/path`.'),
+    .describe(
+      '`host:port`, `[v6]:port` or `unix:/path`; or `original` alone: where the client of a `transparent` listener wanted to go.',
+    ),
   balance: oneOf(['round-robin', 'least-connections'], 'round-robin').describe('How the next server is chosen.'),
   proxyProtocol: z
     .enum(['v1', 'v2'], { error: 'v1 or v2' })
     .optional()
     .describe('Tell the upstream about the client with the PROXY protocol. Default: off.'),
+  transparent: z
+    .boolean({ error: 'true or false' })
+    .default(false)
+    .describe(
+      "Servers see the client's address as the source of its connections. Needs CAP_NET_RAW and rules for the way back.",
+    ),
   connectDeadline: duration(10, 600_000, '5s').describe('For connecting to one server.'),
   attempts: whole(1, 16, 3).describe('Servers tried for one connection.'),
   health: z
@@ -278,6 +287,45 @@ const upstream = z.strictObject({
     .prefault({})
     .describe('What failed connects of clients say about a server.'),
 });
+
+const upstream = upstreamKeys
+  .refine(({ servers }) => servers.length === 1 || !servers.some((server) => 'original' in server), {
+    path: ['servers'],
+    error: 'original alone, or other servers',
+    params: { code: 'config_conflict' },
+  })
+  .refine(({ servers, health }) => health === undefined || !servers.some((server) => 'original' in server), {
+    path: ['health'],
+    error: 'no checks of original, which is another server for each client',
+    params: { code: 'config_conflict' },
+  })
+  .refine(
+    ({ servers, tls }) => tls?.name !== undefined || tls === undefined || !servers.some((it) => 'original' in it),
+    {
+      path: ['tls'],
+      error: 'a name in tls: original has none that its certificate could be for',
+      params: { code: 'config_conflict' },
+    },
+  )
+  .refine(({ servers, transparent: isTransparent }) => !isTransparent || !servers.some((server) => 'path' in server), {
+    path: ['transparent'],
+    error: 'false with a unix socket, which has no source address',
+    params: { code: 'config_conflict' },
+  });
+
+const proxyIn = z.strictObject(
+  {
+    from: z
+      .array(kind('network', 'a network such as 192.0.2.0/24', parseNetwork), { error: 'a list of networks' })
+      .min(1, 'at least one network')
+      .max(256, 'at most 256 networks')
+      .describe(
+        'Networks of proxies. Their connections must begin with a PROXY header; those of others are never read for one.',
+      ),
+    deadline: duration(100, 600_000, '5s').describe('From accept to the end of the header.'),
+  },
+  { error: 'proxies in front: {from: [NETWORK, ...]}' },
+);
 
 const route = z
   .strictObject({
@@ -329,6 +377,15 @@ const listener = z
       .max(1000, 'at most 1000 routes')
       .default([])
       .describe('The first that fits says where a connection goes.'),
+    proxyProtocol: proxyIn
+      .optional()
+      .describe('Proxies in front say by the PROXY protocol (v1 or v2) who the client is. Default: off.'),
+    transparent: z
+      .boolean({ error: 'true or false' })
+      .default(false)
+      .describe(
+        'Clients are redirected here by nftables (REDIRECT or TPROXY): where they wanted to go counts as the destination. Needs CAP_NET_RAW to bind.',
+      ),
     deadlines: z
       .strictObject({
         handshake: duration(100, 600_000, '10s').describe('From accept to the end of the handshake.'),
@@ -695,6 +752,8 @@ interface ListenerDocument {
   readonly alpn: readonly string[];
   readonly routes: readonly object[];
   readonly upstream?: string | undefined;
+  readonly proxyProtocol?: object | undefined;
+  readonly transparent: boolean;
 }
 
 function* listenerFaults({
@@ -703,6 +762,8 @@ function* listenerFaults({
   alpn,
   routes,
   upstream: preset,
+  proxyProtocol,
+  transparent: isTransparent,
 }: ListenerDocument): Generator<Fault & { readonly key: keyof ListenerDocument }> {
   const endsTls = mode === 'offload' || mode === 'bridge';
   if (endsTls && certificates === undefined) {
@@ -716,6 +777,10 @@ function* listenerFaults({
   }
   if (mode === 'encrypt' && routes.length > 0) {
     yield { key: 'routes', code: 'config_conflict', expected: 'none: plaintext says no name to route by' };
+  }
+  if (isTransparent && proxyProtocol !== undefined) {
+    const expected = 'false with proxyProtocol: one of them says what the destination was';
+    yield { key: 'transparent', code: 'config_conflict', expected };
   }
   if (preset === undefined && routes.length === 0) {
     yield { key: 'upstream', code: 'config_missing_key', expected: 'an upstream, or routes' };

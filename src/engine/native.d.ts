@@ -240,6 +240,9 @@ export interface ListenerSettings {
   halfClosedDeadlineMs: number
   /** 0: none. */
   lifetimeDeadlineMs: number
+  proxyIn?: ProxyInSettings
+  /** Clients were redirected here. */
+  transparent: boolean
   connectionsMax: number
   handshakesMax: number
   /** Inherited listening sockets of this worker's slot. */
@@ -287,6 +290,13 @@ export interface OpenedListener {
   address: string
 }
 
+/** Who must begin with a PROXY header. */
+export interface ProxyInSettings {
+  /** `192.0.2.0/24`, `2001:db8::/32` */
+  from: Array<string>
+  deadlineMs: number
+}
+
 /** The first route that fits says where a connection goes. */
 export interface RouteSettings {
   /** DNS names in lower case, wildcards as `*.example.org`; empty: any. */
@@ -305,7 +315,7 @@ export interface SandboxReport {
   missing: Array<string>
 }
 
-/** What a process in the sandbox may still write; everything else is decided in sandbox.rs. */
+/** What a process in the sandbox may still write or do; everything else is decided in sandbox.rs. */
 export interface SandboxSettings {
   /** Files that are opened for appending, again and again: others may be created beside and beneath them. */
   logs: Array<string>
@@ -313,6 +323,8 @@ export interface SandboxSettings {
   states: Array<string>
   /** The same, as the configuration says it; with any, modes and owners may be changed. */
   writable: Array<string>
+  /** Whether connections may be given a source address, as those of transparent upstreams are. */
+  bindsTcp: boolean
 }
 
 export interface ServerSnapshot {
@@ -441,12 +453,14 @@ export interface TransparencySettings {
 
 export interface UpstreamSettings {
   name: string
-  /** `192.0.2.1:80`, `[2001:db8::1]:80` or `unix:/path`: addresses, not names. */
+  /** `192.0.2.1:80`, `[2001:db8::1]:80` or `unix:/path`: addresses, not names. Or `original` alone. */
   servers: Array<string>
   balance: 'round-robin' | 'least-connections'
   connectDeadlineMs: number
   connectAttemptsMax: number
   proxyProtocol?: 'v1' | 'v2'
+  /** The client's address is the source of its connections. */
+  transparent: boolean
   health?: HealthSettings
   passiveFailuresMax: number
   passiveEjectionMs: number
@@ -509,6 +523,9 @@ export declare function adoptListener(fd: number): string
 /** The closed list of reasons why a connection can end. */
 export declare function closeReasons(): Array<CloseReason>
 
+/** What this process was handed down, the programs that it starts are not. */
+export declare function endHandingDown(): void
+
 /** Ends this process, by SIGKILL, when the process that forked it has ended. */
 export declare function endWithParent(): void
 
@@ -518,11 +535,17 @@ export declare function endWithParent(): void
  */
 export declare function enterSandbox(settings: SandboxSettings): SandboxReport
 
+/** After setuid: of all capabilities CAP_NET_RAW is left, to this thread and to the processes that it forks. */
+export declare function handDownNetRaw(): void
+
 /** Puts sockets into the channel, for the worker to take when it hears of the reload. */
 export declare function handOver(channel: number, reload: number, fds: Array<number>): void
 
 /** No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN. */
 export declare function harden(): void
+
+/** Has the coming setuid keep what `hand_down_net_raw` needs, on this thread alone. */
+export declare function keepCapabilitiesOverSetuid(): void
 
 /** Upper bounds of every latency histogram, in microseconds. */
 export declare function latencyBoundsUs(): Array<number>
@@ -534,10 +557,10 @@ export declare function notify(socket: string, state: string): void
 export declare function openHandover(): HandoverChannel
 
 /**
- * Opens a listening socket at an address and port.
+ * Opens a listening socket at an address and port; `transparent`: also for connections that TPROXY gives it.
  * Throws with the code of bind(2) first in the message: EADDRINUSE, EACCES, …
  */
-export declare function openListener(address: string, backlog: number): OpenedListener
+export declare function openListener(address: string, backlog: number, transparent: boolean): OpenedListener
 
 /** Loads a PKCS#11 module before anybody else does, with symbols of its own if `isolate`. It stays loaded. */
 export declare function preloadModule(path: string, isolate: boolean): void
@@ -553,6 +576,8 @@ export declare function refuseRings(): void
 
 /** Why this is not a list of revoked certificates (DER) that the engine understands; undefined: it is one. */
 export declare function revocationListFault(der: Buffer): string | null
+/** Throws EPERM unless this process may use addresses of others (IP_TRANSPARENT). */
+export declare function probeForeignAddress(): void
 
 /** Sets the length of a listening socket's accept queue, also of one that has waiting connections. */
 export declare function setBacklog(fd: number, backlog: number): void

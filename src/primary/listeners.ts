@@ -33,6 +33,7 @@ export interface ListeningSocket extends SocketUse {
   readonly backlog: number;
   /** As the listener has it. */
   readonly wanted: TcpAddress;
+  readonly transparent: boolean;
   readonly bound: string;
 }
 
@@ -67,7 +68,8 @@ export function openListeners(
   try {
     for (const listener of Object.values(config.listeners)) {
       addresses[listener.name] = listener.bind.map((wanted) => {
-        const use = { listener: listener.name, backlog: listener.backlog, wanted };
+        const { name, backlog, transparent } = listener;
+        const use = { listener: name, backlog, wanted, transparent };
         const same = takeOne(kept.get(identity(use)), slots)?.map((socket) => ({ ...socket, ...use }));
         const group =
           same ?? takePassed(use, listener, slots, former, native) ?? openAddress(use, listener, slots, former, native);
@@ -120,9 +122,17 @@ export function closeSockets(sockets: readonly ListeningSocket[]): void {
   for (const { fd, passed } of sockets) if (!passed) closeSync(fd);
 }
 
-/** Port 0 is another port each time, so there the listener says which is meant; else the address does. */
-function identity({ listener, wanted }: Pick<ListeningSocket, 'listener' | 'wanted'>): string {
-  return wanted.port === 0 ? `${listener} ${formatAddress(wanted)}` : formatAddress(wanted);
+/**
+ * Port 0 is another port each time, so there the listener says which is meant; else the address does. Transparent a socket
+ * is made, and does not become.
+ */
+function identity({
+  listener,
+  wanted,
+  transparent,
+}: Pick<ListeningSocket, 'listener' | 'wanted' | 'transparent'>): string {
+  const place = wanted.port === 0 ? `${listener} ${formatAddress(wanted)}` : formatAddress(wanted);
+  return transparent ? `${place} transparent` : place;
 }
 
 /** The sockets of one address; a listener may have several at port 0, where nothing is passed. */
@@ -134,7 +144,7 @@ function takeOne(group: ListeningSocket[] | undefined, slots: number): Listening
 let numbered = 0;
 
 /** What the configuration says of an address. */
-type Wanted = Pick<ListeningSocket, 'listener' | 'backlog' | 'wanted'>;
+type Wanted = Pick<ListeningSocket, 'listener' | 'backlog' | 'wanted' | 'transparent'>;
 
 /** Dealt out in turns, until each slot has one and each socket is somebody's. */
 function takePassed(
@@ -170,7 +180,7 @@ function openAddress(
   const sockets: ListeningSocket[] = [];
   try {
     for (let slot = 0; slot < slots; slot++) {
-      const { fd, address } = attempt(listener, bound, () => native.openListener(bound, use.backlog));
+      const { fd, address } = attempt(listener, bound, () => native.openListener(bound, use.backlog, use.transparent));
       bound = address; // the slots share the port that the first was given
       sockets.push({ ...use, socket: numbered++, fd, slots: [slot], passed: false, bound });
     }
@@ -205,6 +215,9 @@ function hintFor(found: string): { hint?: string } {
     return {
       hint: 'ports below 1024 need root at start, with `user` to give it up, CAP_NET_BIND_SERVICE, or a socket unit',
     };
+  }
+  if (found.startsWith('EPERM')) {
+    return { hint: '`transparent` needs root at start, with `user` to give it up, or CAP_NET_RAW' };
   }
   if (found.startsWith('EADDRNOTAVAIL')) {
     return { hint: 'no interface of this host has that address' };

@@ -6,6 +6,8 @@
  */
 import { execFileSync } from 'node:child_process';
 import type { Config } from '../config/config.ts';
+import { engine } from '../engine/binding.ts';
+import type { EngineBinding } from '../engine/binding.ts';
 import { ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
 
@@ -30,16 +32,19 @@ export function logPrivileges(account: Account | undefined, log: Log): void {
 }
 
 /**
- * Becomes the configured account for good.
+ * Becomes the configured account for good. When an upstream is transparent, one capability stays, for workers alone to use:
+ * CAP_NET_RAW.
  * @returns undefined when there is nothing to do: no account is configured, or somebody else than root started keygate,
  * and systemd's User= or a shell has decided who.
  * @throws ServiceError `privileges`
  */
-export function becomeConfigured(config: Pick<Config, 'user' | 'group'>): Account | undefined {
+export function becomeConfigured(config: Pick<Config, 'user' | 'group' | 'upstreams'>): Account | undefined {
   if (config.user === undefined || process.geteuid?.() !== 0) return undefined;
   const account = findAccount(config.user, config.group);
   const { user, uid, gid } = account;
+  const keepsOne = transparentUpstream(config) !== undefined;
   try {
+    if (keepsOne) engine().keepCapabilitiesOverSetuid();
     // Node has it; its type declarations do not.
     (process as NodeJS.Process & { initgroups(user: string, group: number): void }).initgroups(user, gid);
     process.setgid?.(gid);
@@ -55,7 +60,42 @@ export function becomeConfigured(config: Pick<Config, 'user' | 'group'>): Accoun
       hint: 'name a user and a group that are not root',
     });
   }
+  if (keepsOne) {
+    try {
+      engine().handDownNetRaw();
+    } catch (cause) {
+      throw new ServiceError('privileges', `cannot keep CAP_NET_RAW as user ${user}: ${String(cause)}`, {
+        cause,
+        hint: transparencyHint,
+      });
+    }
+  }
   return account;
+}
+
+/**
+ * Asks the kernel for what the workers will ask of it: a socket with a client's address.
+ * @throws ServiceError `privileges`, naming the upstream
+ */
+export function demandTransparency(config: Pick<Config, 'upstreams'>, native: EngineBinding): void {
+  const upstream = transparentUpstream(config);
+  if (upstream === undefined) return;
+  try {
+    native.probeForeignAddress();
+  } catch (cause) {
+    throw new ServiceError(
+      'privileges',
+      `upstream ${upstream} is transparent, for which this process lacks CAP_NET_RAW: ${String(cause)}`,
+      { cause, hint: transparencyHint },
+    );
+  }
+}
+
+const transparencyHint =
+  'start as root with `user`, and in a container with CAP_NET_RAW; under systemd: AmbientCapabilities=CAP_NET_RAW. A reload cannot get it';
+
+function transparentUpstream({ upstreams }: Pick<Config, 'upstreams'>): string | undefined {
+  return Object.values(upstreams).find(({ transparent }) => transparent)?.name;
 }
 
 /** @throws ServiceError `privileges`, telling an unknown user and an unknown group apart. */

@@ -246,6 +246,12 @@ function restartProblems(former: Config, next: Config): Problem[] {
     const first = Object.entries(next.tokens).find(([, token]) => isSoftHsm(token));
     if (first !== undefined) fixed.push({ path: `tokens.${first[0]}.module`, old: 'no SoftHSM', now: first[1].module });
   }
+  // Root was given up, and workers have entered their sandbox, with or without what that needs.
+  const transparent = ({ upstreams }: Config) => Object.values(upstreams).find((upstream) => upstream.transparent);
+  const first = transparent(next);
+  if (first !== undefined && transparent(former) === undefined) {
+    fixed.push({ path: `upstreams.${first.name}.transparent`, old: false, now: true });
+  }
   return fixed
     .filter(({ old, now }) => !isDeepStrictEqual(old, now))
     .map(({ path, old, now, isOfToken }) => ({

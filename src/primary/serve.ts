@@ -22,7 +22,7 @@ import { renderMetrics } from './metrics.ts';
 import type { Measurements } from './metrics.ts';
 import { overviewOf } from './overview.ts';
 import { takePassedSockets } from './passed-sockets.ts';
-import { becomeConfigured, logPrivileges } from './privileges.ts';
+import { becomeConfigured, demandTransparency, logPrivileges } from './privileges.ts';
 import { Reloads } from './reload.ts';
 import { ServiceManager } from './service-manager.ts';
 import { Stapler } from './stapler.ts';
@@ -65,6 +65,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   const passed = takePassedSockets(process.env, engine());
   const listeners = openListeners({ ...noListeners, passed }, config, slots, engine());
   const account = becomeConfigured(config);
+  demandTransparency(config, engine());
   // As the account that workers have too: a file that root made would be closed to them.
   const logs = openLogs(config.log);
   const { log } = logs;

@@ -131,6 +131,7 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   native.harden();
   native.endWithParent();
   const sandbox = enterSandbox(config, native, opened.log);
+  native.endHandingDown();
   const { settings, warnings, asked } = await prove(config, sockets.uses(accept), opened.log);
   const secrets = ticketSecrets.map((secret) => Buffer.from(secret));
   engine = new native.Engine(settings, secrets, opened.access, opened.key, earlyStaples.map(engineStaple));

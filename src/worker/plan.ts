@@ -168,6 +168,7 @@ async function upstreamSettings(
     name: upstream.name,
     servers: servers.map(formatAddress),
     balance: upstream.balance,
+    transparent: upstream.transparent,
     connectDeadlineMs: upstream.connectDeadlineMs,
     connectAttemptsMax: upstream.attempts,
     ...(upstream.proxyProtocol === undefined ? {} : { proxyProtocol: upstream.proxyProtocol }),
@@ -213,7 +214,7 @@ function listenerSettings(
   sockets: readonly WorkerSocket[],
 ): ListenerSettings {
   const policy = policyOf(listener.policy, config.policies);
-  const { deadlines, limits } = listener;
+  const { deadlines, limits, proxyProtocol } = listener;
   return {
     name: listener.name,
     front: fronts[listener.mode],
@@ -234,6 +235,10 @@ function listenerSettings(
     idleDeadlineMs: deadlines.idleMs,
     halfClosedDeadlineMs: deadlines.halfClosedMs,
     lifetimeDeadlineMs: deadlines.lifetimeMs,
+    ...(proxyProtocol === undefined
+      ? {}
+      : { proxyIn: { from: [...proxyProtocol.from], deadlineMs: proxyProtocol.deadlineMs } }),
+    transparent: listener.transparent,
     connectionsMax: limits.connections,
     handshakesMax: limits.handshakes,
     sockets: sockets.filter((socket) => socket.listener === listener.name).map(({ fd }) => fd),

@@ -14,7 +14,7 @@ import type { WorkerSandbox } from '../messages.ts';
 
 /** What the kernel lacks is left out, and the primary warns of it. */
 export function enterSandbox(
-  { sandbox, tokens, log: logConfig }: Pick<Config, 'sandbox' | 'tokens' | 'log'>,
+  { sandbox, tokens, upstreams, log: logConfig }: Pick<Config, 'sandbox' | 'tokens' | 'upstreams' | 'log'>,
   native: Pick<EngineBinding, 'enterSandbox'>,
   log: Pick<Log, 'info'>,
 ): WorkerSandbox | undefined {
@@ -23,7 +23,12 @@ export function enterSandbox(
   const files = [logConfig.file, logConfig.access?.file, logConfig.keyLog];
   const logs = files.filter((file) => file !== undefined);
   const states = Object.values(tokens).some(isSoftHsm) ? softHsmState() : [];
-  const entered = native.enterSandbox({ logs, states, writable });
+  const entered = native.enterSandbox({
+    logs,
+    states,
+    writable,
+    bindsTcp: Object.values(upstreams).some(({ transparent }) => transparent),
+  });
   const { landlockAbi, seccomp, missing } = entered;
   log.info(
     { event: 'sandbox_entered', landlockAbi, seccomp, missing, writable: [...writable, ...states, ...logs] },

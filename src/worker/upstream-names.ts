@@ -6,12 +6,12 @@
 import { lookup } from 'node:dns/promises';
 import { isIP } from 'node:net';
 import { formatAddress } from '../config/address.ts';
-import type { TcpAddress, UnixAddress, UpstreamConfig } from '../config/config.ts';
+import type { ServerAddress, UpstreamConfig } from '../config/config.ts';
 import { ServiceError } from '../errors.ts';
 
 export interface ResolvedUpstream {
   /** Without names, in the order of the configuration. */
-  readonly servers: readonly (TcpAddress | UnixAddress)[];
+  readonly servers: readonly ServerAddress[];
   /** As configured, of each of them: what its certificate is for unless told otherwise. Undefined for a socket. */
   readonly hosts: readonly (string | undefined)[];
   /** One sentence for each server that is left out. */
@@ -56,12 +56,10 @@ export async function resolveUpstream({
   return { servers: [], hosts: [], warnings: [], error };
 }
 
-type Answer =
-  | { readonly address: TcpAddress | UnixAddress; readonly host: string | undefined }
-  | { readonly failure: string };
+type Answer = { readonly address: ServerAddress; readonly host: string | undefined } | { readonly failure: string };
 
-async function resolveServer(server: TcpAddress | UnixAddress): Promise<Answer> {
-  if ('path' in server) return { address: server, host: undefined };
+async function resolveServer(server: ServerAddress): Promise<Answer> {
+  if (!('host' in server)) return { address: server, host: undefined };
   if (isIP(server.host) !== 0) return { address: server, host: server.host };
   const late = Promise.withResolvers<never>();
   const timer = setTimeout(() => {

@@ -11,6 +11,7 @@ import {
   isLocal,
   parseAdminAddress,
   parseBindAddress,
+  parseNetwork,
   parseProxyUrl,
   parseServerAddress,
 } from '../../src/config/address.ts';
@@ -40,6 +41,62 @@ it('a proxy is a URL of a host and a port, and a password in it is never shown',
     assert.ok('fault' in parsed && parsed.fault.code === 'config_secret', text);
     assert.doesNotMatch(JSON.stringify(parsed), /s3cret/);
   }
+});
+
+it('the word original is a server of its own', () => {
+  assert.deepEqual(parseServerAddress('original'), { value: { original: true } });
+  assert.equal(formatAddress({ original: true }), 'original');
+  assert.deepEqual(parseServerAddress('original:80'), { value: { host: 'original', port: 80 } });
+});
+
+it('networks come out in canonical form, an address as a network of one', () => {
+  for (const [text, value] of [
+    ['10.0.0.0/8', '10.0.0.0/8'],
+    ['10.0.0.1', '10.0.0.1/32'],
+    ['192.0.2.128/25', '192.0.2.128/25'],
+    ['0.0.0.0/0', '0.0.0.0/0'],
+    ['2001:DB8::/32', '2001:db8::/32'],
+    ['2001:db8:0:0::1', '2001:db8::1/128'],
+    ['::/0', '::/0'],
+    ['::1', '::1/128'],
+    ['1:2:3:4:5:6:7:8000/113', '1:2:3:4:5:6:7:8000/113'],
+  ] as const) {
+    assert.deepEqual(parseNetwork(text), { value }, text);
+  }
+});
+
+it('what is no network is refused, and what has bits beyond its prefix', () => {
+  for (const text of [
+    '',
+    '10.0.0.0/33',
+    '10.0.0.0/08',
+    '10.0.0.0/',
+    '10.0.0/8',
+    '10.0.0.1/8',
+    '192.0.2.129/25',
+    '0.0.0.1/0',
+    '2001:db8::1/64',
+    '1:2:3:4:5:6:7:8001/113',
+    '::/129',
+    'fe80::1%eth0',
+    'proxy.example',
+    '10.0.0.0/8 ',
+  ]) {
+    assert.ok('fault' in parseNetwork(text), text);
+  }
+});
+
+it('an address is in its own network, however long the prefix', () => {
+  fc.assert(
+    fc.property(fc.ipV6(), fc.integer({ min: 0, max: 128 }), (address, bits) => {
+      // One of IPv4 inside is written in another form by everybody.
+      fc.pre(!address.includes('.'));
+      const whole = parseNetwork(address);
+      assert.ok('value' in whole && whole.value.endsWith('/128'), address);
+      const parsed = parseNetwork(`${address}/${bits}`);
+      if ('value' in parsed) assert.equal(parsed.value, whole.value.replace(/128$/, String(bits)));
+    }),
+  );
 });
 
 it('a server needs a port from 1 to 65535', () => {

@@ -67,6 +67,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
         connectDeadlineMs: 5000,
         attempts: 3,
         passive: { failures: 3, ejectionMs: 10_000 },
+        transparent: false,
       },
     },
     listeners: {
@@ -80,6 +81,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
         policy: 'intermediate',
         upstream: 'web',
         routes: [],
+        transparent: false,
         deadlines: { handshakeMs: 10_000, idleMs: 300_000, lifetimeMs: 0, halfClosedMs: 60_000 },
         limits: { connections: 20_000, handshakes: 1024 },
         backlog: 4096,
@@ -506,6 +508,67 @@ const placed: Record<string, Placed> = {
   'no group for TLS 1.2': {
     sections: policy('groups: ▸[X25519MLKEM768]'),
     path: 'policies.p.groups',
+    code: 'config_conflict',
+  },
+  'a proxy network with bits beyond its prefix': {
+    sections: listener('certificates: [www], upstream: web, proxyProtocol: { from: [10.0.0.0/8, ▸10.0.0.1/8] }'),
+    path: 'listeners.https.proxyProtocol.from[1]',
+    code: 'config_value',
+  },
+  'nobody who may send a PROXY header': {
+    sections: listener('certificates: [www], upstream: web, proxyProtocol: { from: ▸[] }'),
+    path: 'listeners.https.proxyProtocol.from',
+    code: 'config_value',
+  },
+  'a transparent listener behind proxies': {
+    sections: listener('certificates: [www], upstream: web, transparent: ▸true, proxyProtocol: { from: [10.0.0.1] }'),
+    path: 'listeners.https.transparent',
+    code: 'config_conflict',
+  },
+  'the original destination of clients that nobody redirected': {
+    sections: {
+      ...upstream('{ servers: [original] }'),
+      ...listener('certificates: [www], upstream: ▸web'),
+    },
+    path: 'listeners.https.upstream',
+    code: 'config_conflict',
+    expected: /transparent: true/,
+  },
+  'the original destination by a route of clients that nobody redirected': {
+    sections: {
+      upstreams: '{ web: { servers: ["10.0.0.1:80"] }, there: { servers: [original] } }',
+      ...listener('certificates: [www], upstream: web, routes: [{ names: [a.example], upstream: ▸there }]'),
+    },
+    path: 'listeners.https.routes[0].upstream',
+    code: 'config_conflict',
+  },
+  'TLS to the original destination without a name': {
+    sections: {
+      ...upstream('{ servers: [original], tls: ▸{} }'),
+      ...listener('certificates: [www], mode: bridge, upstream: web, transparent: true'),
+    },
+    path: 'upstreams.web.tls',
+    code: 'config_conflict',
+  },
+  'the original destination beside a server': {
+    sections: {
+      ...upstream('{ servers: ▸[original, "10.0.0.1:80"] }'),
+      ...listener('certificates: [www], upstream: web, transparent: true'),
+    },
+    path: 'upstreams.web.servers',
+    code: 'config_conflict',
+  },
+  'checks of the original destination': {
+    sections: {
+      ...upstream('{ servers: [original], health: ▸{ tcp: 5s } }'),
+      ...listener('certificates: [www], upstream: web, transparent: true'),
+    },
+    path: 'upstreams.web.health',
+    code: 'config_conflict',
+  },
+  "a client's address towards a unix socket": {
+    sections: upstream('{ servers: ["unix:/s"], transparent: ▸true }'),
+    path: 'upstreams.web.transparent',
     code: 'config_conflict',
   },
   'a ticket lifetime above the rotation': {

@@ -190,7 +190,7 @@ async function ingredients(test: TestContext): Promise<Ingredients> {
   const upstream = await echoUpstream();
   const opened: OpenedSocket[] = [];
   const another = (wanted: string): OpenedSocket => {
-    const { fd, address } = engine().openListener(wanted, 16);
+    const { fd, address } = engine().openListener(wanted, 16, false);
     const socket = { fd, address, port: Number(address.split(':').at(-1)), isClosed: false };
     opened.push(socket);
     return socket;

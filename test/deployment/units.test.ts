@@ -20,6 +20,7 @@ const exposureMax: Readonly<Record<string, number>> = {
   'own-ports.conf': 14,
   'hsm-device.conf': 15,
   'hsm-network.conf': 11,
+  'transparent.conf': 15,
 };
 
 it('the units are free of warnings', (test) => {

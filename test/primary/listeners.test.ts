@@ -57,6 +57,19 @@ it('a free port of one listener is not that of another', () => {
   assert.notDeepEqual(second.addresses['site'], first.addresses['web']);
 });
 
+it(
+  'an address that becomes transparent gets other sockets, beside those that it has',
+  { skip: process.geteuid?.() !== 0 && 'needs CAP_NET_RAW' },
+  async () => {
+    const port = await freePort();
+    const first = open(noListeners, `web: { bind: ["127.0.0.1:${port}"] }`);
+    const second = open(first, `web: { bind: ["127.0.0.1:${port}"], transparent: true }`);
+    assert.deepEqual([second.opened.length, second.retired.length], [slots, slots]);
+    const third = open(second, `web: { bind: ["127.0.0.1:${port}"], transparent: true, alpn: [h2] }`);
+    assert.deepEqual([third.opened, third.retired], [[], []]);
+  },
+);
+
 it('another backlog resizes the queue of a socket that stays', () => {
   const first = open(noListeners, 'web: { bind: ["127.0.0.1:0"], backlog: 16 }');
   const second = open(first, 'web: { bind: ["127.0.0.1:0"], backlog: 32 }');
@@ -77,8 +90,8 @@ it('every address of a port can be bound beside one of them, while its sockets a
 
 it('passed sockets are dealt out until each slot has one and each socket is accepted from', () => {
   const dealt = (count: number) => {
-    const first = engine().openListener('127.0.0.1:0', 16);
-    const others = Array.from({ length: count - 1 }, () => engine().openListener(first.address, 16));
+    const first = engine().openListener('127.0.0.1:0', 16, false);
+    const others = Array.from({ length: count - 1 }, () => engine().openListener(first.address, 16, false));
     const passed = [first, ...others].map(({ fd, address }) => ({ fd, name: 'https', address }));
     const { sockets, opened: taken } = open({ ...noListeners, passed }, `web: { bind: ["${first.address}"] }`);
     closeSockets(taken);

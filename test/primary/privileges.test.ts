@@ -59,7 +59,7 @@ function drop(wanted: Wanted): { stdout: string; stderr: string } {
   const url = new URL('../../src/primary/privileges.ts', import.meta.url).href;
   const script = `
     import { becomeConfigured } from ${JSON.stringify(url)};
-    becomeConfigured(${JSON.stringify(wanted)});
+    becomeConfigured(${JSON.stringify({ upstreams: {}, ...wanted })});
     console.log(JSON.stringify({ uid: process.getuid(), gid: process.getgid(), groups: process.getgroups() }));
   `;
   return spawnSync(process.execPath, ['--input-type=module', '--eval', script], { encoding: 'utf8' });

@@ -52,7 +52,7 @@ process.on('message', (order: EngineOrder) => {
       answer({ rounds: order.count });
       return;
     case 'start': {
-      const { fd, address } = native.openListener('127.0.0.1:0', 128);
+      const { fd, address } = native.openListener('127.0.0.1:0', 128, false);
       engine = start([fd]);
       answer({ address });
       return;
@@ -104,6 +104,7 @@ function start(sockets: number[]): Engine {
         connectAttemptsMax: 1,
         passiveFailuresMax: 3,
         passiveEjectionMs: 1000,
+        transparent: false,
       },
     ],
     listeners: [
@@ -123,6 +124,7 @@ function start(sockets: number[]): Engine {
         idleDeadlineMs: 60_000,
         halfClosedDeadlineMs: 5000,
         lifetimeDeadlineMs: 0,
+        transparent: false,
         connectionsMax: 1000,
         handshakesMax: 1000,
         sockets,

@@ -101,6 +101,10 @@ impl AccessLog {
 /// What a connection remembers of itself for its line.
 #[derive(Default)]
 pub struct Facts {
+    /// The peer of the connection, when a PROXY header said that somebody else is the client.
+    pub via: Option<SocketAddr>,
+    /// What the client connected to, by a PROXY header or by the kernel that redirected it here.
+    pub destination: Option<SocketAddr>,
     pub server_name: Option<String>,
     /// What a client whose TLS is passed on would like best.
     pub offered_alpn: Option<Vec<u8>>,
@@ -169,6 +173,10 @@ struct Line<'a> {
     worker: Option<u32>,
     event: &'static str,
     client: SocketAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    via: Option<SocketAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    destination: Option<SocketAddr>,
     listener: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     server_name: Option<&'a str>,
@@ -226,6 +234,8 @@ impl Ended {
             worker: worker(),
             event: "connection",
             client: self.client,
+            via: self.facts.via,
+            destination: self.facts.destination,
             listener: &self.listener,
             server_name: server_name.as_deref().map(shortened),
             protocol: negotiated.map(|it| it.protocol),
@@ -330,6 +340,14 @@ mod tests {
         let line = text(&ended(Facts { server_name: Some("a.example".into()), ..Facts::default() }));
         assert!(line.starts_with(r#"{"level":"info","time":"2025-11-26T13:30:00.123Z","pid":"#), "{line}");
         let said = r#""client":"192.0.2.1:4711","listener":"https","serverName":"a.example","toUpstreamBytes":0,"toClientBytes":0,"totalMs":1.234,"side":"client","phase":"handshake","reason":"not_tls""#;
+        assert!(line.contains(said), "{line}");
+    }
+
+    #[test]
+    fn a_line_tells_the_client_of_a_proxy_from_the_proxy() {
+        let (via, destination) = (Some(([10, 0, 0, 1], 5).into()), Some(([192, 0, 2, 9], 443).into()));
+        let line = text(&ended(Facts { via, destination, ..Facts::default() }));
+        let said = r#""client":"192.0.2.1:4711","via":"10.0.0.1:5","destination":"192.0.2.9:443","listener":"https""#;
         assert!(line.contains(said), "{line}");
     }
 

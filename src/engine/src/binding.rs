@@ -17,6 +17,7 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::access_log::AccessPlan;
+use crate::capabilities;
 use crate::certificates::{Certificate, Certificates, LeafDigest, UnknownName};
 use crate::close::CLOSE_REASONS;
 use crate::generation::{self, Generation, LoadFault, Staples};
@@ -25,6 +26,7 @@ use crate::io_thread::{IoPlan, IoThread};
 use crate::key_log::KeyLog;
 use crate::listener::{Front, ListenerPlan, ListenerStats};
 use crate::log::{LineCounts, Log, Target};
+use crate::parties::{Network, ProxyIn};
 use crate::policy::{ClientPlan, Policy, group_name, suite_name};
 use crate::process;
 use crate::proxy_header::ProxyVersion;
@@ -37,6 +39,7 @@ use crate::signing::token_error::TokenError;
 use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
 use crate::ticket_keys::{TicketRotation, TicketStanding};
 use crate::tickets::{self, EpochSecret, Ticketer};
+use crate::transparent;
 use crate::upstream::{Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
 use crate::upstream_tls::{ServerTls, UpstreamTls};
 use crate::verify::{
@@ -185,7 +188,7 @@ pub struct UpstreamTlsSettings {
 #[napi(object)]
 pub struct UpstreamSettings {
     pub name: String,
-    /// `192.0.2.1:80`, `[2001:db8::1]:80` or `unix:/path`: addresses, not names.
+    /// `192.0.2.1:80`, `[2001:db8::1]:80` or `unix:/path`: addresses, not names. Or `original` alone.
     pub servers: Vec<String>,
     #[napi(ts_type = "'round-robin' | 'least-connections'")]
     pub balance: String,
@@ -193,6 +196,8 @@ pub struct UpstreamSettings {
     pub connect_attempts_max: u32,
     #[napi(ts_type = "'v1' | 'v2'")]
     pub proxy_protocol: Option<String>,
+    /// The client's address is the source of its connections.
+    pub transparent: bool,
     pub health: Option<HealthSettings>,
     pub passive_failures_max: u32,
     pub passive_ejection_ms: u32,
@@ -209,6 +214,14 @@ pub struct RouteSettings {
     pub alpn: Vec<String>,
     /// Undefined: it is refused.
     pub upstream: Option<String>,
+}
+
+/// Who must begin with a PROXY header.
+#[napi(object)]
+pub struct ProxyInSettings {
+    /// `192.0.2.0/24`, `2001:db8::/32`
+    pub from: Vec<String>,
+    pub deadline_ms: u32,
 }
 
 #[napi(object)]
@@ -237,6 +250,9 @@ pub struct ListenerSettings {
     pub half_closed_deadline_ms: u32,
     /// 0: none.
     pub lifetime_deadline_ms: u32,
+    pub proxy_in: Option<ProxyInSettings>,
+    /// Clients were redirected here.
+    pub transparent: bool,
     pub connections_max: u32,
     pub handshakes_max: u32,
     /// Inherited listening sockets of this worker's slot.
@@ -875,13 +891,13 @@ pub struct OpenedListener {
     pub address: String,
 }
 
-/// Opens a listening socket at an address and port.
+/// Opens a listening socket at an address and port; `transparent`: also for connections that TPROXY gives it.
 /// Throws with the code of bind(2) first in the message: EADDRINUSE, EACCES, …
 #[napi(catch_unwind)]
-pub fn open_listener(address: String, backlog: u32) -> Result<OpenedListener> {
+pub fn open_listener(address: String, backlog: u32, transparent: bool) -> Result<OpenedListener> {
     let parsed = parse_address(&address)?;
-    let (fd, bound) =
-        process::open_listener(parsed, backlog).map_err(|error| listen_error(&address, &error))?;
+    let (fd, bound) = process::open_listener(parsed, backlog, transparent)
+        .map_err(|error| listen_error(&address, &error))?;
     Ok(OpenedListener { fd, address: bound.to_string() })
 }
 
@@ -952,7 +968,7 @@ pub fn harden() -> Result<()> {
     process::harden().map_err(|error| invalid(format!("prctl: {error}")))
 }
 
-/// What a process in the sandbox may still write; everything else is decided in sandbox.rs.
+/// What a process in the sandbox may still write or do; everything else is decided in sandbox.rs.
 #[napi(object)]
 pub struct SandboxSettings {
     /// Files that are opened for appending, again and again: others may be created beside and beneath them.
@@ -961,6 +977,8 @@ pub struct SandboxSettings {
     pub states: Vec<String>,
     /// The same, as the configuration says it; with any, modes and owners may be changed.
     pub writable: Vec<String>,
+    /// Whether connections may be given a source address, as those of transparent upstreams are.
+    pub binds_tcp: bool,
 }
 
 #[napi(object)]
@@ -977,10 +995,11 @@ pub struct SandboxReport {
 #[napi(catch_unwind)]
 pub fn enter_sandbox(settings: SandboxSettings) -> SandboxReport {
     let paths = |texts: Vec<String>| texts.into_iter().map(PathBuf::from).collect();
-    let entered = sandbox::enter(&sandbox::Writable {
+    let entered = sandbox::enter(&sandbox::Exceptions {
         logs: paths(settings.logs),
         states: paths(settings.states),
         trees: paths(settings.writable),
+        binds_tcp: settings.binds_tcp,
     });
     SandboxReport { landlock_abi: entered.landlock_abi, seccomp: entered.seccomp, missing: entered.missing }
 }
@@ -990,6 +1009,30 @@ pub fn enter_sandbox(settings: SandboxSettings) -> SandboxReport {
 #[napi(catch_unwind)]
 pub fn refuse_rings() {
     let _ = sandbox::refuse_rings();
+}
+
+/// Has the coming setuid keep what `hand_down_net_raw` needs, on this thread alone.
+#[napi(catch_unwind)]
+pub fn keep_capabilities_over_setuid() -> Result<()> {
+    capabilities::keep_over_setuid().map_err(|error| invalid(format!("prctl: {error}")))
+}
+
+/// After setuid: of all capabilities CAP_NET_RAW is left, to this thread and to the processes that it forks.
+#[napi(catch_unwind)]
+pub fn hand_down_net_raw() -> Result<()> {
+    capabilities::hand_down_net_raw().map_err(|error| invalid(format!("capset: {error}")))
+}
+
+/// What this process was handed down, the programs that it starts are not.
+#[napi(catch_unwind)]
+pub fn end_handing_down() -> Result<()> {
+    capabilities::end_handing_down().map_err(|error| invalid(format!("prctl: {error}")))
+}
+
+/// Throws EPERM unless this process may use addresses of others (IP_TRANSPARENT).
+#[napi(catch_unwind)]
+pub fn probe_foreign_address() -> Result<()> {
+    transparent::probe_foreign_address().map_err(|error| invalid(error.to_string()))
 }
 
 /// Gives memory that is free inside this process back to the system.
@@ -1171,6 +1214,20 @@ fn listener_plan(
         Front::Tls => Some(server_config(&settings, generation, shared).map_err(fault)?),
         Front::Plain | Front::Passthrough => None,
     };
+    let proxy_in = match settings.proxy_in {
+        None => None,
+        Some(ProxyInSettings { from, deadline_ms }) => {
+            let parse = |text: &String| {
+                Network::parse(text).ok_or_else(|| {
+                    fault(format!(
+                        "proxyProtocol.from: expected a network such as 192.0.2.0/24, found {text:?}"
+                    ))
+                })
+            };
+            let from = from.iter().map(parse).collect::<Result<_>>()?;
+            Some(ProxyIn { from, deadline: ms(deadline_ms) })
+        }
+    };
     let routes = settings.routes.into_iter().map(|RouteSettings { names, alpn, upstream }| RoutePlan {
         names,
         alpn: alpn.into_iter().map(String::into_bytes).collect(),
@@ -1183,6 +1240,8 @@ fn listener_plan(
         idle_deadline: ms(settings.idle_deadline_ms),
         half_closed_deadline: ms(settings.half_closed_deadline_ms),
         lifetime_deadline: (settings.lifetime_deadline_ms > 0).then(|| ms(settings.lifetime_deadline_ms)),
+        proxy_in,
+        transparent: settings.transparent,
         connections_max: settings.connections_max as usize,
         handshakes_max: settings.handshakes_max as usize,
         sockets: settings.sockets,
@@ -1251,6 +1310,7 @@ fn upstream_plan(
         .iter()
         .map(|server| match server.strip_prefix("unix:") {
             Some(path) => Ok(ServerAddress::Unix(path.into())),
+            None if server == "original" => Ok(ServerAddress::Original),
             None => parse_address(server).map(ServerAddress::Tcp),
         })
         .collect::<Result<Vec<_>>>()?;
@@ -1275,6 +1335,7 @@ fn upstream_plan(
         connect_deadline: ms(settings.connect_deadline_ms),
         connect_attempts_max: settings.connect_attempts_max as usize,
         proxy_protocol,
+        transparent: settings.transparent,
         health: settings.health.map(|health| HealthPlan {
             interval: ms(health.interval_ms),
             timeout: ms(health.timeout_ms),
@@ -1514,6 +1575,7 @@ fn listen_error(address: &str, error: &std::io::Error) -> Error {
         Some(libc::EADDRINUSE) => "EADDRINUSE",
         Some(libc::EACCES) => "EACCES",
         Some(libc::EADDRNOTAVAIL) => "EADDRNOTAVAIL",
+        Some(libc::EPERM) => "EPERM",
         _ => "ELISTEN",
     };
     Error::new(Status::GenericFailure, format!("{code} {address}: {error}"))

@@ -33,6 +33,12 @@ close_reasons! {
     ProxyAcceptConnectionLimit = "proxy" / "accept" / "connection_limit": "The listener holds `limits.connections` already; shed at once.";
     ProxyAcceptHandshakeLimit = "proxy" / "accept" / "handshake_limit": "`limits.handshakes` are in flight already; shed at once.";
 
+    ClientProxyHeaderMissing = "client" / "proxy_header" / "missing": "A peer of `proxyProtocol.from` began without a PROXY header: it does not send one, or is no proxy.";
+    ClientProxyHeaderMalformed = "client" / "proxy_header" / "malformed": "The PROXY header broke a rule of its version, was longer than 4096 bytes, or its checksum was wrong.";
+    ClientProxyHeaderDeadline = "client" / "proxy_header" / "deadline": "The PROXY header was not complete within `proxyProtocol.deadline`.";
+    ClientProxyHeaderClosed = "client" / "proxy_header" / "closed": "The peer closed before its PROXY header was complete (health checks of load balancers do).";
+    ClientProxyHeaderReset = "client" / "proxy_header" / "reset": "The peer reset the connection before its PROXY header was complete.";
+
     ClientHandshakeClosed = "client" / "handshake" / "closed": "The client closed before the handshake was done (port scans and health checks do).";
     ClientHandshakeReset = "client" / "handshake" / "reset": "The client reset the connection during the handshake.";
     ClientHandshakeDeadline = "client" / "handshake" / "deadline": "The client did not finish the handshake within `deadlines.handshake`.";
@@ -63,6 +69,7 @@ close_reasons! {
     UpstreamConnectDeadline = "upstream" / "connect" / "deadline": "No server accepted within `connectDeadline`.";
     UpstreamConnectUnreachable = "upstream" / "connect" / "unreachable": "No route to the server, or no such socket path.";
     UpstreamConnectNoServer = "upstream" / "connect" / "no_server": "The upstream has no server that may be tried.";
+    ProxyConnectLoop = "proxy" / "connect" / "loop": "The upstream is `original`, and the client wanted to reach, or came from, an address of this host.";
     UpstreamConnectFailed = "upstream" / "connect" / "failed": "Connecting failed in another way.";
 
     UpstreamHandshakeClosed = "upstream" / "handshake" / "closed": "The server closed before the handshake was done.";

@@ -2,7 +2,8 @@
 //! I/O thread only.
 //!
 //! ```text
-//! accept ─> front: handshake (handshake.rs; signature on a lane), or a ClientHello that is passed on, or nothing
+//! accept ─> parties (parties.rs; who the client is, by the PROXY header of a proxy in front or by the kernel)
+//!        ─> front: handshake (handshake.rs; signature on a lane), or a ClientHello that is passed on, or nothing
 //!        ─> back:  route (routing.rs) ─> connect (upstream/; PROXY header first) ─> handshake (upstream_tls.rs), if TLS is spoken
 //!        ─> relay (relay.rs) ─> close
 //! ```
@@ -21,6 +22,7 @@ use crate::client_hello::{HelloRead, read_hello, refuse_name};
 use crate::close::Close;
 use crate::handshake::{Established, Leftover, handshake};
 use crate::listener::{Front, Listener, Offer};
+use crate::parties::{Parties, parties};
 use crate::policy::openssl_name;
 use crate::proxy_header::{self, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
 use crate::relay::{End, Meter, RelayDeadlines, Said, relay};
@@ -28,7 +30,7 @@ use crate::routing::{Router, Target};
 use crate::step::write_all;
 use crate::stream::Stream;
 use crate::tls::Tls;
-use crate::upstream::{ConnectError, Connected, Lease, Upstream};
+use crate::upstream::{ConnectError, Connected, Lease, OnBehalf, Upstream};
 use crate::upstream_tls::shake_hands;
 
 const UNIQUE_ID_BYTES: usize = 16;
@@ -41,6 +43,10 @@ pub async fn serve(mut life: Life, offer: Offer, client: Stream) {
 
 async fn run(life: &mut Life, offer: Offer, client: &Stream) -> Close {
     let listener = life.listener.clone();
+    match Box::pin(parties(client, &listener.plan, life.source, life.accepted_at)).await {
+        Ok(parties) => life.identified(parties),
+        Err(close) => return close,
+    }
     // Boxed so that a relaying connection does not keep the room of its handshakes.
     let (client_tls, said) = match Box::pin(front(life, &offer, client)).await {
         Ok(front) => front,
@@ -122,7 +128,7 @@ async fn back(
         header.extend_from_slice(&plaintext);
     }
     let connecting_at = Instant::now();
-    let connected = upstream.connect(&header).await.map_err(|error| close_for(&error))?;
+    let connected = upstream.connect(&header, life.on_behalf()).await.map_err(|error| close_for(&error))?;
     life.connected(&upstream, &connected, connecting_at);
     let Connected { stream, taken, server, lease } = connected;
     let Some(upstream_tls) = upstream_tls else {
@@ -167,7 +173,10 @@ fn write_proxy_header(
     let mut unique_id = [0; UNIQUE_ID_BYTES];
     let unique_id = rand::fill(&mut unique_id).ok().map(|()| &unique_id[..]);
     let cipher = client_tls.and_then(Tls::cipher_suite).map(|suite| openssl_name(&suite));
-    let destination = client.local_addr()?;
+    let destination = match life.facts.destination {
+        None => client.local_addr()?,
+        known => known,
+    };
     let info = ProxyInfo {
         endpoints: destination.map(|destination| Endpoints { source: life.source, destination }),
         alpn: client_tls.and_then(Tls::alpn),
@@ -191,6 +200,7 @@ fn close_for(error: &ConnectError) -> Close {
         ConnectError::Refused => Close::UpstreamConnectRefused,
         ConnectError::Deadline => Close::UpstreamConnectDeadline,
         ConnectError::Unreachable => Close::UpstreamConnectUnreachable,
+        ConnectError::Loop => Close::ProxyConnectLoop,
         _ => Close::UpstreamConnectFailed,
     }
 }
@@ -198,6 +208,7 @@ fn close_for(error: &ConnectError) -> Close {
 /// What is counted while a connection lives, what will be said of it, and the one way out.
 pub struct Life {
     listener: Rc<Listener>,
+    /// The peer, until somebody who may says that another is the client.
     source: SocketAddr,
     accepted_at: Instant,
     handshaking: bool,
@@ -211,6 +222,16 @@ impl Life {
         listener.stats.handshakes_in_flight.add(1);
         let accepted_at = Instant::now();
         Self { listener, source, accepted_at, handshaking: true, facts: Facts::default(), close: None }
+    }
+
+    fn identified(&mut self, Parties { client, via, destination }: Parties) {
+        self.source = client;
+        self.facts.via = via;
+        self.facts.destination = destination;
+    }
+
+    fn on_behalf(&self) -> OnBehalf {
+        OnBehalf { client: self.source, destination: self.facts.destination }
     }
 
     /// Nothing more is expected of the client before it is served.

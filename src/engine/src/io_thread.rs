@@ -447,7 +447,7 @@ mod tests {
     const SHORT: Duration = Duration::from_secs(10);
 
     fn started(connections_max: usize) -> (IoThread, RawFd, SocketAddr) {
-        let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
+        let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256, false).expect("a port");
         let io = IoThread::start(plan("https", connections_max, Vec::new()).0, unread()).expect("a thread");
         (io, fd, address)
     }
@@ -466,6 +466,8 @@ mod tests {
             idle_deadline: SHORT,
             half_closed_deadline: SHORT,
             lifetime_deadline: None,
+            proxy_in: None,
+            transparent: false,
             connections_max,
             handshakes_max: 1000,
             sockets: Vec::new(),
@@ -477,6 +479,7 @@ mod tests {
             connect_deadline: SHORT,
             connect_attempts_max: 1,
             proxy_protocol: None,
+            transparent: false,
             health: None,
             passive: PassivePlan { failures_max: 0, ejection: SHORT },
         };
@@ -616,7 +619,7 @@ mod tests {
     fn an_established_connection_keeps_no_former_certificates_in_memory() {
         let server = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let servers = vec![ServerAddress::Tcp(server.local_addr().expect("bound"))];
-        let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256).expect("a port");
+        let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256, false).expect("a port");
         let (first, mut client) = plan("https", 10, servers.clone());
         let former = Arc::downgrade(first.listeners[0].1.as_ref().expect("TLS"));
         let mut io = IoThread::start(first, unread()).expect("a thread");

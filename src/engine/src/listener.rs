@@ -18,6 +18,7 @@ use tokio::time::sleep;
 use crate::access_log::{AccessLog, Ended, Facts};
 use crate::close::{Close, CloseCounters};
 use crate::connection::{Life, serve};
+use crate::parties::ProxyIn;
 use crate::policy::NegotiatedCounters;
 use crate::relay::{RelayBytes, Scratch};
 use crate::routing::{Router, RoutesPlan};
@@ -39,6 +40,10 @@ pub struct ListenerPlan {
     pub idle_deadline: Duration,
     pub half_closed_deadline: Duration,
     pub lifetime_deadline: Option<Duration>,
+    /// Who must begin with a PROXY header.
+    pub proxy_in: Option<ProxyIn>,
+    /// Clients were redirected here: what they wanted to reach is asked of the kernel.
+    pub transparent: bool,
     /// In this worker.
     pub connections_max: usize,
     /// In this worker.

@@ -16,17 +16,26 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::signing::pkcs11::threads_in_modules;
+use crate::transparent::allow_foreign_address;
 
 /// How long a message to the service manager may wait for room.
 const NOTIFY_BUDGET: Duration = Duration::from_millis(500);
 
 /// Opens a listening socket with SO_REUSEPORT, so that each worker slot can have one of its own at the same address.
 /// Non-blocking and close-on-exec; TCP_NODELAY is inherited by what it accepts, which saves a system call for each.
+/// TPROXY gives connections only to listeners that are `transparent`.
 ///
 /// # Errors
-/// As bind(2) and listen(2).
-pub fn open_listener(address: SocketAddr, backlog: u32) -> io::Result<(RawFd, SocketAddr)> {
+/// As bind(2) and listen(2); `transparent` as `allow_foreign_address`.
+pub fn open_listener(
+    address: SocketAddr,
+    backlog: u32,
+    transparent: bool,
+) -> io::Result<(RawFd, SocketAddr)> {
     let socket = bindable(address)?;
+    if transparent {
+        allow_foreign_address(&socket, address.is_ipv6())?;
+    }
     socket.set_nonblocking(true)?;
     socket.set_reuse_port(true)?;
     socket.set_tcp_nodelay(true)?;

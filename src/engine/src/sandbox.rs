@@ -40,15 +40,18 @@ use seccompiler::{
     SeccompRule, sock_filter,
 };
 
-/// What may still be written.
+/// What may still be written, or done.
 #[derive(Debug, Default)]
-pub struct Writable {
+pub struct Exceptions {
     /// Files that are opened again after somebody has renamed them: they may be created, and so others beside and beneath them.
     pub logs: Vec<PathBuf>,
     /// Files, and directories with everything beneath, that modules are known to keep their state in.
     pub states: Vec<PathBuf>,
     /// The same, as the operator wants it.
     pub trees: Vec<PathBuf>,
+    /// Connections have addresses of clients as their source, for which a socket must be bound. Without listen(2), which
+    /// seccomp forbids, one that is bound is of no more use than another.
+    pub binds_tcp: bool,
 }
 
 #[derive(Debug)]
@@ -61,17 +64,17 @@ pub struct Entered {
 }
 
 /// Puts everything into force that the kernel has.
-pub fn enter(writable: &Writable) -> Entered {
+pub fn enter(exceptions: &Exceptions) -> Entered {
     let mut missing = Vec::new();
     // First: it opens files and signals threads.
-    let landlock_abi = match confine_files(writable, &mut missing) {
+    let landlock_abi = match confine_files(exceptions, &mut missing) {
         Ok(abi) => abi,
         Err(reason) => {
             missing.push(format!("Landlock: {reason}"));
             0
         }
     };
-    let seccomp = match confine_calls(writable) {
+    let seccomp = match confine_calls(exceptions) {
         Ok(()) => true,
         Err(reason) => {
             missing.push(format!("seccomp: {reason}"));
@@ -95,26 +98,29 @@ fn handled() -> BitFlags<AccessFs> {
 const DEVICES: [&str; 4] = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"];
 
 /// Answers with the version of Landlock that is in force.
-fn confine_files(writable: &Writable, missing: &mut Vec<String>) -> Result<u32, String> {
+fn confine_files(exceptions: &Exceptions, missing: &mut Vec<String>) -> Result<u32, String> {
     let abi = landlock_abi()?;
     let error = |error: RulesetError| error.to_string();
-    let mut ruleset = Ruleset::default()
-        .handle_access(handled())
-        .and_then(|ruleset| ruleset.handle_access(AccessNet::BindTcp))
-        .and_then(|ruleset| ruleset.scope(Scope::Signal))
-        .and_then(|ruleset| ruleset.create())
-        .map_err(error)?;
+    let mut ruleset =
+        Ruleset::default()
+            .handle_access(handled())
+            .and_then(|ruleset| {
+                if exceptions.binds_tcp { Ok(ruleset) } else { ruleset.handle_access(AccessNet::BindTcp) }
+            })
+            .and_then(|ruleset| ruleset.scope(Scope::Signal))
+            .and_then(|ruleset| ruleset.create())
+            .map_err(error)?;
     for device in DEVICES {
         // A container may have fewer.
         let _ = allow(&mut ruleset, Path::new(device), handled());
     }
-    for tree in writable.states.iter().chain(&writable.trees) {
+    for tree in exceptions.states.iter().chain(&exceptions.trees) {
         let allowed = allow(&mut ruleset, tree, handled() & !AccessFs::Execute);
         missing.extend(
             allowed.err().map(|reason| format!("nothing can be written to {}: {reason}", tree.display())),
         );
     }
-    for log in &writable.logs {
+    for log in &exceptions.logs {
         let allowed = allow_log(&mut ruleset, log);
         missing.extend(
             allowed.err().map(|reason| format!("{} cannot be opened again: {reason}", log.display())),
@@ -132,7 +138,7 @@ fn confine_files(writable: &Writable, missing: &mut Vec<String>) -> Result<u32, 
     }
     ruleset.all_threads(true).and_then(RulesetCreated::restrict_self).map_err(error)?;
     for (since, what) in [(3, "truncating files"), (4, "binding TCP ports")] {
-        if abi < since {
+        if abi < since && !(exceptions.binds_tcp && what.starts_with("binding")) {
             missing
                 .push(format!("Landlock does not forbid {what}: found ABI {abi}, expected {since} or later"));
         }
@@ -345,8 +351,8 @@ type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
 
 /// A list of what is forbidden, not of what is allowed: modules are opaque, and V8 and the C library use new calls in each
 /// version. EPERM and not an end of the process: a module that tries something and can do without goes on.
-fn confine_calls(writable: &Writable) -> Result<(), String> {
-    let rules = forbidden(writable).map_err(|error| error.to_string())?;
+fn confine_calls(exceptions: &Exceptions) -> Result<(), String> {
+    let rules = forbidden(exceptions).map_err(|error| error.to_string())?;
     let program = compile(rules).map_err(|error| error.to_string())?;
     install(&program).map_err(|error| error.to_string())
 }
@@ -389,10 +395,10 @@ fn install(program: &BpfProgram) -> io::Result<()> {
     }
 }
 
-fn forbidden(writable: &Writable) -> Result<Rules, BackendError> {
+fn forbidden(exceptions: &Exceptions) -> Result<Rules, BackendError> {
     let own = u64::from(process::id());
     let mut rules: Rules = NEVER.iter().copied().flatten().map(|call| (*call, Vec::new())).collect();
-    if writable.trees.is_empty() {
+    if exceptions.trees.is_empty() {
         rules.extend(METADATA.iter().map(|call| (*call, Vec::new())));
     }
     if !has_rings() {
@@ -434,7 +440,7 @@ fn forbidden(writable: &Writable) -> Result<Rules, BackendError> {
     rules.insert(libc::SYS_socket, socket);
     // Typing on the terminal that keygate was started from; attributes, for which a file that may be read is enough.
     let mut requests = vec![libc::TIOCSTI, libc::TIOCLINUX];
-    if writable.trees.is_empty() {
+    if exceptions.trees.is_empty() {
         requests.extend([FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR]);
     }
     let requests: Result<Vec<_>, BackendError> =
@@ -704,7 +710,7 @@ mod tests {
     #[test]
     fn everything_holds_on_this_kernel() {
         in_child("everything_holds_on_this_kernel", |_| {
-            let entered = enter(&Writable::default());
+            let entered = enter(&Exceptions::default());
             assert!(entered.landlock_abi >= 4 && entered.seccomp, "{entered:?}");
             assert_eq!(entered.missing, Vec::<String>::new());
         });
@@ -720,7 +726,7 @@ mod tests {
             let (link, log) = (links.join("a.log"), logs.join("a.log"));
             fs::write(&log, "old").expect("written");
             std::os::unix::fs::symlink(&log, &link).expect("a link");
-            let entered = enter(&Writable { logs: vec![link.clone()], ..Writable::default() });
+            let entered = enter(&Exceptions { logs: vec![link.clone()], ..Exceptions::default() });
             assert_eq!(entered.missing, Vec::<String>::new());
             fs::write(&link, "new").expect("allowed");
             assert_eq!(errno(fs::write(links.join("other"), "")), REFUSED_PATH);
@@ -735,7 +741,7 @@ mod tests {
             // SAFETY: without room for its parameters the call would fail anyhow, with another error.
             let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, std::ptr::null::<u8>()) };
             assert_eq!(errno_of(ring), Some(libc::ENOSYS));
-            assert_eq!(enter(&Writable::default()).missing, Vec::<String>::new());
+            assert_eq!(enter(&Exceptions::default()).missing, Vec::<String>::new());
         });
     }
 
@@ -750,10 +756,11 @@ mod tests {
             }
             let one = other.join("one");
             fs::write(&one, "old").expect("written");
-            let entered = enter(&Writable {
+            let entered = enter(&Exceptions {
                 logs: vec![logs.join("access.log"), PathBuf::from("/dev/stderr")],
                 states: vec![state.clone()],
                 trees: vec![tree.clone(), one.clone()],
+                binds_tcp: false,
             });
             assert_eq!(entered.missing, Vec::<String>::new());
 
@@ -787,7 +794,8 @@ mod tests {
     #[test]
     fn modes_and_attributes_can_be_changed_only_by_who_may_write_somewhere() {
         in_child("modes_and_attributes_can_be_changed_only_by_who_may_write_somewhere", |directory| {
-            let entered = enter(&Writable { states: vec![directory.to_path_buf()], ..Writable::default() });
+            let entered =
+                enter(&Exceptions { states: vec![directory.to_path_buf()], ..Exceptions::default() });
             assert_eq!(entered.missing, Vec::<String>::new());
             assert_eq!(errno(fs::set_permissions(directory, Permissions::from_mode(0o755))), REFUSED_CALL);
             assert_eq!(errno(std::os::unix::fs::chown(directory, None, None)), REFUSED_CALL);
@@ -812,7 +820,7 @@ mod tests {
                     (errno(File::create(&path)), errno(Command::new("/bin/true").status()), errno(bind()))
                 })
             };
-            let entered = enter(&Writable::default());
+            let entered = enter(&Exceptions::default());
             assert_eq!(entered.missing, Vec::<String>::new());
             go.send(()).expect("waits");
             assert_eq!(earlier.join().expect("no panic"), (REFUSED_PATH, REFUSED_CALL, REFUSED_PATH));
@@ -837,7 +845,7 @@ mod tests {
                 wait.recv().expect("told");
             });
             is_blocked.recv().expect("told");
-            let entered = enter(&Writable::default());
+            let entered = enter(&Exceptions::default());
             let [missing] = entered.missing.as_slice() else { panic!("{:?}", entered.missing) };
             assert!(missing.starts_with("Landlock does not hold for the thread deaf ("), "{missing}");
             assert!(entered.landlock_abi > 0 && entered.seccomp);
@@ -849,7 +857,7 @@ mod tests {
     #[test]
     fn no_program_and_no_process_is_started_and_threads_are() {
         in_child("no_program_and_no_process_is_started_and_threads_are", |_| {
-            enter(&Writable::default());
+            enter(&Exceptions::default());
             assert_eq!(errno(Command::new("/bin/true").status()), REFUSED_CALL);
             // SAFETY: a child, which the test is there to refuse, would end.
             let child = unsafe { libc::fork() };
@@ -867,7 +875,7 @@ mod tests {
     #[test]
     fn signals_and_limits_are_for_itself_only() {
         in_child("signals_and_limits_are_for_itself_only", |_| {
-            enter(&Writable::default());
+            enter(&Exceptions::default());
             let own = process::id() as c_int;
             // SAFETY: signal 0 is sent to nobody; prlimit64 reads nothing and writes nothing with null pointers.
             unsafe {
@@ -887,10 +895,20 @@ mod tests {
     }
 
     #[test]
+    fn who_may_bind_still_does_not_listen() {
+        in_child("who_may_bind_still_does_not_listen", |_| {
+            let entered = enter(&Exceptions { binds_tcp: true, ..Exceptions::default() });
+            assert_eq!(entered.missing, Vec::<String>::new());
+            // bind(2) has succeeded, or it would be REFUSED_PATH.
+            assert_eq!(errno(bind()), REFUSED_CALL);
+        });
+    }
+
+    #[test]
     fn it_connects_and_never_listens() {
         in_child("it_connects_and_never_listens", |_| {
             let upstream = bind().expect("bound");
-            enter(&Writable::default());
+            enter(&Exceptions::default());
             TcpStream::connect(upstream.local_addr().expect("bound")).expect("allowed");
             assert_eq!(errno(bind()), REFUSED_PATH);
             let socket = |family: c_int, kind: c_int| {
@@ -926,7 +944,7 @@ mod tests {
             // SAFETY: refused, or not there, before the kernel reads an argument.
             let before = errno_of(unsafe { libc::syscall(execve, 0, 0, 0) });
             assert_ne!(before, REFUSED_CALL);
-            enter(&Writable::default());
+            enter(&Exceptions::default());
             // SAFETY: as above.
             assert_eq!(errno_of(unsafe { libc::syscall(execve, 0, 0, 0) }), REFUSED_CALL);
         });
@@ -947,7 +965,7 @@ mod tests {
                         .expect("valid");
                 install(&BpfProgram::try_from(filter).expect("small")).expect("applied");
             }
-            let entered = enter(&Writable::default());
+            let entered = enter(&Exceptions::default());
             assert!(entered.landlock_abi == 0 && !entered.seccomp, "{entered:?}");
             let [landlock, seccomp] = entered.missing.as_slice() else { panic!("{:?}", entered.missing) };
             assert!(landlock.starts_with("Landlock: the kernel has none"), "{landlock}");

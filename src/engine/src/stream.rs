@@ -3,6 +3,7 @@
 //! Runs on the I/O thread.
 
 use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -38,6 +39,18 @@ impl Stream {
             Stream::Unix(unix) => unix.try_io(Interest::READABLE, read),
         };
         short.map_or(result, Ok)
+    }
+
+    /// As `try_read`, but the bytes stay where they are; nothing is said about the readiness unless there is nothing.
+    pub fn try_peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let flags = libc::MSG_PEEK;
+        // SAFETY: initialised bytes are initialised bytes also as `MaybeUninit`, and recv writes bytes only.
+        let room = unsafe { &mut *(std::ptr::from_mut(buffer) as *mut [MaybeUninit<u8>]) };
+        let peek = || self.socket().recv_with_flags(room, flags);
+        match self {
+            Stream::Tcp(tcp) => tcp.try_io(Interest::READABLE, peek),
+            Stream::Unix(unix) => unix.try_io(Interest::READABLE, peek),
+        }
     }
 
     /// Bytes written, which may be fewer than given. `WouldBlock` clears the readiness.
@@ -226,6 +239,20 @@ mod tests {
     async fn a_read_that_would_wait_says_so() {
         for (here, _there) in [tcp_pair().await, unix_pair()] {
             assert_eq!((&here).read(&mut [0; 1]).unwrap_err().kind(), ErrorKind::WouldBlock);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_looked_at_is_still_there() {
+        for (here, there) in [tcp_pair().await, unix_pair()] {
+            assert_eq!(here.try_peek(&mut [0; 1]).unwrap_err().kind(), ErrorKind::WouldBlock);
+            there.try_write(b"bytes").unwrap();
+            here.readable().await.unwrap();
+            let mut buffer = [0; 16];
+            assert_eq!(here.try_peek(&mut buffer).unwrap(), 5);
+            assert_eq!(here.try_read(&mut buffer[..2]).unwrap(), 2);
+            assert_eq!(here.try_peek(&mut buffer).unwrap(), 3);
+            assert_eq!(&buffer[..3], b"tes");
         }
     }
 

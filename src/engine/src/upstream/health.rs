@@ -40,7 +40,7 @@ async fn check_once(
     proxy: Option<ProxyVersion>,
 ) -> Result<(), ConnectError> {
     let checked = async {
-        let stream = server.open(&[], health.timeout).await?.stream;
+        let stream = server.open(&[], None, health.timeout).await?.stream;
         match proxy {
             // A server that expects a header would log every check without one as an error.
             Some(version) => Ok(introduce(&stream, version).await?),

@@ -31,6 +31,16 @@ pub use server::Lease;
 pub enum ServerAddress {
     Tcp(SocketAddr),
     Unix(PathBuf),
+    /// Where the client wanted to go before it was redirected to us.
+    Original,
+}
+
+/// Whose connection a connection to a server is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OnBehalf {
+    pub client: SocketAddr,
+    /// For `ServerAddress::Original`.
+    pub destination: Option<SocketAddr>,
 }
 
 impl fmt::Display for ServerAddress {
@@ -38,6 +48,7 @@ impl fmt::Display for ServerAddress {
         match self {
             ServerAddress::Tcp(address) => write!(formatter, "{address}"),
             ServerAddress::Unix(path) => write!(formatter, "unix:{}", path.display()),
+            ServerAddress::Original => formatter.write_str("original"),
         }
     }
 }
@@ -84,6 +95,8 @@ pub struct UpstreamPlan {
     pub connect_attempts_max: usize,
     /// For the checks' own connections; who relays a client writes the client's header.
     pub proxy_protocol: Option<ProxyVersion>,
+    /// Servers see the client's address as the source of its connections. Checks come from this host's own.
+    pub transparent: bool,
     /// None: only `passive`.
     pub health: Option<HealthPlan>,
     pub passive: PassivePlan,
@@ -169,7 +182,7 @@ impl Upstream {
     /// leaves time for the others. The error is the last attempt's. Dropping the future ends the attempt.
     ///
     /// `first` is what the caller writes first; `Connected::taken` says how much of it the server has already.
-    pub async fn connect(&self, first: &[u8]) -> Result<Connected, ConnectError> {
+    pub async fn connect(&self, first: &[u8], on_behalf: OnBehalf) -> Result<Connected, ConnectError> {
         let deadline = Instant::now() + self.plan.connect_deadline;
         let mut attempts_left = self.plan.connect_attempts_max.max(1);
         let mut error = ConnectError::NoServer;
@@ -179,7 +192,7 @@ impl Upstream {
             let candidates = self.servers.iter().filter(|server| is_candidate(server, &tried)).count();
             attempts_left = attempts_left.min(candidates);
             let share = deadline.saturating_duration_since(Instant::now()) / attempts_left.max(1) as u32;
-            let opened = lease.server().connect(first, share).await;
+            let opened = lease.server().connect(first, on_behalf, share).await;
             if let Some(up) = lease.server().conclude(&opened, &self.plan.passive) {
                 self.tell(lease.server(), up, ChangeCause::Connections);
             }
@@ -269,6 +282,8 @@ pub enum ConnectError {
     Deadline,
     /// No route, no such host or network, or (Unix) no such path.
     Unreachable,
+    /// The way would lead back to this host.
+    Loop,
     /// Reset while connecting.
     Reset,
     /// Something on this side, e.g. no file descriptors or ports left; says nothing about the server.
@@ -283,6 +298,7 @@ impl ConnectError {
             ConnectError::Refused => "refused",
             ConnectError::Deadline => "deadline",
             ConnectError::Unreachable => "unreachable",
+            ConnectError::Loop => "loop",
             ConnectError::Reset => "reset",
             ConnectError::Other(_) => "other",
         }
@@ -290,7 +306,8 @@ impl ConnectError {
 }
 
 /// Every `ConnectError::reason`.
-pub const CONNECT_REASONS: [&str; 6] = ["no_server", "refused", "deadline", "unreachable", "reset", "other"];
+pub const CONNECT_REASONS: [&str; 7] =
+    ["no_server", "refused", "deadline", "unreachable", "loop", "reset", "other"];
 
 impl From<io::Error> for ConnectError {
     fn from(error: io::Error) -> Self {
@@ -341,8 +358,8 @@ pub struct ServerStats {
 }
 
 /// How an attempt can end: `ok`, `cancelled` (the client left first), or a reason of `ConnectError`.
-pub const CONNECT_OUTCOMES: [&str; 7] =
-    ["ok", "cancelled", "refused", "deadline", "unreachable", "reset", "other"];
+pub const CONNECT_OUTCOMES: [&str; 8] =
+    ["ok", "cancelled", "refused", "deadline", "unreachable", "loop", "reset", "other"];
 
 impl ServerStats {
     fn of(address: &ServerAddress) -> Self {

@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,12 +12,14 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 
-use super::{ConnectError, HealthPlan, PassivePlan, ServerAddress, ServerStats, UpstreamPlan};
+use super::{ConnectError, HealthPlan, OnBehalf, PassivePlan, ServerAddress, ServerStats, UpstreamPlan};
 use crate::stream::Stream;
+use crate::transparent::{bind_as_client, loops};
 
 pub struct Server {
     pub index: usize,
     pub address: ServerAddress,
+    transparent: bool,
     /// By the checks.
     down: Cell<bool>,
     /// Checks in a row that contradict `down`.
@@ -38,6 +40,7 @@ impl Server {
         let server = Server {
             index,
             address,
+            transparent: plan.transparent,
             down: Cell::new(former.is_some_and(Server::is_down) && plan.health.is_some()),
             contradictions: Cell::new(0),
             failures: Cell::new(former.map_or(0, |former| former.failures.get())),
@@ -78,10 +81,15 @@ impl Server {
     }
 
     /// One attempt for a client, counted. Otherwise as `open`.
-    pub async fn connect(&self, first: &[u8], deadline_in: Duration) -> Result<Opened, ConnectError> {
+    pub async fn connect(
+        &self,
+        first: &[u8],
+        on_behalf: OnBehalf,
+        deadline_in: Duration,
+    ) -> Result<Opened, ConnectError> {
         let started = Instant::now();
         let mut attempt = Attempt { stats: self.stats(), outcome: "cancelled" };
-        let opened = self.open(first, deadline_in).await;
+        let opened = self.open(first, Some(on_behalf), deadline_in).await;
         attempt.outcome = opened.as_ref().map_or_else(ConnectError::reason, |_| "ok");
         if opened.is_ok() {
             self.stats().connect_latency.observe(started.elapsed());
@@ -89,11 +97,25 @@ impl Server {
         opened
     }
 
-    /// One attempt, not counted. `first` is what will be written at the beginning.
-    pub async fn open(&self, first: &[u8], deadline_in: Duration) -> Result<Opened, ConnectError> {
+    /// One attempt, not counted. `first` is what will be written at the beginning; a check is on behalf of nobody.
+    pub async fn open(
+        &self,
+        first: &[u8],
+        on_behalf: Option<OnBehalf>,
+        deadline_in: Duration,
+    ) -> Result<Opened, ConnectError> {
+        let source = on_behalf.filter(|_| self.transparent).map(|on_behalf| on_behalf.client.ip());
         let open = async {
             match &self.address {
-                ServerAddress::Tcp(address) => Ok(open_tcp(*address, first).await?),
+                ServerAddress::Tcp(address) => Ok(open_tcp(*address, source, first).await?),
+                ServerAddress::Original => {
+                    let wanted = on_behalf.and_then(|it| it.destination.map(|wanted| (it.client, wanted)));
+                    let (client, wanted) = wanted.ok_or(ConnectError::NoServer)?;
+                    if loops(client, wanted, self.transparent) {
+                        return Err(ConnectError::Loop);
+                    }
+                    Ok(open_tcp(wanted, source, first).await?)
+                }
                 ServerAddress::Unix(path) => {
                     Ok(Opened { stream: Stream::Unix(UnixStream::connect(path).await?), taken: 0 })
                 }
@@ -110,7 +132,9 @@ impl Server {
                 self.failures.set(0);
                 self.ejected_until.set(None);
             }
-            Err(ConnectError::Other(_) | ConnectError::NoServer) => {}
+            Err(ConnectError::Other(_) | ConnectError::NoServer | ConnectError::Loop) => {}
+            // Each client wants another server: one that is gone says nothing about the next.
+            Err(_) if self.address == ServerAddress::Original => {}
             Err(_) => {
                 self.failures.set(self.failures.get().saturating_add(1));
                 if passive.failures_max > 0 && self.failures.get() >= passive.failures_max {
@@ -157,9 +181,12 @@ pub struct Opened {
 
 /// Connects with TCP_NODELAY. With `first` in hand the acknowledgement that ends TCP's handshake is left to them, and where
 /// the server is so near that it has answered already, they are written without waiting for the event that says so.
-async fn open_tcp(address: SocketAddr, first: &[u8]) -> io::Result<Opened> {
+async fn open_tcp(address: SocketAddr, source: Option<IpAddr>, first: &[u8]) -> io::Result<Opened> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
     socket.set_tcp_nodelay(true)?;
+    if let Some(source) = source {
+        bind_as_client(&socket, source, address.ip())?;
+    }
     if !first.is_empty() {
         // For this one acknowledgement; the kernel returns to quick ones by itself (tcp(7)).
         socket.set_tcp_quickack(false)?;

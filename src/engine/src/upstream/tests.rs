@@ -16,13 +16,16 @@ use tokio::time::timeout;
 
 use super::*;
 
+const NOBODY: OnBehalf =
+    OnBehalf { client: SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9), destination: None };
+
 #[tokio::test]
 async fn round_robin_gives_every_server_the_same_number_of_connections() {
     let servers = [Peer::listening(), Peer::listening(), Peer::listening()];
     let upstream = Upstream::new(plan(&servers));
     let mut connections = Vec::new();
     for _ in 0..12 {
-        connections.push(upstream.connect(&[]).await.unwrap());
+        connections.push(upstream.connect(&[], NOBODY).await.unwrap());
     }
     for index in 0..3 {
         assert_eq!(connections.iter().filter(|connected| connected.server == index).count(), 4);
@@ -42,13 +45,13 @@ async fn workers_that_start_together_do_not_all_begin_with_the_same_server() {
 async fn least_connections_picks_the_server_with_fewer_open_connections() {
     let servers = [Peer::listening(), Peer::listening()];
     let upstream = Upstream::new(UpstreamPlan { balance: Balance::LeastConnections, ..plan(&servers) });
-    let first = upstream.connect(&[]).await.unwrap();
-    let second = upstream.connect(&[]).await.unwrap();
+    let first = upstream.connect(&[], NOBODY).await.unwrap();
+    let second = upstream.connect(&[], NOBODY).await.unwrap();
     assert_ne!(first.server, second.server);
     let emptied = second.server;
     drop(second);
-    assert_eq!(upstream.connect(&[]).await.unwrap().server, emptied);
-    assert_eq!(upstream.connect(&[]).await.unwrap().server, emptied);
+    assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, emptied);
+    assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, emptied);
 }
 
 #[tokio::test]
@@ -56,9 +59,9 @@ async fn least_connections_counts_connections_that_are_still_being_opened() {
     let servers = [Peer::listening(), Peer::listening()];
     let upstream = Upstream::new(UpstreamPlan { balance: Balance::LeastConnections, ..plan(&servers) });
     // Takes the turn away from round robin, which would part the two in any case.
-    let (first, second) = tokio::join!(upstream.connect(&[]), async {
+    let (first, second) = tokio::join!(upstream.connect(&[], NOBODY), async {
         upstream.next.set((upstream.next.get() + 1) % 2);
-        upstream.connect(&[]).await
+        upstream.connect(&[], NOBODY).await
     });
     assert_ne!(first.unwrap().server, second.unwrap().server);
 }
@@ -67,7 +70,7 @@ async fn least_connections_counts_connections_that_are_still_being_opened() {
 async fn a_lease_outlives_the_stream_it_came_with() {
     let servers = [Peer::listening()];
     let upstream = Upstream::new(plan(&servers));
-    let Connected { stream, lease, .. } = upstream.connect(&[]).await.unwrap();
+    let Connected { stream, lease, .. } = upstream.connect(&[], NOBODY).await.unwrap();
     drop(stream);
     assert_eq!(upstream.stats().servers[0].connections_open.get(), 1);
     drop(lease);
@@ -79,7 +82,7 @@ async fn a_refused_connect_goes_on_to_the_next_server() {
     let servers = [Peer::stopped(), Peer::listening()];
     let upstream = Upstream::new(plan(&servers));
     upstream.next.set(0);
-    assert_eq!(upstream.connect(&[]).await.unwrap().server, 1);
+    assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, 1);
     assert_eq!((count(&upstream, 0, "refused"), count(&upstream, 1, "ok")), (1, 1));
     assert_eq!(upstream.stats().servers[0].connections_open.get(), 0);
 }
@@ -90,7 +93,7 @@ async fn no_more_servers_are_tried_than_the_plan_allows() {
     for (connect_attempts_max, reached) in [(0, false), (1, false), (2, false), (3, true), (4, true)] {
         let upstream = Upstream::new(UpstreamPlan { connect_attempts_max, ..plan(&servers) });
         upstream.next.set(0);
-        assert_eq!(upstream.connect(&[]).await.is_ok(), reached, "{connect_attempts_max} attempts");
+        assert_eq!(upstream.connect(&[], NOBODY).await.is_ok(), reached, "{connect_attempts_max} attempts");
     }
 }
 
@@ -98,7 +101,7 @@ async fn no_more_servers_are_tried_than_the_plan_allows() {
 async fn a_server_is_tried_once_for_a_connection_even_if_more_attempts_are_allowed() {
     let servers = [Peer::stopped()];
     let upstream = Upstream::new(UpstreamPlan { connect_attempts_max: 9, ..plan(&servers) });
-    assert_eq!(reason(upstream.connect(&[]).await), "refused");
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "refused");
     assert_eq!(count(&upstream, 0, "refused"), 1);
 }
 
@@ -107,14 +110,14 @@ async fn with_every_server_refusing_the_client_hears_so_long_before_the_deadline
     let servers = [Peer::stopped(), Peer::stopped()];
     let upstream =
         Upstream::new(UpstreamPlan { connect_deadline: Duration::from_secs(60), ..plan(&servers) });
-    let refused = timeout(Duration::from_secs(5), upstream.connect(&[])).await.unwrap();
+    let refused = timeout(Duration::from_secs(5), upstream.connect(&[], NOBODY)).await.unwrap();
     assert_eq!(reason(refused), "refused");
 }
 
 #[tokio::test]
 async fn an_upstream_without_servers_has_no_server() {
     let upstream = Upstream::new(plan(&[]));
-    assert_eq!(reason(upstream.connect(&[]).await), "no_server");
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "no_server");
 }
 
 #[tokio::test]
@@ -128,7 +131,7 @@ async fn a_server_that_answers_nothing_leaves_time_for_the_next() {
     });
     upstream.next.set(0);
     let started = Instant::now();
-    assert_eq!(upstream.connect(&[]).await.unwrap().server, 1);
+    assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, 1);
     assert!(started.elapsed() >= Duration::from_millis(200), "{:?}", started.elapsed());
     assert_eq!(count(&upstream, 0, "deadline"), 1);
 }
@@ -142,7 +145,7 @@ async fn a_single_server_that_answers_nothing_gets_the_whole_deadline_and_no_mor
         ..plan(&[])
     });
     let started = Instant::now();
-    assert_eq!(reason(upstream.connect(&[]).await), "deadline");
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "deadline");
     assert!(started.elapsed() >= Duration::from_millis(150), "{:?}", started.elapsed());
     assert_eq!(count(&upstream, 0, "deadline"), 1);
 }
@@ -155,7 +158,7 @@ async fn a_connect_that_is_dropped_gives_its_place_back_and_counts_as_cancelled(
         connect_deadline: Duration::from_secs(60),
         ..plan(&[])
     });
-    assert!(timeout(Duration::from_millis(20), upstream.connect(&[])).await.is_err());
+    assert!(timeout(Duration::from_millis(20), upstream.connect(&[], NOBODY)).await.is_err());
     assert_eq!(count(&upstream, 0, "cancelled"), 1);
     assert_eq!(upstream.stats().servers[0].connections_open.get(), 0);
 }
@@ -169,18 +172,18 @@ async fn a_server_that_keeps_refusing_is_ejected_and_returns_after_a_connection_
     for failures in 1..=3 {
         assert!(changes.try_recv().is_err(), "ejected before failure {failures}");
         upstream.next.set(0);
-        assert_eq!(upstream.connect(&[]).await.unwrap().server, 1);
+        assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, 1);
         assert_eq!(count(&upstream, 0, "refused"), failures);
     }
     assert_eq!(changes.try_recv().unwrap(), (0, false, ChangeCause::Connections));
     assert_eq!(upstream.stats().servers[0].up.get(), 0);
 
     upstream.next.set(0);
-    assert_eq!(upstream.connect(&[]).await.unwrap().server, 1);
+    assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, 1);
     assert_eq!(count(&upstream, 0, "refused"), 3, "an ejected server is left alone");
 
     servers[0].start();
-    until(async || upstream.connect(&[]).await.unwrap().server == 0).await;
+    until(async || upstream.connect(&[], NOBODY).await.unwrap().server == 0).await;
     assert_eq!(changes.try_recv().unwrap(), (0, true, ChangeCause::Connections));
     assert_eq!(upstream.stats().servers[0].up.get(), 1);
 }
@@ -192,12 +195,12 @@ async fn one_connection_tries_an_ejected_server_and_its_failure_ejects_again_at_
         Upstream::new(UpstreamPlan { passive: passive(3, Duration::from_millis(50)), ..plan(&servers) });
     let mut changes = changes_of(&upstream);
     until(async || {
-        upstream.connect(&[]).await.unwrap();
+        upstream.connect(&[], NOBODY).await.unwrap();
         count(&upstream, 0, "refused") == 4
     })
     .await;
     upstream.next.set(0);
-    upstream.connect(&[]).await.unwrap();
+    upstream.connect(&[], NOBODY).await.unwrap();
     assert_eq!(count(&upstream, 0, "refused"), 4);
     assert_eq!(changes.try_recv().unwrap(), (0, false, ChangeCause::Connections));
     assert!(changes.try_recv().is_err(), "a failed try is no news");
@@ -213,7 +216,7 @@ async fn while_one_connection_tries_an_ejected_server_the_others_stay_away() {
         ..plan(&[])
     });
     upstream.next.set(0);
-    assert_eq!(reason(upstream.connect(&[]).await), "refused");
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "refused");
     until(async || !upstream.servers[0].is_ejected()).await;
     let tries = upstream.servers[0].lease(&upstream.plan.passive);
     assert!(upstream.servers[0].is_ejected());
@@ -227,9 +230,9 @@ async fn a_success_forgets_the_failures_before_it() {
         Upstream::new(UpstreamPlan { passive: passive(2, Duration::from_secs(60)), ..plan(&servers) });
     let mut changes = changes_of(&upstream);
     for _ in 0..3 {
-        assert_eq!(reason(upstream.connect(&[]).await), "refused");
+        assert_eq!(reason(upstream.connect(&[], NOBODY).await), "refused");
         servers[0].start();
-        upstream.connect(&[]).await.unwrap();
+        upstream.connect(&[], NOBODY).await.unwrap();
         servers[0].stop();
     }
     assert!(changes.try_recv().is_err());
@@ -240,9 +243,9 @@ async fn when_every_server_is_ejected_they_are_tried_nevertheless() {
     let servers = [Peer::stopped(), Peer::stopped()];
     let upstream =
         Upstream::new(UpstreamPlan { passive: passive(1, Duration::from_secs(60)), ..plan(&servers) });
-    assert_eq!(reason(upstream.connect(&[]).await), "refused");
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "refused");
     servers[0].start();
-    assert_eq!(upstream.connect(&[]).await.unwrap().server, 0);
+    assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, 0);
 }
 
 #[tokio::test]
@@ -251,7 +254,7 @@ async fn a_limit_of_no_failures_ejects_never() {
     let upstream =
         Upstream::new(UpstreamPlan { passive: passive(0, Duration::from_secs(60)), ..plan(&servers) });
     for _ in 0..5 {
-        assert_eq!(reason(upstream.connect(&[]).await), "refused");
+        assert_eq!(reason(upstream.connect(&[], NOBODY).await), "refused");
     }
     assert_eq!(upstream.stats().servers[0].up.get(), 1);
 }
@@ -264,7 +267,7 @@ async fn an_error_on_this_side_is_not_held_against_the_server() {
         passive: passive(1, Duration::from_secs(60)),
         ..plan(&[])
     });
-    assert_eq!(reason(upstream.connect(&[]).await), "other");
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "other");
     assert_eq!(upstream.stats().servers[0].up.get(), 1);
 }
 
@@ -279,17 +282,17 @@ async fn checks_take_a_dead_server_out_and_bring_it_back() {
         assert_eq!(changes.recv().await.unwrap(), (0, false, ChangeCause::Check));
         assert_eq!(upstream.stats().servers[0].up.get(), 0);
         for _ in 0..4 {
-            assert_eq!(upstream.connect(&[]).await.unwrap().server, 1);
+            assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, 1);
         }
         assert_eq!(count(&upstream, 0, "refused"), 0);
 
         servers[1].stop();
         assert_eq!(changes.recv().await.unwrap(), (1, false, ChangeCause::Check));
-        assert_eq!(reason(upstream.connect(&[]).await), "no_server");
+        assert_eq!(reason(upstream.connect(&[], NOBODY).await), "no_server");
 
         servers[0].start();
         assert_eq!(changes.recv().await.unwrap(), (0, true, ChangeCause::Check));
-        assert_eq!(upstream.connect(&[]).await.unwrap().server, 0);
+        assert_eq!(upstream.connect(&[], NOBODY).await.unwrap().server, 0);
         assert_eq!(upstream.stats().servers[0].up.get(), 1);
     })
     .await;
@@ -382,7 +385,7 @@ async fn a_unix_socket_is_a_server_like_any_other() {
     let path = directory.0.join("server");
     let listener = UnixListener::bind(&path).unwrap();
     let upstream = Upstream::new(UpstreamPlan { servers: vec![ServerAddress::Unix(path)], ..plan(&[]) });
-    let connected = upstream.connect(&[]).await.unwrap();
+    let connected = upstream.connect(&[], NOBODY).await.unwrap();
     let (accepted, _) = listener.accept().await.unwrap();
     connected.stream.try_write(b"hello").unwrap();
     connected.stream.shutdown_write().unwrap();
@@ -398,9 +401,35 @@ async fn a_unix_socket_nobody_listens_on_refuses_and_a_missing_one_is_unreachabl
     let path = directory.0.join("server");
     let upstream =
         Upstream::new(UpstreamPlan { servers: vec![ServerAddress::Unix(path.clone())], ..plan(&[]) });
-    assert_eq!(reason(upstream.connect(&[]).await), "unreachable");
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "unreachable");
     drop(UnixListener::bind(&path).unwrap());
-    assert_eq!(reason(upstream.connect(&[]).await), "refused");
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "refused");
+}
+
+#[tokio::test]
+async fn the_original_destination_is_no_server_without_one_and_never_this_host() {
+    let original = UpstreamPlan { servers: vec![ServerAddress::Original], ..plan(&[]) };
+    let upstream = Upstream::new(UpstreamPlan { passive: passive(1, Duration::from_secs(60)), ..original });
+    assert_eq!(reason(upstream.connect(&[], NOBODY).await), "no_server");
+    let here = Peer::listening();
+    let ServerAddress::Tcp(address) = here.address() else { panic!("a TCP server") };
+    let client = "192.0.2.1:9".parse().unwrap();
+    let circle = OnBehalf { client, destination: Some(address) };
+    assert_eq!(reason(upstream.connect(&[], circle).await), "loop");
+    // A client that asks in a circle takes the upstream from nobody.
+    assert_eq!(count(&upstream, 0, "loop"), 1);
+    assert_eq!(upstream.stats().servers[0].up.get(), 1);
+}
+
+#[tokio::test]
+async fn a_server_of_another_family_than_the_clients_is_not_blamed_for_it() {
+    let servers = [Peer::listening()];
+    let transparent = UpstreamPlan { transparent: true, ..plan(&servers) };
+    let upstream =
+        Upstream::new(UpstreamPlan { passive: passive(1, Duration::from_secs(60)), ..transparent });
+    let ipv6 = OnBehalf { client: "[2001:db8::1]:9".parse().unwrap(), destination: None };
+    assert_eq!(reason(upstream.connect(&[], ipv6).await), "other");
+    assert_eq!(upstream.stats().servers[0].up.get(), 1);
 }
 
 #[tokio::test]
@@ -408,7 +437,7 @@ async fn a_server_that_is_near_has_the_first_bytes_when_it_is_connected() {
     let server = BlockingListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let servers = vec![ServerAddress::Tcp(server.local_addr().unwrap())];
     let upstream = Upstream::new(UpstreamPlan { servers, ..plan(&[]) });
-    let connected = upstream.connect(b"hello").await.unwrap();
+    let connected = upstream.connect(b"hello", NOBODY).await.unwrap();
     assert_eq!(connected.taken, 5);
     let (mut accepted, _) = server.accept().unwrap();
     let mut bytes = [0; 5];
@@ -426,7 +455,7 @@ async fn a_server_that_answers_nothing_yet_takes_no_bytes_and_leaves_them_all_to
         ..plan(&[])
     });
     upstream.next.set(0);
-    let connected = upstream.connect(b"hello").await.unwrap();
+    let connected = upstream.connect(b"hello", NOBODY).await.unwrap();
     assert_eq!((connected.server, connected.taken), (1, 5));
     assert_eq!(count(&upstream, 0, "deadline"), 1);
 }
@@ -434,7 +463,7 @@ async fn a_server_that_answers_nothing_yet_takes_no_bytes_and_leaves_them_all_to
 #[tokio::test]
 async fn connections_are_opened_with_nodelay() {
     let servers = [Peer::listening()];
-    let connected = Upstream::new(plan(&servers)).connect(&[]).await.unwrap();
+    let connected = Upstream::new(plan(&servers)).connect(&[], NOBODY).await.unwrap();
     let Stream::Tcp(tcp) = &connected.stream else { panic!("a TCP server gives a TCP stream") };
     assert!(tcp.nodelay().unwrap());
 }
@@ -467,6 +496,7 @@ fn plan(servers: &[Peer]) -> UpstreamPlan {
         connect_deadline: Duration::from_secs(5),
         connect_attempts_max: 3,
         proxy_protocol: None,
+        transparent: false,
         health: None,
         passive: passive(0, Duration::ZERO),
     }
@@ -570,7 +600,7 @@ async fn after_a_reload_servers_that_stay_keep_their_standing_and_their_counts()
         ..plan(&servers)
     });
     former.next.set(0);
-    let connected = former.connect(&[]).await.unwrap();
+    let connected = former.connect(&[], NOBODY).await.unwrap();
     assert!(former.servers[0].is_ejected());
 
     let mut reordered = former.plan().clone();
@@ -589,7 +619,7 @@ async fn servers_at_one_address_are_still_counted_apart_after_a_reload() {
     let twice = UpstreamPlan { servers: vec![server.address(), server.address()], ..plan(&[]) };
     let former = Upstream::new(twice.clone());
     former.next.set(0);
-    drop(former.connect(&[]).await.unwrap());
+    drop(former.connect(&[], NOBODY).await.unwrap());
     let next = Upstream::succeeding(&former, UpstreamPlan { connect_attempts_max: 9, ..twice });
     assert_eq!((count(&next, 0, "ok"), count(&next, 1, "ok")), (1, 0));
 }
