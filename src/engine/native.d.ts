@@ -568,6 +568,9 @@ export declare function preloadModule(path: string, isolate: boolean): void
 /** Throws if somebody already listens at the address, or if it cannot be bound. */
 export declare function probeAddress(address: string): void
 
+/** Throws EPERM unless this process may use addresses of others (IP_TRANSPARENT). */
+export declare function probeForeignAddress(): void
+
 /**
  * For the primary, before it forks workers in a sandbox: no ring of io_uring can be made any more, here and in them. Where the
  * kernel cannot be asked for that, the report of `enterSandbox` in the worker says so.
@@ -576,8 +579,6 @@ export declare function refuseRings(): void
 
 /** Why this is not a list of revoked certificates (DER) that the engine understands; undefined: it is one. */
 export declare function revocationListFault(der: Buffer): string | null
-/** Throws EPERM unless this process may use addresses of others (IP_TRANSPARENT). */
-export declare function probeForeignAddress(): void
 
 /** Sets the length of a listening socket's accept queue, also of one that has waiting connections. */
 export declare function setBacklog(fd: number, backlog: number): void

@@ -58,7 +58,7 @@ describe('transparent mode', { skip: whyNoNetwork() || whyNotNobody(), timeout: 
         fixed: { bind: ['0.0.0.0:8445', '[::]:8445'], upstream: 'fixed' },
       },
     };
-    keygate = fixtures.use(await startKeygate(token, document, { by: network.on('keygate') }));
+    keygate = fixtures.use(await startKeygate(token, document, { launcher: network.on('keygate') }));
   });
   after(async () => fixtures.disposeAsync());
 
@@ -155,11 +155,11 @@ describe('transparent mode', { skip: whyNoNetwork() || whyNotNobody(), timeout: 
     const others = { one: { bind: ['127.0.0.1:0'], upstream: 'fixed' } };
     const root = [...network.on('keygate'), 'setpriv', '--bounding-set=-net_raw,-net_admin'];
     const listeners = { one: { bind: ['127.0.0.1:0'], transparent: true, upstream: 'original' } };
-    const listening = await refusedKeygate(token, { ...document, upstreams, listeners }, { by: root });
+    const listening = await refusedKeygate(token, { ...document, upstreams, listeners }, { launcher: root });
     assert.match(listening.stderr, /bind_failed: listener one.*EPERM.*\n.*CAP_NET_RAW/);
-    const connecting = await refusedKeygate(token, { ...document, listeners: others }, { by: root });
+    const connecting = await refusedKeygate(token, { ...document, listeners: others }, { launcher: root });
     assert.match(connecting.stderr, /privileges: cannot keep CAP_NET_RAW as user nobody/);
-    const nobodys = await refusedKeygate(token, { ...document, listeners: others }, { by: asNobody('') });
+    const nobodys = await refusedKeygate(token, { ...document, listeners: others }, { launcher: asNobody('') });
     assert.match(nobodys.stderr, /privileges: upstream original is transparent, .* CAP_NET_RAW/);
   });
 
@@ -180,7 +180,7 @@ describe('transparent mode', { skip: whyNoNetwork() || whyNotNobody(), timeout: 
       upstreams: { fixed: { servers: [`${addresses.server.ipv4}:443`] } },
       listeners: { fixed: { bind: ['127.0.0.1:0'] } },
     };
-    await using other = await startKeygate(token, without, { by: network.on('keygate') });
+    await using other = await startKeygate(token, without, { launcher: network.on('keygate') });
     for (const { pid } of await other.workers()) assert.equal(statusOf(pid, 'CapEff'), '0'.repeat(16));
     const upstreams = { fixed: { servers: [`${addresses.server.ipv4}:443`], transparent: true } };
     other.configure({ ...without, upstreams });
