@@ -167,8 +167,8 @@ describe('transparent mode', { skip: whyNoNetwork() || whyNotNobody(), timeout: 
     network.use('return');
     const listeners = { one: { bind: ['0.0.0.0:8447'], upstream: 'fixed' } };
     const admin = { listen: `unix:${join(token.directory, 'nobody.sock')}` };
-    const by = asNobody('--inh-caps=+net_raw --ambient-caps=+net_raw');
-    await using other = await startKeygate(token, { ...document, user: undefined, admin, listeners }, { by });
+    const launcher = asNobody('--inh-caps=+net_raw --ambient-caps=+net_raw');
+    await using other = await startKeygate(token, { ...document, user: undefined, admin, listeners }, { launcher });
     assert.equal(other.port('one'), 8447);
     assert.equal((await ask('ipv4', 8447, addresses.keygate.ipv4)).seen, addresses.client.ipv4);
   });
