@@ -96,7 +96,11 @@ const loads: Record<string, { args: string[]; not: RegExp }> = {
     args: ['--help'],
     not: /zod|yaml|graphene|pino|src\/(?:config|pkcs11|primary)|cli\/(?!main)/,
   },
-  'serve loads nothing of PKCS#11': { args: ['serve', '-c', '/nonexistent'], not: /graphene|pkcs11js|src\/pkcs11\// },
+  // Reading chains, for their staples, is no business with a token.
+  'serve loads nothing that calls a PKCS#11 module': {
+    args: ['serve', '-c', '/nonexistent'],
+    not: /graphene|pkcs11js|src\/pkcs11\/(?!certificates|algorithm)/,
+  },
 };
 for (const [what, { args, not }] of Object.entries(loads)) {
   it(what, async () => {

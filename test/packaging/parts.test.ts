@@ -57,12 +57,17 @@ it('the SBOM names each part once, and only parts that it has are used', () => {
 
 it('every dependency of package.json and Cargo.toml is a part, nothing that is for tests or building is', () => {
   const names = thirdParties().parts.map(({ name }) => name);
-  const manifest = JSON.parse(read('package.json')) as Record<'dependencies' | 'devDependencies', object>;
+  const manifest = JSON.parse(read('package.json')) as Record<
+    'dependencies' | 'devDependencies' | 'bundleDependencies',
+    object
+  >;
   for (const name of Object.keys(manifest.dependencies)) assert.ok(names.includes(name), name);
   for (const name of Object.keys(manifest.devDependencies)) assert.ok(!names.includes(name), name);
+  // An installation without a registry has what is bundled and nothing else.
+  assert.deepEqual(manifest.bundleDependencies, Object.keys(manifest.dependencies));
 
   const [, linked = ''] = /^\[dependencies\]\n([^]*?)^\[/m.exec(read('src/engine/Cargo.toml')) ?? [];
-  for (const [, crate = ''] of linked.matchAll(/^([a-z0-9_-]+) = /gm))
+  for (const [, alias = '', crate = alias] of linked.matchAll(/^([a-z0-9_-]+) = (?:{ package = "([^"]+)")?/gm))
     assert.equal(names.includes(crate), crate !== 'napi-derive', crate);
   for (const crate of ['napi-build', 'cc', 'proptest', 'syn']) assert.ok(!names.includes(crate), crate);
 });

@@ -186,7 +186,7 @@ describe('transparent mode', { skip: whyNoNetwork() || whyNotNobody(), timeout: 
     other.configure({ ...without, upstreams });
     giveToNobody(token.directory);
     const report = await other.reload();
-    assert.deepEqual([report.outcome, report.reasons[0]?.code], ['refused', 'privileges']);
+    assert.deepEqual([report.outcome, report.reasons[0]?.code], ['refused', 'config_restart']);
   });
 
   const loop = { side: 'proxy', phase: 'connect', reason: 'loop' };
