@@ -89,6 +89,8 @@ export class TlsaWatch {
   async #ask(name: string, state: TlsaName): Promise<void> {
     const before = state.describe();
     state.learn(await lookUpTlsa(this.#resolver, name), this.#graceMs);
+    // Before the log says so: whoever reads it may count on it.
+    this.#say(name, state);
     const after = state.describe();
     if (after === before) return;
     const details = { event: 'tlsa_changed', name, answer: after } as const;
@@ -104,9 +106,7 @@ export class TlsaWatch {
   #schedule(name: string, state: TlsaName): void {
     state.timer = setTimeout(() => {
       void this.#ask(name, state).then(() => {
-        if (this.#tell === undefined) return;
-        this.#say(name, state);
-        this.#schedule(name, state);
+        if (this.#tell !== undefined) this.#schedule(name, state);
       });
     }, state.delayMs()).unref();
   }
