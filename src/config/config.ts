@@ -153,6 +153,31 @@ export interface PolicyConfig {
   readonly cipherSuites: readonly CipherSuite[];
   /** Whether TLS sessions can be resumed with session tickets. */
   readonly tickets: boolean;
+  /** For listeners that have none of their own. */
+  readonly clientCertificates: ClientCertificatesConfig | undefined;
+}
+
+/** Certificates that clients show. */
+export interface ClientCertificatesConfig {
+  readonly mode: 'require' | 'request';
+  /** Absolute path of a PEM file. */
+  readonly roots: string;
+  /** Absolute paths. */
+  readonly crls: readonly string[];
+  /** Undefined: everybody whom a root vouches for. */
+  readonly allow: ClientsConfig | undefined;
+}
+
+/** Clients by what their certificates call them; one match is enough, and at least one is named. */
+export interface ClientsConfig {
+  readonly commonNames: readonly string[];
+  /** In lower case, wildcards as `*.example.org`. */
+  readonly dnsNames: readonly string[];
+  /** With `/*` at the end: whatever is below. */
+  readonly uris: readonly string[];
+  readonly emails: readonly string[];
+  /** SHA-256 of SubjectPublicKeyInfo in base64. */
+  readonly keys: readonly string[];
 }
 
 export const groups = ['X25519MLKEM768', 'X25519', 'secp256r1', 'secp384r1'] as const;
@@ -284,6 +309,8 @@ export interface RouteConfig {
   readonly names: readonly string[];
   /** Empty: any. */
   readonly alpn: readonly string[];
+  /** Undefined: any, with or without a certificate. */
+  readonly clients: ClientsConfig | undefined;
   /** Name of an upstream; undefined: refused. */
   readonly upstream: string | undefined;
 }
@@ -301,6 +328,8 @@ export interface ListenerConfig {
   readonly alpn: readonly string[];
   /** Name of a policy. */
   readonly policy: string;
+  /** Instead of the policy's. */
+  readonly clientCertificates: ClientCertificatesConfig | undefined;
   /** Name of an upstream, for what no route fits; undefined: that is refused. */
   readonly upstream: string | undefined;
   /** The first that fits counts. */

@@ -6,6 +6,7 @@
 import type {
   AdminConfig,
   CertificateConfig,
+  ClientCertificatesConfig,
   Config,
   DnsConfig,
   HealthConfig,
@@ -26,7 +27,7 @@ import type { SecretPlace } from './secret.ts';
 /** @param directory what relative paths are relative to. */
 export function normalise(document: Document, file: string, directory: string): Config {
   const tokens = named(document.tokens, (name, token) => tokenConfig(name, token, directory));
-  const policies = named(document.policies, policyConfig);
+  const policies = named(document.policies, (name, policy) => policyConfig(name, policy, directory));
   for (const policy of builtInPolicies) policies[policy.name] = policy;
   return {
     file,
@@ -54,7 +55,7 @@ export function normalise(document: Document, file: string, directory: string): 
     },
     upstreams: named(document.upstreams, (name, upstream) => upstreamConfig(name, upstream, directory)),
     ocsp: ocspConfig(document.ocsp, directory),
-    listeners: named(document.listeners, listenerConfig),
+    listeners: named(document.listeners, (name, listener) => listenerConfig(name, listener, directory)),
   };
 }
 
@@ -156,9 +157,30 @@ function rootsPath(roots: string, directory: string): string | undefined {
   return roots === 'system' ? undefined : absolutePath(roots, directory);
 }
 
-function policyConfig(name: string, policy: Document['policies'][string]): PolicyConfig {
+function policyConfig(name: string, policy: Document['policies'][string], directory: string): PolicyConfig {
   const { minVersion, maxVersion, groups, cipherSuites = cipherSuitesOf(minVersion, maxVersion), tickets } = policy;
-  return { name, minVersion, maxVersion, groups, cipherSuites, tickets };
+  const { clientCertificates } = policy;
+  return {
+    name,
+    minVersion,
+    maxVersion,
+    groups,
+    cipherSuites,
+    tickets,
+    clientCertificates: clientCertificates && clientCertificatesConfig(clientCertificates, directory),
+  };
+}
+
+function clientCertificatesConfig(
+  { mode, roots, crls, allow }: NonNullable<Document['policies'][string]['clientCertificates']>,
+  directory: string,
+): ClientCertificatesConfig {
+  return {
+    mode,
+    roots: absolutePath(roots, directory),
+    crls: crls.map((file) => absolutePath(file, directory)),
+    allow,
+  };
 }
 
 function upstreamConfig(name: string, upstream: Document['upstreams'][string], directory: string): UpstreamConfig {
@@ -199,14 +221,15 @@ function healthConfig({
   return { intervalMs: tcp, timeoutMs: timeout, fall, rise };
 }
 
-function listenerConfig(name: string, listener: Document['listeners'][string]): ListenerConfig {
-  const { deadlines, certificates = [], routes, upstream, proxyProtocol, ...same } = listener;
+function listenerConfig(name: string, listener: Document['listeners'][string], directory: string): ListenerConfig {
+  const { deadlines, certificates = [], clientCertificates, routes, upstream, proxyProtocol, ...same } = listener;
   return {
     name,
     ...same,
     certificates,
+    clientCertificates: clientCertificates && clientCertificatesConfig(clientCertificates, directory),
     upstream,
-    routes: routes.map(({ names, alpn, upstream: to }) => ({ names, alpn, upstream: to })),
+    routes: routes.map(({ names, alpn, clients, upstream: to }) => ({ names, alpn, clients, upstream: to })),
     proxyProtocol: proxyProtocol && { from: proxyProtocol.from, deadlineMs: proxyProtocol.deadline },
     deadlines: {
       handshakeMs: deadlines.handshake,

@@ -13,6 +13,7 @@ export const builtInPolicies: readonly PolicyConfig[] = [
     groups,
     cipherSuites: cipherSuitesOf('1.3', '1.3'),
     tickets: true,
+    clientCertificates: undefined,
   },
   {
     name: 'intermediate',
@@ -21,6 +22,7 @@ export const builtInPolicies: readonly PolicyConfig[] = [
     groups,
     cipherSuites: cipherSuitesOf('1.2', '1.3'),
     tickets: true,
+    clientCertificates: undefined,
   },
 ];
 

@@ -18,6 +18,7 @@ export function referenceFaults(document: unknown): PlacedFault[] {
     ...builtInNames(document),
     ...misplacedTls(document),
     ...uncheckable(document),
+    ...unknowable(document),
     ...sharedBinds(document),
     ...destinationless(document),
     ...openAdmin(document),
@@ -233,6 +234,22 @@ function* uncheckable(document: unknown): Generator<PlacedFault> {
           ? 'a server with a port: TLSA records are about one'
           : 'a DNS name, here or in `tls.name`: addresses have no TLSA records';
       yield { path, code: 'config_conflict', expected, conflictsWith: [...at, 'dane'] };
+    }
+  }
+}
+
+/** Routes by client need to know who the client is. */
+function* unknowable(document: unknown): Generator<PlacedFault> {
+  const policies = mapping(mapping(document)['policies']);
+  for (const [at, routes] of nested(document, 'listeners', 'routes')) {
+    const listener = mapping(mapping(mapping(document)['listeners'])[at[1] ?? '']);
+    const { policy } = listener;
+    const ofPolicy = typeof policy === 'string' ? mapping(policies[policy])['clientCertificates'] : undefined;
+    if ((listener['clientCertificates'] ?? ofPolicy) !== undefined) continue;
+    for (const [index, entry] of Object.entries(routes)) {
+      if (mapping(entry)['clients'] === undefined) continue;
+      const expected = 'clientCertificates at the listener or its policy: nobody else is known by a certificate';
+      yield { path: [...at, Number(index), 'clients'], code: 'config_conflict', expected };
     }
   }
 }

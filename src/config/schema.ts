@@ -83,6 +83,50 @@ const certificate = z.strictObject({
   ),
 });
 
+const clients = z
+  .strictObject(
+    {
+      commonNames: clientNames('a name', 'a name without control characters', parseCommonName).describe(
+        "The subject's common name, letter by letter.",
+      ),
+      dnsNames: clientNames('DNS name', 'a DNS name, or one with * as its first label', parseRouteName).describe(
+        'DNS names of subjectAltName; `*.example.org` stands for one label.',
+      ),
+      uris: clientNames('URI', 'a URI, or one that ends in /*', parseClientUri).describe(
+        'URIs of subjectAltName, such as SPIFFE IDs, letter by letter; `/*` at the end: whatever is below.',
+      ),
+      emails: clientNames('e-mail address', 'NAME@DOMAIN', parseEmail).describe(
+        'E-mail addresses of subjectAltName, letter by letter.',
+      ),
+      keys: clientNames('pin', 'sha256/ and 32 bytes in base64', parseKeyPin).describe(
+        'SHA-256 of public keys (SubjectPublicKeyInfo) as `sha256/BASE64`.',
+      ),
+    },
+    { error: 'clients by what their certificates call them' },
+  )
+  .refine((kinds) => Object.values(kinds).some((names) => names.length > 0), 'at least one client');
+
+const clientCertificates = z
+  .strictObject({
+    mode: oneOf(['require', 'request'], 'require').describe(
+      '`require`: clients without a certificate are refused; `request`: they are served too, and bad certificates are refused.',
+    ),
+    roots: path('PEM file of authorities whose certificates count.'),
+    crls: z
+      .array(path('PEM or DER file.'), { error: 'a list of paths' })
+      .max(64, 'at most 64 files')
+      .default([])
+      .describe(
+        "Lists of revoked certificates, PEM or DER, read at start and reload. With any, one must be of the issuer of the client's certificate and not out of date.",
+      ),
+    allow: clients
+      .optional()
+      .describe('Clients that are let in; one match is enough. Default: all that `roots` vouch for.'),
+  })
+  .describe(
+    'Certificates that clients show (mutual TLS), for modes `offload` and `bridge`. Default: none are asked for.',
+  );
+
 const tlsVersion = z
   .literal(['1.2', '1.3', 1.2, 1.3], { error: '"1.2" or "1.3"' })
   .transform((version) => String(version) as '1.2' | '1.3');
@@ -105,6 +149,9 @@ const policy = z
       .boolean({ error: 'true or false' })
       .default(true)
       .describe('Whether TLS sessions can be resumed with session tickets.'),
+    clientCertificates: clientCertificates
+      .optional()
+      .describe('As `listeners.NAME.clientCertificates`, for listeners that have none of their own. Default: none.'),
   })
   .check((context) => {
     for (const fault of policyFaults(context.value)) {
@@ -337,6 +384,9 @@ const route = z
     alpn: alpnNames().describe(
       'Application protocols that were agreed on, or in mode `passthrough` the first that is offered. Empty: any, or none.',
     ),
+    clients: clients
+      .optional()
+      .describe('Clients by their certificates; one match is enough. Default: any, with or without a certificate.'),
     upstream: reference('an upstream').describe('Where such connections go.').optional(),
     refuse: z.literal(true, { error: 'true' }).describe('Or that nobody serves them.').optional(),
   })
@@ -369,6 +419,7 @@ const listener = z
     policy: reference('a policy')
       .prefault('intermediate')
       .describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
+    clientCertificates: clientCertificates.optional(),
     upstream: reference('an upstream')
       .describe('Where connections go that no route fits. Without it, those are refused.')
       .optional(),
@@ -602,6 +653,13 @@ function secretPlace(what: string) {
     );
 }
 
+function clientNames<T>(title: string, error: string, parse: (text: string) => Parsed<T>) {
+  return z
+    .array(kind(title, error, parse), { error: `a list: ${error}` })
+    .max(10_000, 'at most 10000')
+    .default([]);
+}
+
 function alpnNames() {
   const error = 'a protocol name of 1 to 255 characters';
   return z
@@ -740,6 +798,22 @@ function parseKeyPin(text: string): Parsed<string> {
   };
 }
 
+function parseCommonName(text: string): Parsed<string> {
+  // X.520 allows 64 characters; issuers do not keep to it.
+  return /^\P{Cc}{1,255}$/u.test(text) ? { value: text } : { fault: { expected: 'a name without control characters' } };
+}
+
+/** Letter by letter as it stands in certificates: nothing is made lower case, and nothing is decoded. */
+function parseClientUri(text: string): Parsed<string> {
+  if (/^[A-Za-z][A-Za-z0-9+.-]*:[!-)+-~]{1,2000}(?<=\/)\*$|^[A-Za-z][A-Za-z0-9+.-]*:[!-)+-~]{1,2000}$/.test(text))
+    return { value: text };
+  return { fault: { expected: 'a URI, or one that ends in /*' } };
+}
+
+function parseEmail(text: string): Parsed<string> {
+  return /^[!-?A-~]{1,64}@[A-Za-z0-9.-]{1,253}$/.test(text) ? { value: text } : { fault: { expected: 'NAME@DOMAIN' } };
+}
+
 function parseServerName(text: string): Parsed<string> {
   if (isIP(text) !== 0) return { value: text };
   const parsed = parseRouteName(text);
@@ -750,6 +824,7 @@ interface ListenerDocument {
   readonly mode: ListenerMode;
   readonly certificates?: readonly string[] | undefined;
   readonly alpn: readonly string[];
+  readonly clientCertificates?: object | undefined;
   readonly routes: readonly object[];
   readonly upstream?: string | undefined;
   readonly proxyProtocol?: object | undefined;
@@ -760,6 +835,7 @@ function* listenerFaults({
   mode,
   certificates,
   alpn,
+  clientCertificates: ofClients,
   routes,
   upstream: preset,
   proxyProtocol,
@@ -774,6 +850,9 @@ function* listenerFaults({
   }
   if (!endsTls && alpn.length > 0) {
     yield { key: 'alpn', code: 'config_conflict', expected: `none: mode ${mode} ends no TLS` };
+  }
+  if (!endsTls && ofClients !== undefined) {
+    yield { key: 'clientCertificates', code: 'config_conflict', expected: `none: mode ${mode} ends no TLS` };
   }
   if (mode === 'encrypt' && routes.length > 0) {
     yield { key: 'routes', code: 'config_conflict', expected: 'none: plaintext says no name to route by' };

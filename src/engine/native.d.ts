@@ -33,6 +33,30 @@ export interface CipherSnapshot {
   count: number
 }
 
+/** Certificates that clients show. */
+export interface ClientCertificateSettings {
+  /** False: clients without one are served too. */
+  required: boolean
+  /** DER; at least one. */
+  roots: Array<Buffer>
+  /** DER. */
+  crls: Array<Buffer>
+  /** Nobody named: everybody whom a root vouches for. */
+  allow: ClientsSettings
+}
+
+/** Clients by what their certificates call them; one match is enough. */
+export interface ClientsSettings {
+  commonNames: Array<string>
+  /** Lower case; `*.` stands for one label. */
+  dnsNames: Array<string>
+  /** Whole, or with `/*` at the end for whatever is below. */
+  uris: Array<string>
+  emails: Array<string>
+  /** SHA-256 of SubjectPublicKeyInfo. */
+  spki: Array<Buffer>
+}
+
 export interface CloseReason {
   side: string
   phase: string
@@ -232,6 +256,8 @@ export interface ListenerSettings {
   /** IANA names in order of preference; empty: all. */
   groups: Array<string>
   tickets: boolean
+  /** Undefined: clients are asked for none. */
+  clientCertificates?: ClientCertificateSettings
   routes: Array<RouteSettings>
   /** Where connections go that no route fits; undefined: they are refused. */
   upstream?: string
@@ -303,6 +329,8 @@ export interface RouteSettings {
   names: Array<string>
   /** Application protocols; empty: any. */
   alpn: Array<string>
+  /** Undefined: any, with or without a certificate. */
+  clients?: ClientsSettings
   /** Undefined: it is refused. */
   upstream?: string
 }

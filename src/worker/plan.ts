@@ -5,6 +5,7 @@
  */
 import { formatAddress } from '../config/address.ts';
 import type {
+  ClientsConfig,
   Config,
   ListenerConfig,
   LogConfig,
@@ -17,6 +18,7 @@ import type {
 import { readPin } from '../config/pin.ts';
 import type {
   CertificateSettings,
+  ClientsSettings,
   EngineSettings,
   KeyPlace,
   ListenerSettings,
@@ -225,9 +227,11 @@ function listenerSettings(
     cipherSuites: [...policy.cipherSuites],
     groups: [...policy.groups],
     tickets: policy.tickets,
-    routes: listener.routes.map(({ names, alpn, upstream }) => ({
+    ...clientCertificateSettings(listener, policy, config.file),
+    routes: listener.routes.map(({ names, alpn, clients, upstream }) => ({
       names: [...names],
       alpn: [...alpn],
+      ...(clients === undefined ? {} : { clients: clientsSettings(clients) }),
       ...(upstream === undefined ? {} : { upstream }),
     })),
     ...(listener.upstream === undefined ? {} : { upstream: listener.upstream }),
@@ -242,6 +246,34 @@ function listenerSettings(
     connectionsMax: limits.connections,
     handshakesMax: limits.handshakes,
     sockets: sockets.filter((socket) => socket.listener === listener.name).map(({ fd }) => fd),
+  };
+}
+
+function clientCertificateSettings(
+  { mode, clientCertificates: own }: ListenerConfig,
+  policy: PolicyConfig,
+  file: string,
+): Pick<ListenerSettings, 'clientCertificates'> {
+  const wanted = own ?? policy.clientCertificates;
+  if (wanted === undefined || fronts[mode] !== 'tls') return {};
+  const nobody = { commonNames: [], dnsNames: [], uris: [], emails: [], keys: [] };
+  return {
+    clientCertificates: {
+      required: wanted.mode === 'require',
+      roots: readRoots(wanted.roots, file, 'clientCertificates.roots'),
+      crls: readRevocationLists(wanted.crls, 'clientCertificates.crls'),
+      allow: clientsSettings(wanted.allow ?? nobody),
+    },
+  };
+}
+
+function clientsSettings({ commonNames, dnsNames, uris, emails, keys }: ClientsConfig): ClientsSettings {
+  return {
+    commonNames: [...commonNames],
+    dnsNames: [...dnsNames],
+    uris: [...uris],
+    emails: [...emails],
+    spki: keys.map((key) => Buffer.from(key, 'base64')),
   };
 }
 

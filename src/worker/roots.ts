@@ -1,5 +1,5 @@
 /**
- * Owns: reading the certificates that servers of upstreams are trusted by.
+ * Owns: reading the certificates of authorities that peers are trusted by.
  * Must not know: who is verified with them.
  * Runs: main thread of a worker, at a start or a reload, and of `keygate check`.
  */
@@ -13,11 +13,12 @@ const bytesMax = 4 * 1024 * 1024;
 /**
  * @param path of a PEM file; undefined: the roots of this host.
  * @param configFile that names it.
+ * @param key of the configuration, for the fault.
  * @returns certificates in DER, at least one.
  * @throws ConfigError `config_certificate`
  */
-export function readRoots(path: string | undefined, configFile: string): Buffer[] {
-  const pems = path === undefined ? getCACertificates('system') : pemBlocks(path, configFile);
+export function readRoots(path: string | undefined, configFile: string, key = 'tls.roots'): Buffer[] {
+  const pems = path === undefined ? getCACertificates('system') : pemBlocks(path, configFile, key);
   const roots = pems.flatMap((pem) => {
     try {
       return [Buffer.from(new X509Certificate(pem).raw)];
@@ -26,7 +27,7 @@ export function readRoots(path: string | undefined, configFile: string): Buffer[
     }
   });
   if (roots.length > 0 && (path === undefined || roots.length === pems.length)) return roots;
-  throw fault(path, configFile, `${pems.length} certificates, ${roots.length} of which can be read`);
+  throw fault(path, configFile, key, `${pems.length} certificates, ${roots.length} of which can be read`);
 }
 
 /** As Node's TLS wants them. */
@@ -34,21 +35,21 @@ export function pemOf(der: Buffer): string {
   return new X509Certificate(der).toString();
 }
 
-function pemBlocks(path: string, configFile: string): string[] {
+function pemBlocks(path: string, configFile: string, key: string): string[] {
   try {
     const text = readFileSync(path, 'latin1');
     if (text.length > bytesMax) throw new Error(`more than ${bytesMax} bytes`);
     return text.match(/-----BEGIN CERTIFICATE-----[^-]+-----END CERTIFICATE-----/g) ?? [];
   } catch (error) {
-    throw fault(path, configFile, (error as NodeJS.ErrnoException).code ?? String(error));
+    throw fault(path, configFile, key, (error as NodeJS.ErrnoException).code ?? String(error));
   }
 }
 
-function fault(path: string | undefined, configFile: string, found: string): ConfigError {
+function fault(path: string | undefined, configFile: string, key: string, found: string): ConfigError {
   return new ConfigError([
     {
       file: path ?? configFile,
-      path: 'tls.roots',
+      path: key,
       code: 'config_certificate',
       found,
       expected: path === undefined ? 'trusted certificates of this host' : 'a PEM file of trusted certificates',

@@ -20,6 +20,8 @@ import type { TransparencyLog } from './transparency-log.ts';
 
 export interface LeafOptions {
   readonly names?: readonly string[];
+  readonly uris?: readonly string[];
+  readonly emails?: readonly string[];
   readonly commonName?: string;
   readonly notBefore?: Date;
   readonly notAfter?: Date;
@@ -41,19 +43,19 @@ export interface Authority {
 
 export const daysFromNow = (days: number): Date => new Date(Date.now() + days * 86_400_000);
 
-export async function createAuthority(): Promise<Authority> {
+export async function createAuthority(name = 'Test'): Promise<Authority> {
   const algorithm = { name: 'ECDSA', namedCurve: 'P-256', hash: 'SHA-256' };
   const keys = () => webcrypto.subtle.generateKey(algorithm, true, ['sign', 'verify']);
   const [rootKeys, intermediateKeys] = [await keys(), await keys()];
   const validity = { notBefore: daysFromNow(-365), notAfter: daysFromNow(365) };
   const ca = [new BasicConstraintsExtension(true, undefined, true)];
   const root = await X509CertificateGenerator.createSelfSigned(
-    { name: 'CN=Test Root', keys: rootKeys, signingAlgorithm: algorithm, extensions: ca, ...validity },
+    { name: `CN=${name} Root`, keys: rootKeys, signingAlgorithm: algorithm, extensions: ca, ...validity },
     webcrypto,
   );
   const intermediate = await X509CertificateGenerator.create(
     {
-      subject: 'CN=Test Intermediate',
+      subject: `CN=${name} Intermediate`,
       issuer: root.subject,
       publicKey: intermediateKeys.publicKey,
       signingKey: rootKeys.privateKey,
@@ -69,6 +71,8 @@ export async function createAuthority(): Promise<Authority> {
     async issue(publicKey, options = {}) {
       const {
         names = ['www.example.org'],
+        uris = [],
+        emails = [],
         commonName = 'leaf',
         notBefore = daysFromNow(-1),
         notAfter = daysFromNow(90),
@@ -76,6 +80,11 @@ export async function createAuthority(): Promise<Authority> {
         serial = randomBytes(8).toString('hex').replace(/^./, '1'),
         logs = [],
       } = options;
+      const subjectAltName = [
+        ...names.map((value) => ({ type: 'dns' as const, value })),
+        ...uris.map((value) => ({ type: 'url' as const, value })),
+        ...emails.map((value) => ({ type: 'email' as const, value })),
+      ];
       const create = async (scts: readonly Extension[]) =>
         X509CertificateGenerator.create(
           {
@@ -89,9 +98,7 @@ export async function createAuthority(): Promise<Authority> {
             notAfter,
             extensions: [
               new ExtendedKeyUsageExtension([purpose ?? ExtendedKeyUsage.serverAuth]),
-              ...(names.length === 0
-                ? []
-                : [new SubjectAlternativeNameExtension(names.map((value) => ({ type: 'dns' as const, value })))]),
+              ...(subjectAltName.length === 0 ? [] : [new SubjectAlternativeNameExtension(subjectAltName)]),
               ...scts,
             ],
           },

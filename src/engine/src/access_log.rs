@@ -20,6 +20,7 @@ use crate::relay::RelayBytes;
 use crate::stats::Counter;
 use crate::tls::Tls;
 use crate::upstream::ServerAddress;
+use crate::verify::Identity;
 
 /// What a client sent is cut to so many bytes: a name of the DNS is no longer (RFC 1035 2.3.4), nor is one of ALPN.
 const CLIENT_TEXT_BYTES_MAX: usize = 255;
@@ -110,6 +111,8 @@ pub struct Facts {
     pub offered_alpn: Option<Vec<u8>>,
     /// Of a finished handshake.
     pub negotiated: Option<Negotiated>,
+    /// By the certificate that the client has shown, and that was verified.
+    pub identity: Option<Box<Identity>>,
     /// From accept to Finished.
     pub handshake: Option<Duration>,
     /// The signature of the handshake, if it needed one and got it.
@@ -191,6 +194,10 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     resumed: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    client_name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    client_fingerprint: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     upstream: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     server: Option<String>,
@@ -227,6 +234,7 @@ impl Ended {
         let close = &CLOSE_REASONS[self.close as usize];
         let negotiated = negotiated.as_ref();
         let signed = signed.as_ref();
+        let identity = self.facts.identity.as_deref();
         let words = Line {
             level: "info",
             time: format!("{:.3}", Timestamp::try_from(self.at).unwrap_or(Timestamp::UNIX_EPOCH)),
@@ -245,6 +253,8 @@ impl Ended {
                 .and_then(|it| it.alpn.as_deref())
                 .map(|alpn| String::from_utf8_lossy(alpn).into_owned()),
             resumed: negotiated.map(|it| it.resumed),
+            client_name: identity.and_then(|it| it.name()).map(shortened),
+            client_fingerprint: identity.map(|it| hexadecimal(&it.fingerprint)),
             upstream: self.facts.upstream.as_deref(),
             server: self.facts.server.as_ref().map(ToString::to_string),
             to_upstream_bytes: self.facts.relayed.to_upstream.get(),
@@ -290,6 +300,10 @@ fn worker() -> Option<u32> {
 fn shortened(text: &str) -> &str {
     let end = (0..=text.len().min(CLIENT_TEXT_BYTES_MAX)).rev().find(|index| text.is_char_boundary(*index));
     &text[..end.unwrap_or(0)]
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn ms(duration: Duration) -> f64 {

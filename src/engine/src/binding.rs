@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use napi::bindgen_prelude::Buffer;
 use napi::{Error, Result, Status};
 use napi_derive::napi;
-use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, ServerName};
 use zeroize::{Zeroize, Zeroizing};
@@ -24,7 +23,7 @@ use crate::generation::{self, Generation, LoadFault, Staples};
 use crate::handover;
 use crate::io_thread::{IoPlan, IoThread};
 use crate::key_log::KeyLog;
-use crate::listener::{Front, ListenerPlan, ListenerStats};
+use crate::listener::{Front, ListenerPlan, ListenerStats, ListenerTls};
 use crate::log::{LineCounts, Log, Target};
 use crate::parties::{Network, ProxyIn};
 use crate::policy::{ClientPlan, Policy, group_name, suite_name};
@@ -43,8 +42,8 @@ use crate::transparent;
 use crate::upstream::{Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
 use crate::upstream_tls::{ServerTls, UpstreamTls};
 use crate::verify::{
-    Answer, Findings, Log as TransparencyLog, Mode, Policy as TransparencyPolicy, RevocationLists, Roots,
-    ServerVerifier, Standing, VerifyPlan,
+    Answer, ClientVerifier, ClientVerifyPlan, Clients, Findings, Log as TransparencyLog, Mode, Pin,
+    Policy as TransparencyPolicy, RevocationLists, Roots, ServerVerifier, Standing, VerifyPlan,
 };
 
 /// A token and how to use it. Durations are milliseconds.
@@ -205,6 +204,32 @@ pub struct UpstreamSettings {
     pub tls: Option<UpstreamTlsSettings>,
 }
 
+/// Clients by what their certificates call them; one match is enough.
+#[napi(object)]
+pub struct ClientsSettings {
+    pub common_names: Vec<String>,
+    /// Lower case; `*.` stands for one label.
+    pub dns_names: Vec<String>,
+    /// Whole, or with `/*` at the end for whatever is below.
+    pub uris: Vec<String>,
+    pub emails: Vec<String>,
+    /// SHA-256 of SubjectPublicKeyInfo.
+    pub spki: Vec<Buffer>,
+}
+
+/// Certificates that clients show.
+#[napi(object)]
+pub struct ClientCertificateSettings {
+    /// False: clients without one are served too.
+    pub required: bool,
+    /// DER; at least one.
+    pub roots: Vec<Buffer>,
+    /// DER.
+    pub crls: Vec<Buffer>,
+    /// Nobody named: everybody whom a root vouches for.
+    pub allow: ClientsSettings,
+}
+
 /// The first route that fits says where a connection goes.
 #[napi(object)]
 pub struct RouteSettings {
@@ -212,6 +237,8 @@ pub struct RouteSettings {
     pub names: Vec<String>,
     /// Application protocols; empty: any.
     pub alpn: Vec<String>,
+    /// Undefined: any, with or without a certificate.
+    pub clients: Option<ClientsSettings>,
     /// Undefined: it is refused.
     pub upstream: Option<String>,
 }
@@ -242,6 +269,8 @@ pub struct ListenerSettings {
     /// IANA names in order of preference; empty: all.
     pub groups: Vec<String>,
     pub tickets: bool,
+    /// Undefined: clients are asked for none.
+    pub client_certificates: Option<ClientCertificateSettings>,
     pub routes: Vec<RouteSettings>,
     /// Where connections go that no route fits; undefined: they are refused.
     pub upstream: Option<String>,
@@ -849,7 +878,8 @@ fn build(
                 .collect::<Result<_>>()?,
             access: access.map(access_plan).unwrap_or_default(),
         };
-        next.tls_configs = plan.listeners.iter().filter_map(|(_, tls_config)| tls_config.clone()).collect();
+        let configs = plan.listeners.iter().filter_map(|(_, tls)| tls.as_ref());
+        next.tls_configs = configs.map(|tls| tls.config.clone()).collect();
         next.upstream_tls = plan.upstreams.iter().filter_map(|(_, tls)| tls.clone()).collect();
         Ok(plan)
     });
@@ -1202,7 +1232,7 @@ fn listener_plan(
     settings: ListenerSettings,
     generation: &Generation,
     shared: &Shared,
-) -> Result<(ListenerPlan, Option<Arc<ServerConfig>>)> {
+) -> Result<(ListenerPlan, Option<ListenerTls>)> {
     let fault = |what: String| invalid(format!("listener {}: {what}", settings.name));
     let front = match settings.front.as_str() {
         "tls" => Front::Tls,
@@ -1210,8 +1240,8 @@ fn listener_plan(
         "passthrough" => Front::Passthrough,
         other => return Err(fault(format!("front: expected tls, plain or passthrough, found {other:?}"))),
     };
-    let tls_config = match front {
-        Front::Tls => Some(server_config(&settings, generation, shared).map_err(fault)?),
+    let tls = match front {
+        Front::Tls => Some(listener_tls(&settings, generation, shared).map_err(fault)?),
         Front::Plain | Front::Passthrough => None,
     };
     let proxy_in = match settings.proxy_in {
@@ -1228,14 +1258,19 @@ fn listener_plan(
             Some(ProxyIn { from, deadline: ms(deadline_ms) })
         }
     };
-    let routes = settings.routes.into_iter().map(|RouteSettings { names, alpn, upstream }| RoutePlan {
-        names,
-        alpn: alpn.into_iter().map(String::into_bytes).collect(),
-        upstream,
-    });
+    let route = |RouteSettings { names, alpn, clients, upstream }| {
+        let clients = clients
+            .as_ref()
+            .map(|clients| clients_of(clients, "routes.clients"))
+            .transpose()
+            .map_err(fault)?;
+        let alpn = alpn.into_iter().map(String::into_bytes).collect();
+        Ok(RoutePlan { names, alpn, clients: clients.unwrap_or_default(), upstream })
+    };
+    let routes = settings.routes.into_iter().map(route).collect::<Result<_>>()?;
     let plan = ListenerPlan {
         front,
-        routes: RoutesPlan { routes: routes.collect(), default: settings.upstream },
+        routes: RoutesPlan { routes, default: settings.upstream },
         handshake_deadline: ms(settings.handshake_deadline_ms),
         idle_deadline: ms(settings.idle_deadline_ms),
         half_closed_deadline: ms(settings.half_closed_deadline_ms),
@@ -1247,15 +1282,15 @@ fn listener_plan(
         sockets: settings.sockets,
         name: settings.name,
     };
-    Ok((plan, tls_config))
+    Ok((plan, tls))
 }
 
 /// The error says what is wrong with the listener.
-fn server_config(
+fn listener_tls(
     settings: &ListenerSettings,
     generation: &Generation,
     shared: &Shared,
-) -> std::result::Result<Arc<ServerConfig>, String> {
+) -> std::result::Result<ListenerTls, String> {
     let mut chosen = Vec::with_capacity(settings.certificates.len());
     for wanted in &settings.certificates {
         let found = generation.certificate(wanted).cloned();
@@ -1269,14 +1304,40 @@ fn server_config(
         "refuse" => UnknownName::Refuse,
         other => return Err(format!("unknownName: expected default or refuse, found {other:?}")),
     };
-    Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.tickets)?
-        .server_config(
-            Arc::new(Certificates::new(&chosen, unknown_name)),
-            &settings.alpn,
-            &shared.ticketer,
-            shared.key_log.clone(),
-        )
-        .map_err(|error| error.to_string())
+    let clients = settings.client_certificates.as_ref().map(client_verifier).transpose()?;
+    let config =
+        Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.tickets)?
+            .server_config(
+                Arc::new(Certificates::new(&chosen, unknown_name)),
+                &settings.alpn,
+                &shared.ticketer,
+                clients.clone(),
+                shared.key_log.clone(),
+            )
+            .map_err(|error| error.to_string())?;
+    Ok(ListenerTls { config, clients })
+}
+
+fn client_verifier(settings: &ClientCertificateSettings) -> std::result::Result<Arc<ClientVerifier>, String> {
+    let of = |what: &str| format!("clientCertificates.{what}");
+    let plan = ClientVerifyPlan {
+        is_required: settings.required,
+        roots: roots_of(&settings.roots, &of("roots"))?,
+        lists: lists_of(&settings.crls, &of("crls"))?,
+        allowed: clients_of(&settings.allow, &of("allow"))?,
+        files: settings.roots.iter().chain(&settings.crls).map(|der| der.to_vec()).collect(),
+    };
+    Ok(ClientVerifier::new(plan, &rustls::crypto::aws_lc_rs::default_provider()))
+}
+
+fn clients_of(settings: &ClientsSettings, place: &str) -> std::result::Result<Clients, String> {
+    Ok(Clients {
+        common_names: settings.common_names.iter().cloned().collect(),
+        dns_names: settings.dns_names.iter().cloned().collect(),
+        uris: settings.uris.clone(),
+        emails: settings.emails.iter().cloned().collect(),
+        spki: pins_of(&settings.spki, &format!("{place}.spki"))?,
+    })
 }
 
 fn access_plan(settings: AccessSettings) -> AccessPlan {
@@ -1394,29 +1455,39 @@ fn upstream_tls(
     }))
 }
 
+fn roots_of(certificates: &[Buffer], place: &str) -> std::result::Result<Roots, String> {
+    let roots = Roots::new(certificates.iter().map(|der| CertificateDer::from(der.to_vec())));
+    if roots.is_empty() {
+        let found = certificates.len();
+        return Err(format!("{place}: expected a usable certificate, found none among {found}"));
+    }
+    Ok(roots)
+}
+
+fn lists_of(lists: &[Buffer], place: &str) -> std::result::Result<RevocationLists, String> {
+    RevocationLists::new(lists.iter().map(|der| &der[..]))
+        .map_err(|error| format!("{place}: expected a list of revoked certificates, found {error}"))
+}
+
+fn pins_of<All: FromIterator<Pin>>(pins: &[Buffer], place: &str) -> std::result::Result<All, String> {
+    let parse = |pin: &Buffer| {
+        Pin::try_from(&pin[..]).map_err(|_| format!("{place}: expected 32 bytes, found {}", pin.len()))
+    };
+    pins.iter().map(parse).collect()
+}
+
 /// What the servers of an upstream have in common: all but name and TLSA records.
 fn verification(
     settings: &VerificationSettings,
     logs: &Arc<TransparencyPolicy>,
     findings: Arc<Findings>,
 ) -> std::result::Result<VerifyPlan, String> {
-    let roots = Roots::new(settings.roots.iter().map(|der| CertificateDer::from(der.to_vec())));
-    if roots.is_empty() {
-        let found = settings.roots.len();
-        return Err(format!("tls.roots: expected a usable certificate, found none among {found}"));
-    }
-    let lists = RevocationLists::new(settings.crls.iter().map(|der| &der[..]))
-        .map_err(|error| format!("tls.crls: expected a list of revoked certificates, found {error}"))?;
-    let pins = settings.pins.iter().map(|pin| {
-        <[u8; 32]>::try_from(&pin[..])
-            .map_err(|_| format!("tls.pins: expected 32 bytes, found {}", pin.len()))
-    });
     Ok(VerifyPlan {
         name: ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into()), // each server has its own
         pkix: mode("tls.verify", &settings.pkix)?,
-        roots: Arc::new(roots),
-        lists: Arc::new(lists),
-        pins: pins.collect::<std::result::Result<_, _>>()?,
+        roots: Arc::new(roots_of(&settings.roots, "tls.roots")?),
+        lists: Arc::new(lists_of(&settings.crls, "tls.crls")?),
+        pins: pins_of(&settings.pins, "tls.pins")?,
         dane: mode("tls.dane", &settings.dane)?,
         tlsa: Arc::default(),
         transparency: mode("tls.transparency", &settings.transparency)?,

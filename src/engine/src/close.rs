@@ -1,7 +1,7 @@
 //! Owns the reasons why a connection ends: one closed list, three words each (side / phase / reason), the same in metric,
 //! log, panel and README. Knows nothing of how a connection is run.
 
-use rustls::{AlertDescription, Error, InvalidMessage, PeerIncompatible};
+use rustls::{AlertDescription, CertificateError, Error, InvalidMessage, PeerIncompatible};
 
 use crate::signing::SignError;
 use crate::stats::Counter;
@@ -53,6 +53,18 @@ close_reasons! {
     ClientHandshakeNoSharedSignatureScheme = "client" / "handshake" / "no_shared_signature_scheme": "The client accepts no signature that the certificates' keys can make.";
     ClientHandshakeNoSharedAlpn = "client" / "handshake" / "no_shared_alpn": "No application protocol in common with `alpn`.";
     ClientHandshakeUnknownName = "client" / "handshake" / "unknown_name": "No certificate for the name the client asked for, and `unknownName: refuse`.";
+
+    ClientHandshakeCertificateRequired = "client" / "handshake" / "certificate_required": "The client showed no certificate, and `clientCertificates.mode` is `require`.";
+    ClientHandshakeCertificateInvalid = "client" / "handshake" / "certificate_invalid": "The client's certificate cannot be understood, or breaks a rule of X.509.";
+    ClientHandshakeCertificateUnknownIssuer = "client" / "handshake" / "certificate_unknown_issuer": "The client's certificate leads to none of `clientCertificates.roots`, or the client does not send its intermediate certificates.";
+    ClientHandshakeCertificateExpired = "client" / "handshake" / "certificate_expired": "The client's certificate, or one of its issuers, has expired, or this host's clock is wrong.";
+    ClientHandshakeCertificateNotYetValid = "client" / "handshake" / "certificate_not_yet_valid": "The client's certificate, or one of its issuers, is not valid yet, or this host's clock is wrong.";
+    ClientHandshakeCertificateWrongPurpose = "client" / "handshake" / "certificate_wrong_purpose": "The client's certificate is not for TLS clients (extended key usage).";
+    ClientHandshakeCertificateBadSignature = "client" / "handshake" / "certificate_bad_signature": "A signature on the client's certificate, or the client's own in the handshake, is wrong.";
+    ClientHandshakeCertificateWeak = "client" / "handshake" / "certificate_weak": "The client's key, or an issuer's, is RSA of less than 2048 bits, or a certificate is signed with an algorithm that is not accepted, such as SHA-1.";
+    ClientHandshakeCertificateRevoked = "client" / "handshake" / "certificate_revoked": "One of `clientCertificates.crls` revokes the client's certificate or an issuer's.";
+    ClientHandshakeCertificateRevocationUnknown = "client" / "handshake" / "certificate_revocation_unknown": "None of `clientCertificates.crls` is of the certificate's issuer, or it is out of date or not signed as it should be.";
+    ClientHandshakeCertificateNotAllowed = "client" / "handshake" / "certificate_not_allowed": "The client's certificate is good, and nothing in it is in `clientCertificates.allow`.";
 
     ClientHandshakeNoRoute = "client" / "handshake" / "no_route": "No route of the listener fits the name and protocol that the client asked for, and it has no default `upstream`.";
 
@@ -138,6 +150,11 @@ impl Close {
     /// The reason for a handshake that rustls ended.
     pub fn from_tls_error(error: &Error) -> Self {
         match error {
+            Error::NoCertificatesPresented => Self::ClientHandshakeCertificateRequired,
+            Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure) => {
+                Self::ClientHandshakeCertificateNotAllowed
+            }
+            Error::InvalidCertificate(_) => Self::from_client_certificate(error),
             Error::AlertReceived(AlertDescription::CloseNotify) => Self::ClientHandshakeClosed,
             Error::AlertReceived(_) => Self::ClientHandshakeAlert,
             Error::NoApplicationProtocol => Self::ClientHandshakeNoSharedAlpn,
@@ -160,6 +177,20 @@ impl Close {
             Error::InvalidMessage(InvalidMessage::InvalidContentType) => Self::ClientHandshakeNotTls,
             Error::InvalidMessage(_) | Error::PeerSentOversizedRecord => Self::ClientHandshakeMalformed,
             _ => Self::ClientHandshakeProtocolError,
+        }
+    }
+
+    fn from_client_certificate(error: &Error) -> Self {
+        match Reason::from_error(error) {
+            Some(Reason::UnknownIssuer | Reason::SelfSigned) => Self::ClientHandshakeCertificateUnknownIssuer,
+            Some(Reason::Expired) => Self::ClientHandshakeCertificateExpired,
+            Some(Reason::NotYetValid) => Self::ClientHandshakeCertificateNotYetValid,
+            Some(Reason::WrongPurpose) => Self::ClientHandshakeCertificateWrongPurpose,
+            Some(Reason::BadSignature) => Self::ClientHandshakeCertificateBadSignature,
+            Some(Reason::WeakKey | Reason::WeakSignature) => Self::ClientHandshakeCertificateWeak,
+            Some(Reason::Revoked) => Self::ClientHandshakeCertificateRevoked,
+            Some(Reason::RevocationUnknown) => Self::ClientHandshakeCertificateRevocationUnknown,
+            _ => Self::ClientHandshakeCertificateInvalid,
         }
     }
 

@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 
 use aws_lc_rs::rand;
+use rustls::pki_types::UnixTime;
 use tokio::time::{Instant, timeout_at};
 
 use crate::access_log::{Facts, Negotiated};
@@ -24,7 +25,7 @@ use crate::handshake::{Established, Leftover, handshake};
 use crate::listener::{Front, Listener, Offer};
 use crate::parties::{Parties, parties};
 use crate::policy::openssl_name;
-use crate::proxy_header::{self, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
+use crate::proxy_header::{self, ClientCertificate, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
 use crate::relay::{End, Meter, RelayDeadlines, Said, relay};
 use crate::routing::{Router, Target};
 use crate::step::write_all;
@@ -32,6 +33,7 @@ use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::upstream::{ConnectError, Connected, Lease, OnBehalf, Upstream};
 use crate::upstream_tls::shake_hands;
+use crate::verify::{ClientVerifier, Identity};
 
 const UNIQUE_ID_BYTES: usize = 16;
 
@@ -72,10 +74,14 @@ async fn run(life: &mut Life, offer: Offer, client: &Stream) -> Close {
 async fn front(life: &mut Life, offer: &Offer, client: &Stream) -> Result<(Option<Tls>, Leftover), Close> {
     let Listener { plan, scratch, .. } = &*life.listener.clone();
     let deadline = life.accepted_at + plan.handshake_deadline;
-    match (plan.front, &offer.tls_config) {
-        (Front::Tls, Some(tls_config)) => {
-            let handshake = handshake(client, tls_config.clone(), deadline, scratch, &mut life.facts);
+    match (plan.front, &offer.tls) {
+        (Front::Tls, Some(listener_tls)) => {
+            let handshake =
+                handshake(client, listener_tls.config.clone(), deadline, scratch, &mut life.facts);
             let Established { tls, leftover } = handshake.await?;
+            if let Some(clients) = &listener_tls.clients {
+                life.facts.identity = identify(clients, &tls)?;
+            }
             life.handshake_done(&tls);
             Ok((Some(tls), leftover))
         }
@@ -91,6 +97,13 @@ async fn front(life: &mut Life, offer: &Offer, client: &Stream) -> Result<(Optio
             Ok((None, Leftover { plaintext: Vec::new(), ended: false }))
         }
     }
+}
+
+/// Who the client is by its certificate. A session that is resumed may be of a client that would not be let in any more: it
+/// hears no alert, for the handshake is done.
+fn identify(clients: &ClientVerifier, tls: &Tls) -> Result<Option<Box<Identity>>, Close> {
+    let identified = clients.identify(tls.peer_certificates(), tls.is_resumed(), UnixTime::now());
+    identified.map(|identity| identity.map(Box::new)).map_err(|error| Close::from_tls_error(&error))
 }
 
 /// A server that is ready for the relay, and what both sides have said already.
@@ -186,7 +199,11 @@ fn write_proxy_header(
             cipher: cipher.as_deref(),
             signature_algorithm: None,
             key_algorithm: None,
-            client_certificate: None,
+            client_certificate: life.facts.identity.as_ref().map(|identity| ClientCertificate {
+                common_name: identity.common_name.as_deref(),
+                verified: true,
+                resumed: tls.is_resumed(),
+            }),
         }),
         unique_id,
     };
@@ -252,7 +269,8 @@ impl Life {
 
     fn route(&mut self, router: &Router, client_tls: Option<&Tls>) -> Option<Target> {
         let alpn = client_tls.map_or(self.facts.offered_alpn.as_deref(), Tls::alpn);
-        let target = router.route(self.facts.server_name.as_deref(), alpn)?.clone();
+        let client = self.facts.identity.as_deref();
+        let target = router.route(self.facts.server_name.as_deref(), alpn, client)?.clone();
         self.facts.upstream = Some(target.upstream.plan().name.as_str().into());
         Some(target)
     }

@@ -12,7 +12,6 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
@@ -20,7 +19,8 @@ use tokio::task::{AbortHandle, LocalSet, spawn_local};
 use crate::access_log::{AccessCounts, AccessLog, AccessPlan};
 use crate::close::CloseCounters;
 use crate::listener::{
-    CurrentOffer, Listener, ListenerPlan, ListenerStats, Offer, accept_from, accept_waiting, socket_of,
+    CurrentOffer, Listener, ListenerPlan, ListenerStats, ListenerTls, Offer, accept_from, accept_waiting,
+    socket_of,
 };
 use crate::log::Log;
 use crate::policy::NegotiatedCounters;
@@ -38,7 +38,7 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 /// What a configuration is to this thread.
 pub struct IoPlan {
     /// With TLS where it ends here.
-    pub listeners: Vec<(ListenerPlan, Option<Arc<ServerConfig>>)>,
+    pub listeners: Vec<(ListenerPlan, Option<ListenerTls>)>,
     /// With TLS where it is spoken to them.
     pub upstreams: Vec<(UpstreamPlan, Option<Arc<UpstreamTls>>)>,
     pub access: AccessPlan,
@@ -360,10 +360,10 @@ impl Io {
         }
     }
 
-    fn replace_listeners(&mut self, plans: Vec<(ListenerPlan, Option<Arc<ServerConfig>>)>) {
+    fn replace_listeners(&mut self, plans: Vec<(ListenerPlan, Option<ListenerTls>)>) {
         self.departed.retain(|_, stats| stats.connections_open.get() > 0);
         let mut former = std::mem::take(&mut self.listeners);
-        for (plan, tls_config) in plans {
+        for (plan, tls) in plans {
             let name = plan.name.clone();
             let known = former.remove(&name);
             let stats = match &known {
@@ -383,7 +383,7 @@ impl Io {
                 negotiated: self.negotiated.clone(),
                 access_log: self.access_log.clone(),
             });
-            let offer = Offer { listener, tls_config, router };
+            let offer = Offer { listener, tls, router };
             let current = match known {
                 Some(current) => {
                     current.replace(offer);
@@ -483,9 +483,9 @@ mod tests {
             health: None,
             passive: PassivePlan { failures_max: 0, ejection: SHORT },
         };
-        let (tls_config, client) = configured("1.3", "X25519");
+        let (config, client) = configured("1.3", "X25519");
         let access = AccessPlan::default();
-        let listeners = vec![(listener, Some(tls_config))];
+        let listeners = vec![(listener, Some(ListenerTls { config, clients: None }))];
         (IoPlan { listeners, upstreams: vec![(upstream, None)], access }, client)
     }
 
@@ -621,7 +621,7 @@ mod tests {
         let servers = vec![ServerAddress::Tcp(server.local_addr().expect("bound"))];
         let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256, false).expect("a port");
         let (first, mut client) = plan("https", 10, servers.clone());
-        let former = Arc::downgrade(first.listeners[0].1.as_ref().expect("TLS"));
+        let former = Arc::downgrade(&first.listeners[0].1.as_ref().expect("TLS").config);
         let mut io = IoThread::start(first, unread()).expect("a thread");
         io.accept("https".into(), fd);
         let mut wire = TcpStream::connect(address).expect("queued");

@@ -24,6 +24,7 @@ use crate::relay::{RelayBytes, Scratch};
 use crate::routing::{Router, RoutesPlan};
 use crate::stats::{Counter, Gauge, Histogram};
 use crate::stream::Stream;
+use crate::verify::ClientVerifier;
 
 /// How long accepting rests when the process or the host is out of file descriptors or memory.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
@@ -72,13 +73,21 @@ pub struct Listener {
     pub access_log: Rc<AccessLog>,
 }
 
+/// How TLS ends at a listener.
+#[derive(Clone)]
+pub struct ListenerTls {
+    pub config: Arc<ServerConfig>,
+    /// The same that `config` has; None: clients are asked for no certificate.
+    pub clients: Option<Arc<ClientVerifier>>,
+}
+
 /// What a listener offers to those who come now. TLS configurations, with their certificates, are given to handshakes and to
 /// nothing that lives longer: connections stay for days, and must not keep a former configuration in memory.
 #[derive(Clone)]
 pub struct Offer {
     pub listener: Rc<Listener>,
     /// Where TLS ends here.
-    pub tls_config: Option<Arc<ServerConfig>>,
+    pub tls: Option<ListenerTls>,
     pub router: Rc<Router>,
 }
 

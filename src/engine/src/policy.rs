@@ -13,6 +13,7 @@ use crate::certificates::Certificate;
 use crate::key_log::KeyLog;
 use crate::stats::Counter;
 use crate::tickets::Ticketer;
+use crate::verify::ClientVerifier;
 
 /// One ticket for each full handshake: a second one costs an encryption and 200 bytes, and few clients use it.
 const TICKETS_PER_HANDSHAKE: usize = 1;
@@ -58,6 +59,7 @@ impl Policy {
         certificates: Arc<dyn ResolvesServerCert>,
         alpn: &[String],
         ticketer: &Ticketer,
+        clients: Option<Arc<ClientVerifier>>,
         key_log: Option<Arc<KeyLog>>,
     ) -> Result<Arc<ServerConfig>, rustls::Error> {
         let provider = CryptoProvider {
@@ -65,10 +67,13 @@ impl Policy {
             kx_groups: self.groups.clone(),
             ..aws_lc_rs::default_provider()
         };
-        let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
-            .with_protocol_versions(&self.versions)?
-            .with_no_client_auth()
-            .with_cert_resolver(certificates);
+        let builder =
+            ServerConfig::builder_with_provider(Arc::new(provider)).with_protocol_versions(&self.versions)?;
+        let builder = match clients {
+            Some(verifier) => builder.with_client_cert_verifier(verifier),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_cert_resolver(certificates);
         config.alpn_protocols = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         // Resumption is by tickets alone: a session cache in one worker is of no use to the others.
         config.session_storage = Arc::new(NoServerSessionStorage {});

@@ -1,11 +1,12 @@
-//! Owns the choice of an upstream for a connection: by the name it asked for and the protocol it will speak, the first route
-//! that fits, else the default. Must not know how either was learnt, nor how upstreams are connected to. I/O thread only.
+//! Owns the choice of an upstream for a connection: by the name it asked for, the protocol it will speak and who the client is,
+//! the first route that fits, else the default. Must not know how those were learnt, nor how upstreams are connected to. I/O thread only.
 
 use std::rc::Rc;
 use std::sync::Arc;
 
 use crate::upstream::Upstream;
 use crate::upstream_tls::UpstreamTls;
+use crate::verify::{Clients, Identity};
 
 /// As configured: upstreams by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -15,12 +16,14 @@ pub struct RoutesPlan {
     pub default: Option<String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RoutePlan {
     /// DNS names in lower case, wildcards as `*.example.org` (one label). Empty: any name, or none.
     pub names: Vec<String>,
     /// Empty: any protocol, or none.
     pub alpn: Vec<Vec<u8>>,
+    /// Nobody named: any client, known or not.
+    pub clients: Clients,
     /// None: refused.
     pub upstream: Option<String>,
 }
@@ -55,9 +58,14 @@ impl Router {
         }
     }
 
-    /// `name` in lower case. None: nobody is to serve this.
-    pub fn route(&self, name: Option<&str>, alpn: Option<&[u8]>) -> Option<&Target> {
-        match self.routes.iter().find(|(route, _)| route.fits(name, alpn)) {
+    /// `name` in lower case; `client` as its verified certificate calls it. None: nobody is to serve this.
+    pub fn route(
+        &self,
+        name: Option<&str>,
+        alpn: Option<&[u8]>,
+        client: Option<&Identity>,
+    ) -> Option<&Target> {
+        match self.routes.iter().find(|(route, _)| route.fits(name, alpn, client)) {
             Some((_, target)) => target.as_ref(),
             None => self.default.as_ref(),
         }
@@ -65,7 +73,7 @@ impl Router {
 }
 
 impl RoutePlan {
-    fn fits(&self, name: Option<&str>, alpn: Option<&[u8]>) -> bool {
+    fn fits(&self, name: Option<&str>, alpn: Option<&[u8]>, client: Option<&Identity>) -> bool {
         let name_fits = self.names.is_empty()
             || name.is_some_and(|name| {
                 let parent = name.split_once('.').map(|(_, parent)| parent);
@@ -75,7 +83,9 @@ impl RoutePlan {
             });
         let alpn_fits =
             self.alpn.is_empty() || alpn.is_some_and(|alpn| self.alpn.iter().any(|own| own == alpn));
-        name_fits && alpn_fits
+        let client_fits =
+            self.clients.is_empty() || client.is_some_and(|client| self.clients.include(client));
+        name_fits && alpn_fits && client_fits
     }
 }
 
@@ -87,9 +97,9 @@ mod tests {
         let route = RoutePlan {
             names: names.iter().map(|name| (*name).to_owned()).collect(),
             alpn: alpn.iter().map(|alpn| alpn.as_bytes().to_vec()).collect(),
-            upstream: None,
+            ..RoutePlan::default()
         };
-        route.fits(name, spoken.map(str::as_bytes))
+        route.fits(name, spoken.map(str::as_bytes), None)
     }
 
     #[test]
@@ -114,5 +124,14 @@ mod tests {
         assert!(!fits(&["a.test"], &["h2"], Some("a.test"), Some("http/1.1")));
         assert!(!fits(&["a.test"], &["h2"], Some("a.test"), None));
         assert!(!fits(&["a.test"], &["h2"], Some("b.test"), Some("h2")));
+    }
+    #[test]
+    fn a_route_for_some_clients_is_not_for_the_others_nor_for_the_unknown() {
+        let clients = Clients { emails: ["a@b.test".to_owned()].into(), ..Clients::default() };
+        let route = RoutePlan { clients, ..RoutePlan::default() };
+        let known = Identity { emails: vec!["a@b.test".into()], ..Identity::default() };
+        assert!(route.fits(None, None, Some(&known)));
+        assert!(!route.fits(None, None, Some(&Identity::default())));
+        assert!(!route.fits(None, None, None));
     }
 }

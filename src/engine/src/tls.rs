@@ -4,7 +4,7 @@
 
 use rustls::client::UnbufferedClientConnection;
 use rustls::crypto::SupportedKxGroup;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, EncryptError};
 use rustls::{ClientConfig, Error, ServerConfig};
@@ -223,6 +223,11 @@ impl Tls {
         if self.is_tls13() { "TLSv1.3" } else { "TLSv1.2" }
     }
 
+    /// What the peer has shown in this connection, or, when the session is resumed, in an earlier one of it; leaf first.
+    pub fn peer_certificates(&self) -> Option<&[CertificateDer<'static>]> {
+        either!(&self.state, connection => connection.peer_certificates())
+    }
+
     pub fn alpn(&self) -> Option<&[u8]> {
         either!(&self.state, connection => connection.alpn_protocol())
     }
@@ -252,8 +257,8 @@ pub(crate) mod tests {
     use proptest::prelude::*;
     use rustls::RootCertStore;
     use rustls::client::ClientConnection;
+    use rustls::pki_types::PrivateKeyDer;
     use rustls::pki_types::pem::PemObject;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
     use rustls::server::ResolvesServerCertUsingSni;
     use rustls::sign::CertifiedKey;
     use std::sync::OnceLock;
@@ -291,7 +296,7 @@ pub(crate) mod tests {
         let policy =
             Policy::parse(&[version.to_owned()], &[], &[group.to_owned()], true).expect("known names");
         let config = policy
-            .server_config(Arc::new(resolver), &[], &Ticketer::new(Duration::from_secs(60)), None)
+            .server_config(Arc::new(resolver), &[], &Ticketer::new(Duration::from_secs(60)), None, None)
             .expect("a server configuration");
         let mut roots = RootCertStore::empty();
         roots.add(certificate.clone()).expect("a trust anchor");

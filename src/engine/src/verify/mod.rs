@@ -1,5 +1,5 @@
-//! Owns the verification of an upstream server's certificate: which checks there are, in which order, and what a mode makes of
-//! their results. Knows nothing of connections, of files, or of how DNS is asked. Called by rustls in a handshake on the I/O
+//! Owns the verification of an upstream server's certificate (a client's: client.rs): which checks there are, in which order,
+//! and what a mode makes of their results. Knows nothing of connections, of files, or of how DNS is asked. Called by rustls in a handshake on the I/O
 //! thread, where it waits for nobody; answers from DNS are set by the JavaScript thread.
 //!
 //! ```text
@@ -13,6 +13,7 @@
 //! A check that is enforced and fails ends the handshake; one that is reported counts in `Findings`. The server's own signature
 //! in the handshake is always verified: without that a certificate says nothing.
 
+mod client;
 mod dane;
 mod der;
 mod pins;
@@ -33,13 +34,15 @@ use rustls::crypto::{
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, Error, SignatureScheme};
 
+pub use client::{ClientVerifier, ClientVerifyPlan, Clients};
 pub use dane::{Answer, Standing, Tlsa};
 pub use pins::Pin;
 pub use pkix::{RevocationLists, Roots};
 pub use reason::{Check, Findings, Reason};
 pub use transparency::{Log, Policy};
+pub use x509::Identity;
 
-use pkix::{Chain, Presented};
+use pkix::{Chain, Peer, Presented};
 use x509::Certificate;
 
 /// What becomes of a check's failure.
@@ -95,7 +98,7 @@ impl ServerVerifier {
             // Nothing can be said about it, and its key cannot be used: no mode lets it pass.
             parsed: Certificate::parse(leaf).map_err(|_| Reason::Invalid)?,
             intermediates,
-            name: &plan.name,
+            peer: Peer::Server(&plan.name),
             now,
             algorithms: self.algorithms,
         };

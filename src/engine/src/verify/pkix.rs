@@ -1,4 +1,4 @@
-//! Owns the way from a server's certificate to a trust anchor (RFC 5280, RFC 9525), as webpki finds it, and what it is called
+//! Owns the way from a peer's certificate to a trust anchor (RFC 5280, RFC 9525), as webpki finds it, and what it is called
 //! when there is none. Knows nothing of modes, pins, DNS or logs.
 
 use std::collections::HashMap;
@@ -46,6 +46,11 @@ impl Roots {
         self.anchors.is_empty()
     }
 
+    /// Contents of the subjects' Names, which tell clients whose certificates are wanted.
+    pub fn subjects(&self) -> impl Iterator<Item = &[u8]> {
+        self.anchors.iter().map(|anchor| anchor.subject.as_ref())
+    }
+
     fn certificate_of(&self, anchor: &TrustAnchor<'_>) -> Option<&CertificateDer<'static>> {
         self.certificates.get(&key_of(anchor))
     }
@@ -87,20 +92,27 @@ pub struct Issuer {
     pub spki: Vec<u8>,
 }
 
+/// Who shows the certificate, and so what it must be for (RFC 5280 4.2.1.12).
+#[derive(Debug, Clone, Copy)]
+pub enum Peer<'a> {
+    Client,
+    Server(&'a ServerName<'static>),
+}
+
 /// What every verification of a way is about.
 pub struct Presented<'a> {
     pub leaf: &'a CertificateDer<'a>,
     /// The same, as far as x509.rs reads it.
     pub parsed: Certificate<'a>,
-    /// The others that the server sent, in its order.
+    /// The others that the peer sent, in its order.
     pub intermediates: &'a [CertificateDer<'a>],
-    pub name: &'a ServerName<'static>,
+    pub peer: Peer<'a>,
     pub now: UnixTime,
     pub algorithms: WebPkiSupportedAlgorithms,
 }
 
-/// From the leaf to one of `roots`; valid now, for a server of this name, not revoked, with keys and signatures that are
-/// strong enough.
+/// From the leaf to one of `roots`; valid now, for such a peer, a server's for its name, not revoked, with keys and signatures
+/// that are strong enough.
 ///
 /// # Errors
 /// Why there is no such way.
@@ -132,7 +144,10 @@ pub fn way_to(
             anchors,
             presented.intermediates,
             presented.now,
-            KeyUsage::server_auth(),
+            match presented.peer {
+                Peer::Client => KeyUsage::client_auth(),
+                Peer::Server(_) => KeyUsage::server_auth(),
+            },
             revocation,
             None,
         )
@@ -157,13 +172,14 @@ pub fn way_to(
     Ok(Chain { issuers: intermediates.chain([anchor]).collect() })
 }
 
-/// RFC 9525 6: the names in subjectAltName, and no others.
+/// RFC 9525 6: the names in subjectAltName, and no others. What a client is called is for whoever lets it in.
 ///
 /// # Errors
 /// None of them is the server's.
 pub fn verify_name(presented: &Presented<'_>) -> Result<(), Reason> {
+    let Peer::Server(name) = presented.peer else { return Ok(()) };
     EndEntityCert::try_from(presented.leaf)
-        .and_then(|leaf| leaf.verify_is_valid_for_subject_name(presented.name))
+        .and_then(|leaf| leaf.verify_is_valid_for_subject_name(name))
         .map_err(|error| reason_of(&error, presented))
 }
 

@@ -1,5 +1,7 @@
-//! Owns what is read out of a certificate beside what webpki does: its key, its end, whether it is self-issued, its SCTs
-//! and what was signed by the logs (RFC 5280 4.1, RFC 6962 3.2). Judges nothing. Pure; every input is hostile.
+//! Owns what is read out of a certificate beside what webpki does: its key, its end, whether it is self-issued, what its holder
+//! is called, its SCTs and what was signed by the logs (RFC 5280 4.1, RFC 6962 3.2). Judges nothing. Pure; every input is hostile.
+
+use aws_lc_rs::digest::{SHA256, digest};
 
 use super::der::{self, Malformed, Reader, Value, constructed};
 
@@ -7,6 +9,38 @@ use super::der::{self, Malformed, Reader, Value, constructed};
 const RSA_ENCRYPTION: &[u8] = &[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x01];
 /// 1.3.6.1.4.1.11129.2.4.2 (RFC 6962 3.3)
 const SCT_LIST: &[u8] = &[0x2b, 0x06, 0x01, 0x04, 0x01, 0xd6, 0x79, 0x02, 0x04, 0x02];
+
+/// 2.5.4.3
+const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
+/// 2.5.29.17
+const SUBJECT_ALT_NAME: &[u8] = &[0x55, 0x1d, 0x11];
+/// RFC 5280 4.2.1.6: choices of GeneralName, all of them IA5String.
+const EMAIL: u8 = 0x81;
+const DNS_NAME: u8 = 0x82;
+const URI: u8 = 0x86;
+
+/// What the holder of a certificate is called. Text is as it stands in the certificate: hostile until somebody has verified that.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The most specific of the subject.
+    pub common_name: Option<String>,
+    /// Lower case.
+    pub dns_names: Vec<String>,
+    pub uris: Vec<String>,
+    pub emails: Vec<String>,
+    /// SHA-256 of the SubjectPublicKeyInfo.
+    pub spki: [u8; 32],
+    /// SHA-256 of the whole certificate.
+    pub fingerprint: [u8; 32],
+}
+
+impl Identity {
+    /// What a person would call the client: a workload by its URI, others by their common name or what else there is.
+    pub fn name(&self) -> Option<&str> {
+        let others = self.dns_names.iter().chain(&self.emails);
+        self.uris.iter().chain(&self.common_name).chain(others).map(String::as_str).next()
+    }
+}
 
 /// The parts of a certificate, where they stand in it.
 #[derive(Debug, Clone, Copy)]
@@ -99,6 +133,53 @@ impl<'a> Certificate<'a> {
         Ok(found)
     }
 
+    /// # Errors
+    /// A name in it is malformed, or is not text: half of an identity must not be taken for the whole.
+    pub fn identity(&self) -> Result<Identity, Malformed> {
+        let mut identity =
+            Identity { spki: sha256(self.spki), fingerprint: sha256(self.der), ..Identity::default() };
+        // RFC 5280 4.1.2.4: sets of attributes, the most specific last.
+        let mut sets = der::only(self.subject, der::SEQUENCE)?.inside();
+        while !sets.is_empty() {
+            let mut attributes = sets.expect(der::SET)?.inside();
+            while !attributes.is_empty() {
+                let mut attribute = attributes.expect(der::SEQUENCE)?.inside();
+                let kind = attribute.expect(der::OBJECT_IDENTIFIER)?;
+                let value = attribute.any()?;
+                attribute.end()?;
+                if kind.content == COMMON_NAME {
+                    identity.common_name = Some(text(value)?);
+                }
+            }
+        }
+        let mut extensions = Reader::new(self.extensions);
+        let mut is_named = false;
+        while !extensions.is_empty() {
+            let mut parts = extensions.expect(der::SEQUENCE)?.inside();
+            if parts.expect(der::OBJECT_IDENTIFIER)?.content != SUBJECT_ALT_NAME {
+                continue;
+            }
+            // RFC 5280 4.2: each extension once.
+            if std::mem::replace(&mut is_named, true) {
+                return Err(Malformed);
+            }
+            parts.optional(0x01)?; // critical
+            let names = parts.expect(der::OCTET_STRING)?.content;
+            parts.end()?;
+            let mut names = der::only(names, der::SEQUENCE)?.inside();
+            while !names.is_empty() {
+                let name = names.any()?;
+                match name.tag {
+                    DNS_NAME => identity.dns_names.push(ascii(name.content)?.to_ascii_lowercase()),
+                    URI => identity.uris.push(ascii(name.content)?),
+                    EMAIL => identity.emails.push(ascii(name.content)?),
+                    _ => {}
+                }
+            }
+        }
+        Ok(identity)
+    }
+
     fn tbs_with(&self, extensions: &[&[u8]]) -> Vec<u8> {
         let list = der::encode(der::SEQUENCE, extensions);
         let tagged = der::encode(constructed(3), &[&list]);
@@ -122,6 +203,33 @@ pub fn rsa_bits(spki: &[u8]) -> Result<Option<usize>, Malformed> {
     let significant = &modulus[modulus.iter().take_while(|byte| **byte == 0).count()..];
     let leading = significant.first().map_or(0, |byte| byte.leading_zeros() as usize);
     Ok(Some(significant.len() * 8 - leading))
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest(&SHA256, bytes).as_ref());
+    hash
+}
+
+/// RFC 5280 4.1.2.4: DirectoryString. Forms that nobody has issued for twenty years are left out.
+fn text(value: Value<'_>) -> Result<String, Malformed> {
+    match value.tag {
+        der::UTF8_STRING => plain(std::str::from_utf8(value.content).map_err(|_| Malformed)?),
+        der::PRINTABLE_STRING | der::IA5_STRING => ascii(value.content),
+        _ => Err(Malformed),
+    }
+}
+
+fn ascii(bytes: &[u8]) -> Result<String, Malformed> {
+    if !bytes.is_ascii() {
+        return Err(Malformed);
+    }
+    plain(std::str::from_utf8(bytes).map_err(|_| Malformed)?)
+}
+
+/// A name with a NUL or a line feed in it is meant to be read as another one somewhere.
+fn plain(text: &str) -> Result<String, Malformed> {
+    if text.is_empty() || text.chars().any(char::is_control) { Err(Malformed) } else { Ok(text.to_owned()) }
 }
 
 /// What `reader` has read of `all`.
@@ -170,6 +278,8 @@ fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
 mod tests {
     use super::*;
     use crate::verify::tests::world::World;
+    use rcgen::string::Ia5String;
+    use rcgen::{CertificateParams, CustomExtension, DnType, SanType};
 
     fn at(tag: u8, text: &str) -> Result<i64, Malformed> {
         let encoded = der::encode(tag, &[text.as_bytes()]);
@@ -211,5 +321,57 @@ mod tests {
         let mut leaf = World::new().leaf();
         leaf.push(0);
         assert!(Certificate::parse(&leaf).is_err());
+    }
+    fn identity_of(change: impl FnOnce(&mut CertificateParams)) -> Result<Identity, Malformed> {
+        let leaf = World::new().issue(change);
+        Certificate::parse(&leaf).expect("a certificate").identity()
+    }
+
+    fn ia5(text: &str) -> Ia5String {
+        Ia5String::try_from(text).expect("ASCII")
+    }
+
+    #[test]
+    fn an_identity_has_every_kind_of_name() {
+        let identity = identity_of(|params| {
+            params.distinguished_name.push(DnType::OrganizationName, "An Organisation");
+            params.distinguished_name.push(DnType::CommonName, "Bücher");
+            params.subject_alt_names = vec![
+                SanType::DnsName(ia5("A.Clients.Test")),
+                SanType::URI(ia5("spiffe://example.org/a")),
+                SanType::URI(ia5("spiffe://example.org/b")),
+                SanType::Rfc822Name(ia5("a@example.org")),
+                SanType::IpAddress([127, 0, 0, 1].into()),
+            ];
+        })
+        .expect("an identity");
+        assert_eq!(identity.common_name.as_deref(), Some("Bücher"));
+        assert_eq!(identity.dns_names, ["a.clients.test"]);
+        assert_eq!(identity.uris, ["spiffe://example.org/a", "spiffe://example.org/b"]);
+        assert_eq!(identity.emails, ["a@example.org"]);
+        assert_eq!(identity.name(), Some("spiffe://example.org/a"));
+    }
+
+    #[test]
+    fn a_name_that_could_be_read_as_another_is_no_identity() {
+        for text in ["admin\0.evil.test", "admin\n", ""] {
+            assert_eq!(
+                identity_of(|params| params.subject_alt_names = vec![SanType::URI(ia5(text))]),
+                Err(Malformed)
+            );
+        }
+        let forged = |params: &mut CertificateParams| {
+            params.distinguished_name.push(DnType::CommonName, "admin\0.evil");
+        };
+        assert_eq!(identity_of(forged), Err(Malformed));
+    }
+
+    #[test]
+    fn two_extensions_with_names_are_malformed() {
+        let again = der::encode(der::SEQUENCE, &[&der::encode(URI, &[b"spiffe://example.org/admin"])]);
+        let twice = |params: &mut CertificateParams| {
+            params.custom_extensions = vec![CustomExtension::from_oid_content(&[2, 5, 29, 17], again)];
+        };
+        assert_eq!(identity_of(twice), Err(Malformed));
     }
 }
