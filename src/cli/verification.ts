@@ -1,10 +1,10 @@
 /**
- * Owns: what upstream servers' certificates would be verified with right now: files that can be read, TLSA records that there are.
+ * Owns: what certificates of servers and clients would be verified with right now: files that can be read, TLSA records that there are.
  * Must not know: how the engine verifies.
  * Runs: on the main thread of a command.
  */
 import { isIP } from 'node:net';
-import type { Config, UpstreamTlsConfig } from '../config/config.ts';
+import type { ClientCertificatesConfig, Config, UpstreamTlsConfig } from '../config/config.ts';
 import { ConfigError } from '../errors.ts';
 import type { Finding } from '../pkcs11/plan.ts';
 import { lookUpTlsa } from '../worker/dns.ts';
@@ -14,7 +14,7 @@ import { pemOf, readRoots } from '../worker/roots.ts';
 import { describeRecords } from '../worker/tlsa-watch.ts';
 import { readTransparencyLogs } from '../worker/transparency-logs.ts';
 
-type Examined = Pick<Config, 'file' | 'upstreams' | 'dns' | 'transparency'>;
+type Examined = Pick<Config, 'file' | 'upstreams' | 'listeners' | 'policies' | 'dns' | 'transparency'>;
 
 /** Waits some seconds at most for each server whose TLSA records are asked for. */
 export async function examineVerification(config: Examined): Promise<Finding[]> {
@@ -32,6 +32,11 @@ export async function examineVerification(config: Examined): Promise<Finding[]> 
     tls === undefined ? [] : [{ subject: `upstream ${name}`, servers, tls }],
   );
   for (const { subject, tls } of upstreams) attempt(subject, () => examineFiles(subject, tls, config.file));
+  for (const { name, policy, clientCertificates } of Object.values(config.listeners)) {
+    const wanted = clientCertificates ?? config.policies[policy]?.clientCertificates;
+    const subject = `listener ${name}`;
+    if (wanted !== undefined) attempt(subject, () => [examineClients(subject, wanted, config.file)]);
+  }
   const { dns, transparency } = config;
   if (transparency !== undefined && upstreams.some(({ tls }) => tls.transparency !== 'off'))
     attempt('transparency', () => {
@@ -71,6 +76,20 @@ function examineFiles(subject: string, tls: UpstreamTlsConfig, file: string): Fi
   return [
     { severity: 'warning', subject, message: `${message}; any server is accepted, because tls.verify is report` },
   ];
+}
+
+function examineClients(
+  subject: string,
+  { mode, roots, crls, allow }: ClientCertificatesConfig,
+  file: string,
+): Finding {
+  const parts = [`${readRoots(roots, file, 'clientCertificates.roots').length} trusted roots`];
+  const lists = readRevocationLists(crls, 'clientCertificates.crls');
+  if (lists.length > 0) parts.push(`${lists.length} revocation lists`);
+  const named = allow === undefined ? undefined : Object.values(allow).flat().length;
+  parts.push(named === undefined ? 'all that they vouch for' : `${named} names that are let in`);
+  const asked = mode === 'require' ? 'required' : 'asked for';
+  return { severity: 'ok', subject, message: `certificates of clients are ${asked}: ${parts.join(', ')}` };
 }
 
 async function examineTlsa(

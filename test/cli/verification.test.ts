@@ -57,6 +57,43 @@ describe('keygate check of what verifies servers', { timeout: 60_000 }, () => {
     ]);
   });
 
+  it('says of each listener what certificates of clients must be', async () => {
+    const clientCertificates = { roots: 'roots.pem', crls: ['revoked.pem'] };
+    const config = parseConfig(
+      JSON.stringify({
+        tokens: { hsm: { module: '/m.so', uri: 'pkcs11:token=t', pin: { file: 'pin' } } },
+        certificates: { www: { chain: 'www.pem', key: 'pkcs11:object=www' } },
+        policies: { mutual: { clientCertificates: { ...clientCertificates, mode: 'request' } } },
+        upstreams: { web: { servers: ['127.0.0.1:1'] } },
+        listeners: {
+          byPolicy: { bind: ['127.0.0.1:0'], certificates: ['www'], policy: 'mutual', upstream: 'web' },
+          own: {
+            bind: ['127.0.0.1:0'],
+            certificates: ['www'],
+            clientCertificates: { ...clientCertificates, allow: { commonNames: ['a', 'b'] } },
+            upstream: 'web',
+          },
+          gone: {
+            bind: ['127.0.0.1:0'],
+            certificates: ['www'],
+            clientCertificates: { roots: 'gone.pem' },
+            upstream: 'web',
+          },
+        },
+      }),
+      join(directory, 'keygate.yaml'),
+    );
+    const found = await examineVerification(config);
+    const [byPolicy, own, gone] = found.map(({ severity, subject, message }) => `${severity} ${subject}: ${message}`);
+    const files = '1 trusted roots, 1 revocation lists';
+    assert.equal(
+      byPolicy,
+      `ok listener byPolicy: certificates of clients are asked for: ${files}, all that they vouch for`,
+    );
+    assert.equal(own, `ok listener own: certificates of clients are required: ${files}, 2 names that are let in`);
+    assert.match(gone ?? '', /^error listener gone: .*gone\.pem.*clientCertificates\.roots.*ENOENT/);
+  });
+
   it('warns where any server would be accepted, or none', async () => {
     const [trust] = await findings({ verify: 'report' });
     assert.match(trust ?? '', /^warning .*any server is accepted, because tls\.verify is report$/);

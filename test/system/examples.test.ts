@@ -20,14 +20,19 @@ import type { KeygateDocument } from '../support/keygate.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
 import { tlsClient } from '../support/tls-client.ts';
+import type { TlsOptions } from '../support/tls-client.ts';
 import { tcpUpstream } from '../support/upstream.ts';
 import type { Upstream } from '../support/upstream.ts';
 
+/** ExtendedKeyUsage, RFC 5280 4.2.1.12. */
+const clientAuth = '1.3.6.1.5.5.7.3.2';
 const directory = join(import.meta.dirname, '../../native-config/examples');
 const documentation = readFileSync(join(import.meta.dirname, '../../docs/modes.md'), 'utf8');
 
 /** For each example what a client asks for, and which upstream must answer. */
-const expected: Readonly<Record<string, readonly { name?: string; alpn?: string[]; answer: string }[]>> = {
+const expected: Readonly<
+  Record<string, readonly { name?: string; alpn?: string[]; client?: string; answer: string }[]>
+> = {
   'offload.yaml': [
     { name: 'www.example.org', alpn: ['http/1.1'], answer: 'web' },
     { name: 'api.example.org', alpn: ['h2'], answer: 'api' },
@@ -37,6 +42,10 @@ const expected: Readonly<Record<string, readonly { name?: string; alpn?: string[
   ],
   'encrypt.yaml': [{ answer: 'service' }],
   'bridge.yaml': [{ name: 'www.example.org', alpn: ['http/1.1'], answer: 'web' }],
+  'client-certificates.yaml': [
+    { client: 'spiffe://example.org/ns/prod/sa/billing', answer: 'billing' },
+    { client: 'spiffe://example.org/ns/prod/sa/shipping', answer: 'web' },
+  ],
   'passthrough.yaml': [
     { name: 'www.example.org', answer: 'web' },
     { name: 'a.mail.example.org', answer: 'mail' },
@@ -49,12 +58,22 @@ describe('the examples', { timeout: 100_000 }, () => {
   let plain: (name: string) => Promise<Upstream>;
   let secure: (name: string) => Promise<string>;
   let roots: string;
+  let revoked: string;
+  let clientOf: (uri: string) => Promise<Pick<TlsOptions, 'cert' | 'key'>>;
 
   before(async () => {
     token = fixtures.use(await provisionedToken({ www: { kind: 'p256' }, client: { kind: 'p256' } }));
     const authority = await createAuthority();
     roots = join(token.directory, 'roots.pem');
     writeFileSync(roots, authority.rootPem);
+    revoked = join(token.directory, 'revoked.pem');
+    writeFileSync(revoked, await authority.revoke());
+    clientOf = async (uri) => {
+      const { publicKey, privateKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' });
+      const leaf = await authority.issue(publicKey, { uris: [uri], purpose: clientAuth });
+      const key = privateKey.export({ type: 'pkcs8', format: 'pem' });
+      return { cert: `${leaf}\n${authority.intermediatePem}`, key };
+    };
     plain = async (name) => fixtures.use(await tcpUpstream((socket) => answer(socket, name)));
     secure = async (name) => {
       const { publicKey, privateKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' });
@@ -91,11 +110,17 @@ describe('the examples', { timeout: 100_000 }, () => {
       parseConfig(text, join(directory, file));
       const keygate = await startKeygate(token, await onThisMachine(parse(text) as KeygateDocument));
       try {
-        for (const { name: servername = '', alpn: ALPNProtocols = [], answer: wanted } of asked) {
+        for (const { name: servername = '', alpn: ALPNProtocols = [], client: uri, answer: wanted } of asked) {
+          const own = uri === undefined ? {} : await clientOf(uri);
           const client =
             file === 'encrypt.yaml'
               ? await plainClient(keygate.port('local'))
-              : await tlsClient({ port: keygate.port(Object.keys(keygate.addresses)[0]), servername, ALPNProtocols });
+              : await tlsClient({
+                  port: keygate.port(Object.keys(keygate.addresses)[0]),
+                  servername,
+                  ALPNProtocols,
+                  ...own,
+                });
           let said = '';
           for await (const chunk of client) said += String(chunk);
           assert.equal(said, wanted, `${servername} ${ALPNProtocols.join(' ')}`);
@@ -118,9 +143,17 @@ describe('the examples', { timeout: 100_000 }, () => {
       // The servers of this test do not read a PROXY header.
       upstreams[name] = { ...upstream, servers: [address], proxyProtocol: undefined, ...tls };
     }
+    const policies = Object.entries((example['policies'] as Record<string, object> | undefined) ?? {}).map(
+      ([name, policy]) => {
+        if (!('clientCertificates' in policy)) return [name, policy] as const;
+        const clientCertificates = { ...(policy.clientCertificates as object), roots, crls: [revoked] };
+        return [name, { ...policy, clientCertificates }] as const;
+      },
+    );
     const certificates = Object.entries((example['certificates'] as Record<string, object> | undefined) ?? {});
     return {
       ...example,
+      policies: Object.fromEntries(policies),
       upstreams,
       listeners: Object.fromEntries(
         Object.entries(example.listeners).map(([name, listener]) => [
