@@ -229,6 +229,18 @@ export const handshakeBoard: Board = {
           ],
         }),
         lines({
+          title: 'OCSP about clients',
+          description:
+            "What responders said of clients' certificates, per second; `unavailable`: no answer that holds. Nothing here: no listener asks.",
+          unit: units.perSecond,
+          queries: [
+            {
+              expr: sum(rate(chosen('keygate_client_certificate_statuses_total', listener)), 'listener', 'outcome'),
+              legend: '{{listener}}: {{outcome}}',
+            },
+          ],
+        }),
+        lines({
           title: 'Turned away',
           description:
             'At a limit, or because accept(2) failed (no free descriptor). Anything but zero is lost clients: raise the limit, or LimitNOFILE.',

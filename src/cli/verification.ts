@@ -5,6 +5,7 @@
  */
 import { isIP } from 'node:net';
 import type { ClientCertificatesConfig, Config, UpstreamTlsConfig } from '../config/config.ts';
+import { clientCertificatesOf } from '../config/policies.ts';
 import { ConfigError } from '../errors.ts';
 import type { Finding } from '../pkcs11/plan.ts';
 import { lookUpTlsa } from '../worker/dns.ts';
@@ -32,9 +33,9 @@ export async function examineVerification(config: Examined): Promise<Finding[]> 
     tls === undefined ? [] : [{ subject: `upstream ${name}`, servers, tls }],
   );
   for (const { subject, tls } of upstreams) attempt(subject, () => examineFiles(subject, tls, config.file));
-  for (const { name, policy, clientCertificates } of Object.values(config.listeners)) {
-    const wanted = clientCertificates ?? config.policies[policy]?.clientCertificates;
-    const subject = `listener ${name}`;
+  for (const listener of Object.values(config.listeners)) {
+    const wanted = clientCertificatesOf(listener, config.policies);
+    const subject = `listener ${listener.name}`;
     if (wanted !== undefined) attempt(subject, () => [examineClients(subject, wanted, config.file)]);
   }
   const { dns, transparency } = config;
@@ -80,7 +81,7 @@ function examineFiles(subject: string, tls: UpstreamTlsConfig, file: string): Fi
 
 function examineClients(
   subject: string,
-  { mode, roots, crls, allow }: ClientCertificatesConfig,
+  { mode, roots, crls, allow, ocsp }: ClientCertificatesConfig,
   file: string,
 ): Finding {
   const parts = [`${readRoots(roots, file, 'clientCertificates.roots').length} trusted roots`];
@@ -88,6 +89,7 @@ function examineClients(
   if (lists.length > 0) parts.push(`${lists.length} revocation lists`);
   const named = allow === undefined ? undefined : Object.values(allow).flat().length;
   parts.push(named === undefined ? 'all that they vouch for' : `${named} names that are let in`);
+  if (ocsp !== undefined) parts.push(`OCSP asked of ${ocsp.responder ?? 'whom each certificate names'} (${ocsp.mode})`);
   const asked = mode === 'require' ? 'required' : 'asked for';
   return { severity: 'ok', subject, message: `certificates of clients are ${asked}: ${parts.join(', ')}` };
 }

@@ -166,6 +166,18 @@ export interface ClientCertificatesConfig {
   readonly crls: readonly string[];
   /** Undefined: everybody whom a root vouches for. */
   readonly allow: ClientsConfig | undefined;
+  /** Undefined: no OCSP responder is asked. */
+  readonly ocsp: ClientStatusConfig | undefined;
+}
+
+/** Asking OCSP responders about clients' certificates. */
+export interface ClientStatusConfig {
+  /** `hard`: nobody is let in whose certificate is not said to be good. */
+  readonly mode: 'soft' | 'hard';
+  /** A URL instead of what certificates say. */
+  readonly responder: string | undefined;
+  /** For one answer. */
+  readonly timeoutMs: number;
 }
 
 /** Clients by what their certificates call them; one match is enough, and at least one is named. */

@@ -172,7 +172,7 @@ function policyConfig(name: string, policy: Document['policies'][string], direct
 }
 
 function clientCertificatesConfig(
-  { mode, roots, crls, allow }: NonNullable<Document['policies'][string]['clientCertificates']>,
+  { mode, roots, crls, allow, ocsp }: NonNullable<Document['policies'][string]['clientCertificates']>,
   directory: string,
 ): ClientCertificatesConfig {
   return {
@@ -180,6 +180,7 @@ function clientCertificatesConfig(
     roots: absolutePath(roots, directory),
     crls: crls.map((file) => absolutePath(file, directory)),
     allow,
+    ocsp: ocsp && { mode: ocsp.mode, responder: ocsp.responder, timeoutMs: ocsp.timeout },
   };
 }
 

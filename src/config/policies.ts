@@ -1,9 +1,17 @@
 /**
- * Owns: the TLS policies that every configuration has.
- * Must not know: what a listener is.
- * Runs: everywhere; constants.
+ * Owns: the TLS policies that every configuration has, and what a listener has from its policy.
+ * Must not know: what the engine makes of a policy.
+ * Runs: everywhere; pure.
  */
-import { cipherSuites, groups, type CipherSuite, type PolicyConfig, type TlsVersion } from './config.ts';
+import { cipherSuites, groups } from './config.ts';
+import type {
+  CipherSuite,
+  ClientCertificatesConfig,
+  Config,
+  ListenerConfig,
+  PolicyConfig,
+  TlsVersion,
+} from './config.ts';
 
 export const builtInPolicies: readonly PolicyConfig[] = [
   {
@@ -25,6 +33,14 @@ export const builtInPolicies: readonly PolicyConfig[] = [
     clientCertificates: undefined,
   },
 ];
+
+/** What clients of a listener are asked for: its own word counts, then its policy's. */
+export function clientCertificatesOf(
+  { clientCertificates, policy }: Pick<ListenerConfig, 'clientCertificates' | 'policy'>,
+  policies: Config['policies'],
+): ClientCertificatesConfig | undefined {
+  return clientCertificates ?? policies[policy]?.clientCertificates;
+}
 
 /** Every cipher suite that a range of versions can use, preferred first. */
 export function cipherSuitesOf(minVersion: TlsVersion, maxVersion: TlsVersion): readonly CipherSuite[] {

@@ -122,6 +122,18 @@ const clientCertificates = z
     allow: clients
       .optional()
       .describe('Clients that are let in; one match is enough. Default: all that `roots` vouch for.'),
+    ocsp: z
+      .strictObject({
+        mode: oneOf(['soft', 'hard'], 'soft').describe(
+          '`soft`: a client is let in unless its certificate was revoked; `hard`: only if an answer says that it is good.',
+        ),
+        responder: kind('URL', 'http://HOST[:PORT]/PATH', parseResponderUrl)
+          .describe('Who is asked. Default: whom the certificate names.')
+          .optional(),
+        timeout: duration(100, 60_000, '3s').describe('For one answer; the handshake waits for it.'),
+      })
+      .optional()
+      .describe("Ask an OCSP responder whether the client's certificate was revoked. Default: nobody is asked."),
   })
   .describe(
     'Certificates that clients show (mutual TLS), for modes `offload` and `bridge`. Default: none are asked for.',
@@ -796,6 +808,14 @@ function parseKeyPin(text: string): Parsed<string> {
       hint: 'openssl x509 -in cert.pem -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary | base64',
     },
   };
+}
+
+/** As the engine understands them (client_status.rs). */
+function parseResponderUrl(text: string): Parsed<string> {
+  const url = URL.parse(text);
+  const isPlain = url !== null && url.protocol === 'http:' && url.username === '' && url.password === '';
+  if (isPlain && text.startsWith('http://') && url.hash === '' && /^[!-~]{1,2000}$/.test(text)) return { value: text };
+  return { fault: { expected: 'http://HOST[:PORT]/PATH' } };
 }
 
 function parseCommonName(text: string): Parsed<string> {

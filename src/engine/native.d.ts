@@ -43,6 +43,23 @@ export interface ClientCertificateSettings {
   crls: Array<Buffer>
   /** Nobody named: everybody whom a root vouches for. */
   allow: ClientsSettings
+  /** Undefined: no OCSP responder is asked. */
+  status?: ClientStatusSettings
+}
+
+/** Asking OCSP responders about clients' certificates. */
+export interface ClientStatusSettings {
+  /** Nobody is let in whose certificate is not said to be good. */
+  hard: boolean
+  /** `http://host:port/path`, instead of what certificates say. */
+  responder?: string
+  deadlineMs: number
+}
+
+/** What OCSP responders said of clients' certificates. */
+export interface ClientStatusSnapshot {
+  outcome: string
+  count: number
 }
 
 /** Clients by what their certificates call them; one match is enough. */
@@ -284,6 +301,7 @@ export interface ListenerSnapshot {
   toUpstreamBytes: number
   toClientBytes: number
   handshakes: Array<HandshakeSnapshot>
+  clientStatuses: Array<ClientStatusSnapshot>
 }
 
 export interface LogSnapshot {

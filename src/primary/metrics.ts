@@ -15,6 +15,7 @@ import type { EngineSnapshot, LatencySnapshot } from '../engine/native.d.ts';
 import type { LogCounts } from '../log.ts';
 import { version } from '../version.ts';
 import type { Config } from '../config/config.ts';
+import { clientCertificatesOf } from '../config/policies.ts';
 import { fetchOutcomes } from '../ocsp/exchange.ts';
 import { reloadOutcomes } from './reload.ts';
 import type { Reloads } from './reload.ts';
@@ -37,7 +38,7 @@ export interface Measurements {
   readonly ready: boolean;
   readonly certificates: readonly { readonly name: string; readonly notAfterMs: number }[];
   readonly staples: readonly StapleStatus[];
-  readonly config: Pick<Config, 'listeners' | 'tokens' | 'log'>;
+  readonly config: Pick<Config, 'listeners' | 'tokens' | 'log' | 'policies'>;
   /** How many workers there are to be. */
   readonly slots: number;
   readonly reloads: Pick<Reloads, 'counts' | 'last' | 'since'>;
@@ -119,6 +120,17 @@ const families: readonly Family[] = [
     ({ snapshot }) =>
       snapshot.listeners.flatMap(({ name, handshakes }) =>
         handshakes.map(({ protocol, resumed, latency }) => [[name, protocol, String(resumed)], latency] as const),
+      ),
+  ),
+  counter(
+    'client_certificate_statuses_total',
+    "What OCSP responders said of clients' certificates.",
+    ['listener', 'outcome'],
+    ({ snapshot, config }) =>
+      snapshot.listeners.flatMap(({ name, clientStatuses }) =>
+        asksForStatus(config, name)
+          ? clientStatuses.map(({ outcome, count }) => [[name, outcome], count] as const)
+          : [],
       ),
   ),
   counter(
@@ -474,6 +486,11 @@ function closes({ snapshot }: Measurements): readonly Sample<readonly [string, s
   return engine()
     .closeReasons()
     .map(({ side, phase, reason }) => [[side, phase, reason], counts.get(`${side}/${phase}/${reason}`) ?? 0]);
+}
+
+function asksForStatus({ listeners, policies }: Measurements['config'], name: string): boolean {
+  const listener = listeners[name];
+  return listener !== undefined && clientCertificatesOf(listener, policies)?.ocsp !== undefined;
 }
 
 function servers({

@@ -196,6 +196,7 @@ function sumListener(a: ListenerSnapshot, b: ListenerSnapshot): ListenerSnapshot
       ({ protocol, resumed }) => `${protocol} ${resumed}`,
       (x, y) => ({ ...x, latency: sumLatency(x.latency, y.latency) }),
     ),
+    clientStatuses: merge(a.clientStatuses, b.clientStatuses, ({ outcome }) => outcome, addNumbers),
   };
 }
 

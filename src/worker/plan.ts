@@ -6,6 +6,7 @@
 import { formatAddress } from '../config/address.ts';
 import type {
   ClientsConfig,
+  ClientStatusConfig,
   Config,
   ListenerConfig,
   LogConfig,
@@ -16,8 +17,10 @@ import type {
   VerifyRate,
 } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
+import { clientCertificatesOf } from '../config/policies.ts';
 import type {
   CertificateSettings,
+  ClientCertificateSettings,
   ClientsSettings,
   EngineSettings,
   KeyPlace,
@@ -227,7 +230,7 @@ function listenerSettings(
     cipherSuites: [...policy.cipherSuites],
     groups: [...policy.groups],
     tickets: policy.tickets,
-    ...clientCertificateSettings(listener, policy, config.file),
+    ...clientCertificateSettings(listener, config),
     routes: listener.routes.map(({ names, alpn, clients, upstream }) => ({
       names: [...names],
       alpn: [...alpn],
@@ -250,12 +253,11 @@ function listenerSettings(
 }
 
 function clientCertificateSettings(
-  { mode, clientCertificates: own }: ListenerConfig,
-  policy: PolicyConfig,
-  file: string,
+  listener: ListenerConfig,
+  { policies, file }: Config,
 ): Pick<ListenerSettings, 'clientCertificates'> {
-  const wanted = own ?? policy.clientCertificates;
-  if (wanted === undefined || fronts[mode] !== 'tls') return {};
+  const wanted = clientCertificatesOf(listener, policies);
+  if (wanted === undefined || fronts[listener.mode] !== 'tls') return {};
   const nobody = { commonNames: [], dnsNames: [], uris: [], emails: [], keys: [] };
   return {
     clientCertificates: {
@@ -263,8 +265,15 @@ function clientCertificateSettings(
       roots: readRoots(wanted.roots, file, 'clientCertificates.roots'),
       crls: readRevocationLists(wanted.crls, 'clientCertificates.crls'),
       allow: clientsSettings(wanted.allow ?? nobody),
+      ...statusSettings(wanted.ocsp),
     },
   };
+}
+
+function statusSettings(ocsp: ClientStatusConfig | undefined): Pick<ClientCertificateSettings, 'status'> {
+  if (ocsp === undefined) return {};
+  const { mode, responder, timeoutMs: deadlineMs } = ocsp;
+  return { status: { hard: mode === 'hard', deadlineMs, ...(responder === undefined ? {} : { responder }) } };
 }
 
 function clientsSettings({ commonNames, dnsNames, uris, emails, keys }: ClientsConfig): ClientsSettings {

@@ -77,6 +77,11 @@ function documentOf(
       down: { servers: [gone] },
     },
     listeners: {
+      known: {
+        certificates: ['www'],
+        clientCertificates: { mode: 'request', roots: join(token.directory, 'www.pem'), ocsp: {} },
+        upstream: 'web',
+      },
       https: { certificates: ['www', 'legacy'], upstream: 'web' },
       api: { certificates: ['api'], upstream: 'api', unknownName: 'refuse' },
       broken: { certificates: ['www'], upstream: 'down' },

@@ -44,7 +44,7 @@ const config = parseConfig(
   `tokens: { hsm: { module: m.so, uri: "pkcs11:token=t", pin: { env: PIN }, queue: { max: 500 } } }
 certificates: { www: { chain: c.pem, key: "pkcs11:object=k" } }
 upstreams: { web: { servers: ["127.0.0.1:80"] } }
-listeners: { https: { bind: ["127.0.0.1:443"], certificates: [www], upstream: web, limits: { connections: 300, handshakes: 40 } } }
+listeners: { https: { bind: ["127.0.0.1:443"], certificates: [www], upstream: web, clientCertificates: { roots: ca.pem, ocsp: {} }, limits: { connections: 300, handshakes: 40 } } }
 `,
   '/etc/keygate.yaml',
 );
@@ -335,6 +335,7 @@ function anySnapshot(of: (what: string) => number): EngineSnapshot {
           { protocol: 'TLSv1.2', resumed: false, latency: latency('full 1.2') },
           { protocol: 'TLSv1.3', resumed: true, latency: latency('resumed 1.3') },
         ],
+        clientStatuses: [{ outcome: 'good', count: of('client status') }],
       },
     ],
     upstreams: [

@@ -47,6 +47,8 @@ export interface OcspAuthority {
   issue(request: string, options?: IssueOptions): string;
   /** The same, for a key that nobody has any more. */
   issueAny(options?: IssueOptions): string;
+  /** The same, with the key, both in PEM. */
+  issueWithKey(options?: IssueOptions): { readonly cert: string; readonly key: string };
   revoke(certificate: string): void;
   /** As if the authority had never issued it. */
   forget(certificate: string): void;
@@ -126,12 +128,19 @@ export function ocspAuthority(test: Pick<TestContext, 'after'>): OcspAuthority {
     if (longSerial)
       writeFileSync(at('serial'), `7F${'A5'.repeat(18)}${(issued % 256).toString(16).padStart(2, '0')}\n`);
     const extensions = [
-      'extendedKeyUsage = serverAuth',
+      'extendedKeyUsage = serverAuth, clientAuth',
       ...(url === undefined ? [] : [`authorityInfoAccess = OCSP;URI:${url}`]),
       ...(mustStaple ? ['tlsfeature = status_request'] : []),
     ];
     sign(`${name}.csr`, `${extensions.join('\n')}\n`, name, 'issuer');
     return readFileSync(at(`${name}.pem`), 'utf8');
+  };
+  const issueWithKey: OcspAuthority['issueWithKey'] = (options) => {
+    issued += 1;
+    const name = `any-${issued}`;
+    openssl('req', '-new', ...newKey(name), '-subj', '/CN=any', '-out', `${name}.csr`);
+    const cert = issue(readFileSync(at(`${name}.csr`), 'utf8'), options);
+    return { cert, key: readFileSync(at(`${name}.key`), 'utf8') };
   };
   const responder = (name: Signer, validity: readonly string[]) => [
     'ocsp',
@@ -149,11 +158,8 @@ export function ocspAuthority(test: Pick<TestContext, 'after'>): OcspAuthority {
     directory,
     certificate: readFileSync(at('issuer.pem'), 'utf8'),
     issue,
-    issueAny(options) {
-      issued += 1;
-      openssl('req', '-new', ...newKey(`any-${issued}`), '-subj', '/CN=any', '-out', `any-${issued}.csr`);
-      return issue(readFileSync(at(`any-${issued}.csr`), 'utf8'), options);
-    },
+    issueAny: (options) => issueWithKey(options).cert,
+    issueWithKey,
     revoke(certificate) {
       openssl('ca', '-config', 'ca.cnf', '-cert', 'issuer.pem', '-keyfile', 'issuer.key', '-revoke', file(certificate));
     },

@@ -28,7 +28,7 @@ export function snapshotOf(parts: Partial<EngineSnapshot>): EngineSnapshot {
 }
 
 export function listenerOf(parts: Partial<ListenerSnapshot>): ListenerSnapshot {
-  return withZeros({ name: 'https', handshakes: [], ...parts });
+  return withZeros({ name: 'https', handshakes: [], clientStatuses: [], ...parts });
 }
 
 export function tokenOf(parts: Partial<TokenSnapshot>): TokenSnapshot {

@@ -16,9 +16,12 @@ import type { Authority, LeafOptions } from '../support/authority.ts';
 import { startKeygate } from '../support/keygate.ts';
 import type { Keygate } from '../support/keygate.ts';
 import { proxySslTlv } from '../support/proxy-header.ts';
+import { ocspAuthority, responderAddress } from '../support/ocsp-authority.ts';
+import type { OcspAuthority, ResponderAddress, Signer } from '../support/ocsp-authority.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
 import { program } from '../support/tls-client.ts';
+import { until } from '../support/until.ts';
 import { httpUpstream, proxyUpstream } from '../support/upstream.ts';
 import type { HttpUpstream } from '../support/upstream.ts';
 
@@ -272,6 +275,99 @@ describe('client certificates', { timeout: 110_000 }, () => {
     }
     const clientFingerprint = good.leaf.fingerprint256.replaceAll(':', '').toLowerCase();
     await keygate.logged({ event: 'connection', clientName: spiffeId, clientFingerprint });
+  });
+
+  describe('whose status a responder of OpenSSL tells', () => {
+    let issuer: OcspAuthority;
+    let ocspRoots: string;
+
+    before(() => {
+      issuer = ocspAuthority({ after: (cleanup) => fixtures.defer(cleanup as () => Promise<void>) });
+      ocspRoots = join(issuer.directory, 'issuer.pem');
+    });
+
+    const asking = async (ocsp: object) => started({ roots: ocspRoots, ocsp });
+    const statuses = async (keygate: Keygate, outcome: string) =>
+      keygate.metric('keygate_client_certificate_statuses_total', { outcome });
+
+    /** A responder behind an address that certificates can name; it has read the database as it is now. */
+    const responder = async (signer: Signer, address?: ResponderAddress) => {
+      const { port } = await issuer.startResponder({ signer });
+      if (address === undefined) return `http://127.0.0.1:${port}/`;
+      await address.become({ forwardTo: port });
+      return address.url;
+    };
+
+    for (const signer of ['issuer', 'delegate'] as const) {
+      it(`a certificate names its responder, whose answer is signed by the ${signer} and kept`, async () => {
+        const address = await responderAddress('dead');
+        fixtures.defer(address.close);
+        const [kept, revoked] = [
+          issuer.issueWithKey({ responder: address.url }),
+          issuer.issueWithKey({ responder: address.url }),
+        ];
+        issuer.revoke(revoked.cert);
+        await responder(signer, address);
+        await using keygate = await asking({ mode: 'hard' });
+        assert.equal((await asked(keygate, kept)).body, 'anybody');
+        assert.equal((await asked(keygate, revoked)).body, '');
+        await keygate.closed('client/handshake/certificate_revoked');
+        await address.become('dead');
+        assert.equal((await asked(keygate, kept)).body, 'anybody');
+        assert.deepEqual([await statuses(keygate, 'good'), await statuses(keygate, 'revoked')], [2, 1]);
+        assert.deepEqual(address.requests, ['POST / HTTP/1.0', 'POST / HTTP/1.0']);
+      });
+    }
+
+    it('a certificate that its issuer does not know, or that names nobody, is let in by soft and not by hard', async () => {
+      const forgotten = issuer.issueWithKey();
+      issuer.forget(forgotten.cert);
+      const ocsp = { responder: await responder('issuer') };
+      await using hard = await asking({ mode: 'hard', ...ocsp });
+      await using soft = await asking({ mode: 'soft', ...ocsp });
+      await using nobody = await asking({ mode: 'hard' });
+      assert.equal((await asked(hard, forgotten)).body, '');
+      await hard.closed('client/handshake/certificate_status_unknown');
+      assert.equal((await asked(soft, forgotten)).body, 'anybody');
+      assert.equal(await statuses(soft, 'unknown'), 1);
+      assert.equal((await asked(nobody, forgotten)).body, '');
+      assert.equal(await statuses(nobody, 'unavailable'), 1);
+    });
+
+    it('an answer of somebody else is none: soft lets the client in, hard does not', async () => {
+      const client = issuer.issueWithKey();
+      const others = ['no-purpose', 'expired', 'stranger', 'strangers-delegate'] as const;
+      const upstreams = { web: { servers: [anybody.address] } };
+      const listeners: Record<string, object> = {};
+      for (const signer of others) {
+        const url = await responder(signer);
+        for (const mode of ['soft', 'hard'])
+          listeners[`${signer}-${mode}`] = { clientCertificates: { roots: ocspRoots, ocsp: { mode, responder: url } } };
+      }
+      await using keygate = await startKeygate(token, { drainDeadline: '0s', upstreams, listeners });
+      for (const signer of others) {
+        assert.equal(
+          (await asked(keygate, { ...client, port: keygate.port(`${signer}-soft`) })).body,
+          'anybody',
+          signer,
+        );
+        assert.equal((await asked(keygate, { ...client, port: keygate.port(`${signer}-hard`) })).body, '', signer);
+      }
+      await keygate.closed('client/handshake/certificate_status_unknown', { count: others.length });
+    });
+
+    it('a silent responder holds up nobody but those whom it is asked about, and these until its timeout', async () => {
+      const silent = await responderAddress('silent');
+      fixtures.defer(silent.close);
+      const ocsp = { responder: silent.url, timeout: '2s' };
+      await using keygate = await started({ roots: ocspRoots, mode: 'request', ocsp });
+      const waiting = asked(keygate, issuer.issueWithKey());
+      await until('question', () => silent.requests.length === 1);
+      assert.equal((await asked(keygate)).body, 'anybody');
+      assert.equal(await statuses(keygate, 'unavailable'), 0);
+      assert.equal((await waiting).body, 'anybody');
+      assert.equal(await statuses(keygate, 'unavailable'), 1);
+    });
   });
 
   it('OpenSSL and curl are let in with their certificates and not without', async () => {

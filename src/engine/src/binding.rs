@@ -18,12 +18,13 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::access_log::AccessPlan;
 use crate::capabilities;
 use crate::certificates::{Certificate, Certificates, LeafDigest, UnknownName};
+use crate::client_status::{ClientStatus, STATUS_OUTCOMES, StatusPlan};
 use crate::close::CLOSE_REASONS;
 use crate::generation::{self, Generation, LoadFault, Staples};
 use crate::handover;
 use crate::io_thread::{IoPlan, IoThread};
 use crate::key_log::KeyLog;
-use crate::listener::{Front, ListenerPlan, ListenerStats, ListenerTls};
+use crate::listener::{Front, ListenerClients, ListenerPlan, ListenerStats, ListenerTls};
 use crate::log::{LineCounts, Log, Target};
 use crate::parties::{Network, ProxyIn};
 use crate::policy::{ClientPlan, Policy, group_name, suite_name};
@@ -228,6 +229,18 @@ pub struct ClientCertificateSettings {
     pub crls: Vec<Buffer>,
     /// Nobody named: everybody whom a root vouches for.
     pub allow: ClientsSettings,
+    /// Undefined: no OCSP responder is asked.
+    pub status: Option<ClientStatusSettings>,
+}
+
+/// Asking OCSP responders about clients' certificates.
+#[napi(object)]
+pub struct ClientStatusSettings {
+    /// Nobody is let in whose certificate is not said to be good.
+    pub hard: bool,
+    /// `http://host:port/path`, instead of what certificates say.
+    pub responder: Option<String>,
+    pub deadline_ms: u32,
 }
 
 /// The first route that fits says where a connection goes.
@@ -359,6 +372,14 @@ pub struct ListenerSnapshot {
     pub to_upstream_bytes: i64,
     pub to_client_bytes: i64,
     pub handshakes: Vec<HandshakeSnapshot>,
+    pub client_statuses: Vec<ClientStatusSnapshot>,
+}
+
+/// What OCSP responders said of clients' certificates.
+#[napi(object)]
+pub struct ClientStatusSnapshot {
+    pub outcome: String,
+    pub count: i64,
 }
 
 #[napi(object)]
@@ -724,6 +745,14 @@ impl Engine {
                     to_upstream_bytes: signed(stats.relay_bytes.to_upstream.get()),
                     to_client_bytes: signed(stats.relay_bytes.to_client.get()),
                     handshakes: handshake_snapshots(stats),
+                    client_statuses: STATUS_OUTCOMES
+                        .iter()
+                        .zip(&stats.client_statuses)
+                        .map(|(outcome, count)| ClientStatusSnapshot {
+                            outcome: (*outcome).to_owned(),
+                            count: signed(count.get()),
+                        })
+                        .collect(),
                 })
                 .collect(),
             upstreams: stats
@@ -1304,21 +1333,23 @@ fn listener_tls(
         "refuse" => UnknownName::Refuse,
         other => return Err(format!("unknownName: expected default or refuse, found {other:?}")),
     };
-    let clients = settings.client_certificates.as_ref().map(client_verifier).transpose()?;
+    let clients = settings.client_certificates.as_ref().map(listener_clients).transpose()?;
     let config =
         Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.tickets)?
             .server_config(
                 Arc::new(Certificates::new(&chosen, unknown_name)),
                 &settings.alpn,
                 &shared.ticketer,
-                clients.clone(),
+                clients.as_ref().map(|clients| clients.verifier.clone()),
                 shared.key_log.clone(),
             )
             .map_err(|error| error.to_string())?;
     Ok(ListenerTls { config, clients })
 }
 
-fn client_verifier(settings: &ClientCertificateSettings) -> std::result::Result<Arc<ClientVerifier>, String> {
+fn listener_clients(
+    settings: &ClientCertificateSettings,
+) -> std::result::Result<Arc<ListenerClients>, String> {
     let of = |what: &str| format!("clientCertificates.{what}");
     let plan = ClientVerifyPlan {
         is_required: settings.required,
@@ -1326,8 +1357,18 @@ fn client_verifier(settings: &ClientCertificateSettings) -> std::result::Result<
         lists: lists_of(&settings.crls, &of("crls"))?,
         allowed: clients_of(&settings.allow, &of("allow"))?,
         files: settings.roots.iter().chain(&settings.crls).map(|der| der.to_vec()).collect(),
+        asks_status: settings.status.is_some(),
     };
-    Ok(ClientVerifier::new(plan, &rustls::crypto::aws_lc_rs::default_provider()))
+    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    let status = settings.status.as_ref().map(|status| {
+        let plan = StatusPlan {
+            is_hard: status.hard,
+            responder: status.responder.clone(),
+            deadline: ms(status.deadline_ms),
+        };
+        ClientStatus::new(plan, provider.signature_verification_algorithms)
+    });
+    Ok(Arc::new(ListenerClients { verifier: ClientVerifier::new(plan, &provider), status }))
 }
 
 fn clients_of(settings: &ClientsSettings, place: &str) -> std::result::Result<Clients, String> {

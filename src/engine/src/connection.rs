@@ -20,9 +20,10 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::access_log::{Facts, Negotiated};
 use crate::client_hello::{HelloRead, read_hello, refuse_name};
+use crate::client_status::Outcome;
 use crate::close::Close;
 use crate::handshake::{Established, Leftover, handshake};
-use crate::listener::{Front, Listener, Offer};
+use crate::listener::{Front, Listener, ListenerClients, ListenerStats, Offer};
 use crate::parties::{Parties, parties};
 use crate::policy::openssl_name;
 use crate::proxy_header::{self, ClientCertificate, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
@@ -33,7 +34,7 @@ use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::upstream::{ConnectError, Connected, Lease, OnBehalf, Upstream};
 use crate::upstream_tls::shake_hands;
-use crate::verify::{ClientVerifier, Identity};
+use crate::verify::{Client, Identity};
 
 const UNIQUE_ID_BYTES: usize = 16;
 
@@ -80,7 +81,8 @@ async fn front(life: &mut Life, offer: &Offer, client: &Stream) -> Result<(Optio
                 handshake(client, listener_tls.config.clone(), deadline, scratch, &mut life.facts);
             let Established { tls, leftover } = handshake.await?;
             if let Some(clients) = &listener_tls.clients {
-                life.facts.identity = identify(clients, &tls)?;
+                let identified = timeout_at(deadline, identify(clients, &tls, &life.listener.stats)).await;
+                life.facts.identity = identified.map_err(|_| Close::ClientHandshakeDeadline)??;
             }
             life.handshake_done(&tls);
             Ok((Some(tls), leftover))
@@ -99,11 +101,34 @@ async fn front(life: &mut Life, offer: &Offer, client: &Stream) -> Result<(Optio
     }
 }
 
-/// Who the client is by its certificate. A session that is resumed may be of a client that would not be let in any more: it
-/// hears no alert, for the handshake is done.
-fn identify(clients: &ClientVerifier, tls: &Tls) -> Result<Option<Box<Identity>>, Close> {
-    let identified = clients.identify(tls.peer_certificates(), tls.is_resumed(), UnixTime::now());
-    identified.map(|identity| identity.map(Box::new)).map_err(|error| Close::from_tls_error(&error))
+/// Who the client is by its certificate. One that is refused here hears no alert, for the handshake is done: its session was
+/// resumed and it would not be let in any more, or an OCSP responder is against it.
+async fn identify(
+    clients: &ListenerClients,
+    tls: &Tls,
+    stats: &ListenerStats,
+) -> Result<Option<Box<Identity>>, Close> {
+    let ListenerClients { verifier, status } = clients;
+    let client = verifier.identify(tls.peer_certificates(), tls.is_resumed(), UnixTime::now());
+    let Some(Client { identity, subject }) = client.map_err(|error| Close::from_tls_error(&error))? else {
+        return Ok(None);
+    };
+    if let Some(status) = status {
+        let outcome = match &subject {
+            Some(subject) => status.of(identity.fingerprint, subject).await,
+            None => Outcome::Unavailable,
+        };
+        stats.client_statuses[outcome as usize].add(1);
+        match outcome {
+            Outcome::Good => {}
+            Outcome::Revoked => return Err(Close::ClientHandshakeCertificateRevoked),
+            Outcome::Unknown | Outcome::Unavailable if status.is_hard() => {
+                return Err(Close::ClientHandshakeCertificateStatusUnknown);
+            }
+            Outcome::Unknown | Outcome::Unavailable => {}
+        }
+    }
+    Ok(Some(Box::new(identity)))
 }
 
 /// A server that is ready for the relay, and what both sides have said already.

@@ -16,6 +16,7 @@ use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::sleep;
 
 use crate::access_log::{AccessLog, Ended, Facts};
+use crate::client_status::{ClientStatus, STATUS_OUTCOMES};
 use crate::close::{Close, CloseCounters};
 use crate::connection::{Life, serve};
 use crate::parties::ProxyIn;
@@ -77,8 +78,16 @@ pub struct Listener {
 #[derive(Clone)]
 pub struct ListenerTls {
     pub config: Arc<ServerConfig>,
-    /// The same that `config` has; None: clients are asked for no certificate.
-    pub clients: Option<Arc<ClientVerifier>>,
+    /// None: clients are asked for no certificate.
+    pub clients: Option<Arc<ListenerClients>>,
+}
+
+/// Who is let in by a certificate.
+pub struct ListenerClients {
+    /// The same that the TLS configuration has.
+    pub verifier: Arc<ClientVerifier>,
+    /// None: no OCSP responder is asked.
+    pub status: Option<ClientStatus>,
 }
 
 /// What a listener offers to those who come now. TLS configurations, with their certificates, are given to handshakes and to
@@ -102,6 +111,8 @@ pub struct ListenerStats {
     pub connections_open: Gauge,
     pub handshakes_in_flight: Gauge,
     pub relay_bytes: RelayBytes,
+    /// What OCSP responders said of clients' certificates, in the order of `STATUS_OUTCOMES`.
+    pub client_statuses: [Counter; STATUS_OUTCOMES.len()],
     /// Full TLS 1.2, resumed 1.2, full 1.3, resumed 1.3.
     handshakes: [Histogram; 4],
 }

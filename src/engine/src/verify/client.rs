@@ -20,6 +20,7 @@ use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, 
 use super::pins::Pin;
 use super::pkix::{self, Peer, Presented, RevocationLists, Roots};
 use super::reason::Reason;
+use super::status::Subject;
 use super::x509::{Certificate, Identity};
 
 /// Clients by what their certificates call them. One match is enough.
@@ -78,6 +79,15 @@ pub struct ClientVerifyPlan {
     pub allowed: Clients,
     /// What roots and lists were read from.
     pub files: Vec<Vec<u8>>,
+    /// Whether somebody will be asked about the certificates' status.
+    pub asks_status: bool,
+}
+
+/// A client that was let in by its certificate.
+pub struct Client {
+    pub identity: Identity,
+    /// What a responder can be asked about; with `asks_status`.
+    pub subject: Option<Subject>,
 }
 
 /// What rustls asks about a client's certificate.
@@ -86,6 +96,7 @@ pub struct ClientVerifier {
     roots: Roots,
     lists: RevocationLists,
     allowed: Clients,
+    asks_status: bool,
     digest: [u8; 32],
     hints: Vec<DistinguishedName>,
     algorithms: WebPkiSupportedAlgorithms,
@@ -93,11 +104,11 @@ pub struct ClientVerifier {
 
 impl ClientVerifier {
     pub fn new(plan: ClientVerifyPlan, provider: &CryptoProvider) -> Arc<Self> {
-        let ClientVerifyPlan { is_required, roots, lists, allowed, files } = plan;
+        let ClientVerifyPlan { is_required, roots, lists, allowed, files, asks_status } = plan;
         let digest = digest_of(is_required, &files, &allowed);
         let hints = roots.subjects().map(DistinguishedName::in_sequence).collect();
         let algorithms = provider.signature_verification_algorithms;
-        Arc::new(Self { is_required, roots, lists, allowed, digest, hints, algorithms })
+        Arc::new(Self { is_required, roots, lists, allowed, asks_status, digest, hints, algorithms })
     }
 
     /// Two verifiers that let in the same clients have the same.
@@ -114,14 +125,14 @@ impl ClientVerifier {
         shown: Option<&[CertificateDer<'static>]>,
         is_resumed: bool,
         now: UnixTime,
-    ) -> Result<Option<Identity>, Error> {
+    ) -> Result<Option<Client>, Error> {
         let Some((leaf, intermediates)) = shown.and_then(<[_]>::split_first) else {
             return if self.is_required { Err(Error::NoCertificatesPresented) } else { Ok(None) };
         };
-        if is_resumed {
+        if is_resumed || self.asks_status {
             return self.verify(leaf, intermediates, now).map(Some);
         }
-        identity_of(leaf).map(Some)
+        identity_of(leaf).map(|identity| Some(Client { identity, subject: None }))
     }
 
     fn verify(
@@ -129,17 +140,22 @@ impl ClientVerifier {
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
-    ) -> Result<Identity, Error> {
+    ) -> Result<Client, Error> {
         let parsed = Certificate::parse(leaf).map_err(|_| Reason::Invalid.into_error())?;
         let presented =
             Presented { leaf, parsed, intermediates, peer: Peer::Client, now, algorithms: self.algorithms };
-        pkix::verify(&presented, &self.roots, &self.lists).map_err(Reason::into_error)?;
+        let chain = pkix::verify(&presented, &self.roots, &self.lists).map_err(Reason::into_error)?;
         let identity = identity_of(leaf)?;
         if !self.allowed.is_empty() && !self.allowed.include(&identity) {
             // The alert is access_denied.
             return Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure));
         }
-        Ok(identity)
+        let issuer = chain.issuers.first().and_then(|issuer| issuer.certificate.as_ref());
+        let subject = match issuer {
+            Some(issuer) if self.asks_status => Subject::new(leaf, issuer).ok(),
+            _ => None,
+        };
+        Ok(Client { identity, subject })
     }
 }
 

@@ -20,6 +20,7 @@ mod pins;
 mod pkix;
 mod reason;
 mod sct;
+mod status;
 #[cfg(test)]
 mod tests;
 mod transparency;
@@ -34,11 +35,12 @@ use rustls::crypto::{
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, Error, SignatureScheme};
 
-pub use client::{ClientVerifier, ClientVerifyPlan, Clients};
+pub use client::{Client, ClientVerifier, ClientVerifyPlan, Clients};
 pub use dane::{Answer, Standing, Tlsa};
 pub use pins::Pin;
 pub use pkix::{RevocationLists, Roots};
 pub use reason::{Check, Findings, Reason};
+pub use status::{Status, StatusAnswer, Subject};
 pub use transparency::{Log, Policy};
 pub use x509::Identity;
 

@@ -14,6 +14,10 @@ const SCT_LIST: &[u8] = &[0x2b, 0x06, 0x01, 0x04, 0x01, 0xd6, 0x79, 0x02, 0x04, 
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
 /// 2.5.29.17
 const SUBJECT_ALT_NAME: &[u8] = &[0x55, 0x1d, 0x11];
+/// 1.3.6.1.5.5.7.1.1
+const AUTHORITY_INFO_ACCESS: &[u8] = &[0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x01, 0x01];
+/// 1.3.6.1.5.5.7.48.1
+const OCSP: &[u8] = &[0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x30, 0x01];
 /// RFC 5280 4.2.1.6: choices of GeneralName, all of them IA5String.
 const EMAIL: u8 = 0x81;
 const DNS_NAME: u8 = 0x82;
@@ -46,6 +50,7 @@ impl Identity {
 #[derive(Debug, Clone, Copy)]
 pub struct Certificate<'a> {
     pub der: &'a [u8],
+    pub serial: &'a [u8],
     pub issuer: &'a [u8],
     pub subject: &'a [u8],
     /// The whole SubjectPublicKeyInfo.
@@ -78,7 +83,7 @@ impl<'a> Certificate<'a> {
 
         let mut fields = tbs.inside();
         fields.optional(constructed(0))?; // version
-        fields.expect(der::INTEGER)?; // serialNumber
+        let serial = fields.expect(der::INTEGER)?.content;
         fields.expect(der::SEQUENCE)?; // signature
         let issuer = fields.expect(der::SEQUENCE)?;
         let mut validity = fields.expect(der::SEQUENCE)?.inside();
@@ -97,6 +102,7 @@ impl<'a> Certificate<'a> {
         fields.end()?;
         Ok(Self {
             der,
+            serial,
             issuer: issuer.whole,
             subject: subject.whole,
             spki: spki.whole,
@@ -131,6 +137,32 @@ impl<'a> Certificate<'a> {
             }
         }
         Ok(found)
+    }
+
+    /// The first address at which an OCSP responder can be asked about it.
+    ///
+    /// # Errors
+    /// The extension is malformed.
+    pub fn ocsp_responder(&self) -> Result<Option<String>, Malformed> {
+        let mut extensions = Reader::new(self.extensions);
+        while !extensions.is_empty() {
+            let mut parts = extensions.expect(der::SEQUENCE)?.inside();
+            if parts.expect(der::OBJECT_IDENTIFIER)?.content != AUTHORITY_INFO_ACCESS {
+                continue;
+            }
+            parts.optional(0x01)?; // critical
+            let descriptions = parts.expect(der::OCTET_STRING)?.content;
+            let mut descriptions = der::only(descriptions, der::SEQUENCE)?.inside();
+            while !descriptions.is_empty() {
+                let mut description = descriptions.expect(der::SEQUENCE)?.inside();
+                let method = description.expect(der::OBJECT_IDENTIFIER)?.content;
+                let location = description.any()?;
+                if method == OCSP && location.tag == URI {
+                    return ascii(location.content).map(Some);
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// # Errors
@@ -187,6 +219,17 @@ impl<'a> Certificate<'a> {
     }
 }
 
+/// The key itself, without what kind it is.
+///
+/// # Errors
+/// `spki` is not a SubjectPublicKeyInfo.
+pub fn key_bits(spki: &[u8]) -> Result<&[u8], Malformed> {
+    let mut parts = der::only(spki, der::SEQUENCE)?.inside();
+    parts.expect(der::SEQUENCE)?; // algorithm
+    // The first byte of a BIT STRING tells how many bits of the last are not used; of a key all are.
+    parts.expect(der::BIT_STRING)?.content.strip_prefix(&[0]).ok_or(Malformed)
+}
+
 /// Bits of the modulus; None for a key that is not RSA.
 ///
 /// # Errors
@@ -197,9 +240,7 @@ pub fn rsa_bits(spki: &[u8]) -> Result<Option<usize>, Malformed> {
     if algorithm.content != RSA_ENCRYPTION {
         return Ok(None);
     }
-    // The first byte of a BIT STRING tells how many bits of the last are not used; of a key all are.
-    let key = parts.expect(der::BIT_STRING)?.content.strip_prefix(&[0]).ok_or(Malformed)?;
-    let modulus = der::only(key, der::SEQUENCE)?.inside().expect(der::INTEGER)?.content;
+    let modulus = der::only(key_bits(spki)?, der::SEQUENCE)?.inside().expect(der::INTEGER)?.content;
     let significant = &modulus[modulus.iter().take_while(|byte| **byte == 0).count()..];
     let leading = significant.first().map_or(0, |byte| byte.leading_zeros() as usize);
     Ok(Some(significant.len() * 8 - leading))
@@ -238,7 +279,7 @@ fn before<'a>(all: &'a [u8], reader: &Reader<'_>) -> &'a [u8] {
 }
 
 /// RFC 5280 4.1.2.5: `YYMMDDHHMMSSZ` or `YYYYMMDDHHMMSSZ`.
-fn seconds(time: Value<'_>) -> Result<i64, Malformed> {
+pub(super) fn seconds(time: Value<'_>) -> Result<i64, Malformed> {
     let (year, rest) = match (time.tag, time.content.len()) {
         (der::UTC_TIME, 13) => {
             let year = number(&time.content[..2])?;
