@@ -11,6 +11,7 @@ import { writeFileSync } from 'node:fs';
 import { connect as connectTcp } from 'node:net';
 import type { AddressInfo, Socket } from 'node:net';
 import { join } from 'node:path';
+import { Readable } from 'node:stream';
 import { after, before, describe, it } from 'node:test';
 import { createServer } from 'node:tls';
 import type { TLSSocket, TlsOptions } from 'node:tls';
@@ -21,10 +22,11 @@ import type { Keygate } from '../support/keygate.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
 import { assertEchoes, tlsClient } from '../support/tls-client.ts';
+import { until } from '../support/until.ts';
 import { echoUpstream, tcpUpstream } from '../support/upstream.ts';
 import type { Upstream } from '../support/upstream.ts';
 
-describe('modes', { timeout: 110_000 }, () => {
+describe('modes', { timeout: 180_000 }, () => {
   const fixtures = new AsyncDisposableStack();
   let token: ProvisionedToken;
   let authority: Authority;
@@ -43,14 +45,23 @@ describe('modes', { timeout: 110_000 }, () => {
   after(async () => fixtures.disposeAsync());
 
   /** A TLS server with a certificate of the authority, that echoes; stopped with the others. */
-  async function tlsServer(leaf: LeafOptions = {}, options: TlsOptions = {}): Promise<TlsServer> {
+  async function tlsServer(
+    leaf: LeafOptions = {},
+    options: TlsOptions = {},
+    serve?: (socket: TLSSocket) => void,
+    path?: string,
+  ): Promise<TlsServer> {
     const { publicKey, privateKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' });
     const chain = await authority.issue(publicKey, { names: ['localhost'], ...leaf });
-    const server = await startTlsServer({
-      cert: `${chain}\n${authority.intermediatePem}`,
-      key: privateKey.export({ type: 'pkcs8', format: 'pem' }),
-      ...options,
-    });
+    const server = await startTlsServer(
+      {
+        cert: `${chain}\n${authority.intermediatePem}`,
+        key: privateKey.export({ type: 'pkcs8', format: 'pem' }),
+        ...options,
+      },
+      serve,
+      path,
+    );
     fixtures.defer(() => server.close());
     return server;
   }
@@ -148,6 +159,41 @@ describe('modes', { timeout: 110_000 }, () => {
       await keygate.closed('upstream/relay/truncated');
     });
 
+    it(`${mode}: a record that does not decrypt ends the connection, and plaintext with a reset`, async () => {
+      const wire = await wireTo((await tlsServer()).address);
+      fixtures.defer(async () => wire.close());
+      const keygate = await started({
+        upstreams: { secure: tlsTo(wire) },
+        listeners: { https: { mode, certificates: mode === 'bridge' ? ['p256'] : undefined } },
+      });
+      const client = mode === 'bridge' ? await tlsClient({ port: keygate.port() }) : await plainClient(keygate);
+      await assertEchoes(client);
+      let failure: string | undefined;
+      client.on('error', ({ code }: NodeJS.ErrnoException) => (failure = code));
+      wire.spoil();
+      await ended(client);
+      if (mode === 'encrypt') assert.equal(failure, 'ECONNRESET');
+      await keygate.closed('upstream/relay/protocol_error');
+    });
+
+    it(`${mode}: bulk data comes whole, whatever the size of the server's records`, async () => {
+      const megabytes = 40;
+      const piece = Buffer.alloc(1024 * 1024, 'keygate');
+      const server = await tlsServer({}, {}, (socket) => {
+        socket.setMaxSendFragment(10_000);
+        Readable.from(Array.from({ length: megabytes }, () => piece)).pipe(socket);
+      });
+      const keygate = await started({
+        upstreams: { secure: tlsTo(server) },
+        listeners: { https: { mode, certificates: mode === 'bridge' ? ['p256'] : undefined } },
+      });
+      const client = mode === 'bridge' ? await tlsClient({ port: keygate.port() }) : await plainClient(keygate);
+      client.end();
+      let bytes = 0;
+      for await (const chunk of client) bytes += (chunk as Buffer).length;
+      assert.equal(bytes, megabytes * piece.length);
+    });
+
     it(`${mode}: half-close passes through, both ways`, async () => {
       const server = await tlsServer();
       const keygate = await started({
@@ -206,6 +252,60 @@ describe('modes', { timeout: 110_000 }, () => {
     await ended(client);
     // Our own ClientHello comes back.
     await keygate.closed('upstream/handshake/protocol_error');
+  });
+
+  it('a server behind a unix socket gets a client certificate as any other', async () => {
+    const own = { requestCert: true, rejectUnauthorized: false };
+    const server = await tlsServer({}, own, undefined, join(token.directory, 'tls.sock'));
+    const keygate = await started({
+      upstreams: { secure: tlsTo(server, { certificate: 'p256' }) },
+      listeners: { https: { mode: 'encrypt', certificates: undefined } },
+    });
+    await assertEchoes(await plainClient(keygate));
+    assert.equal(server.last?.getPeerX509Certificate()?.raw.equals(new X509Certificate(token.pem('p256')).raw), true);
+  });
+
+  it('when the handshake with one server fails, the next is tried, and the bad one is left out for a while', async () => {
+    const good = await tlsServer();
+    const rubbish = fixtures.use(await namedUpstream('this is not TLS'));
+    const stranger = await tlsServer({ names: ['other.test'] });
+    const silent = fixtures.use(await tcpUpstream((socket) => socket.resume()));
+    for (const bad of [rubbish, stranger, silent]) {
+      const keygate = await started({
+        upstreams: {
+          secure: {
+            ...tlsTo(good, { deadline: '2s' }),
+            servers: [bad.address, good.address],
+            passive: { failures: 1 },
+          },
+        },
+        listeners: { https: { mode: 'encrypt', certificates: undefined } },
+      });
+      for (let count = 0; count < 4; count++) await assertEchoes(await plainClient(keygate));
+      const up = async (server: string) => keygate.metric('keygate_upstream_server_up', { server });
+      await until('ejection', async () => (await up(bad.address)) === 0);
+      assert.equal(await up(good.address), 1);
+      // One client was so unlucky, and did not notice.
+      assert.equal(await keygate.metric('keygate_upstream_connects_total', { server: bad.address, outcome: 'ok' }), 1);
+    }
+  });
+
+  it("when the handshake fails with all servers, the last reason is the connection's", async () => {
+    const rubbish = fixtures.use(await namedUpstream('this is not TLS'));
+    const stranger = await tlsServer({ names: ['other.test'] });
+    const servers = [rubbish.address, stranger.address];
+    const keygate = await started({
+      upstreams: { secure: { ...tlsTo(stranger), servers } },
+      listeners: { https: { mode: 'encrypt', certificates: undefined } },
+    });
+    const client = await plainClient(keygate);
+    client.write('x');
+    await ended(client);
+    const closes = await until('close', async () => {
+      const reasons = Object.keys(await keygate.closes());
+      return reasons.length > 0 && reasons;
+    });
+    assert.match(closes.join(' '), /^upstream\/handshake\/(?:not_tls|wrong_name)$/);
   });
 
   it('passthrough: TLS is routed by name and not ended, and an unknown name gets an alert', async () => {
@@ -319,7 +419,11 @@ interface TlsServer {
   close(): void;
 }
 
-async function startTlsServer(options: TlsOptions): Promise<TlsServer> {
+async function startTlsServer(
+  options: TlsOptions,
+  serve?: (socket: TLSSocket) => void,
+  path?: string,
+): Promise<TlsServer> {
   const server = createServer({ allowHalfOpen: true, ALPNProtocols: ['echo/1'], ...options } as TlsOptions);
   const raw = new Set<Socket>();
   const state: TlsServer = {
@@ -340,6 +444,8 @@ async function startTlsServer(options: TlsOptions): Promise<TlsServer> {
     state.last = socket;
     state.reused = socket.isSessionReused();
     socket.on('error', () => {});
+    serve?.(socket);
+    if (serve !== undefined) return;
     socket.on('data', (chunk: Buffer) => {
       state.received += chunk.length > 1000 ? '' : chunk.toString();
       socket.write(chunk);
@@ -347,8 +453,10 @@ async function startTlsServer(options: TlsOptions): Promise<TlsServer> {
     // A client that ends its half has ended, unless the test says more.
     socket.on('end', () => setImmediate(() => socket.end()));
   });
-  server.listen(0, '127.0.0.1');
+  if (path === undefined) server.listen(0, '127.0.0.1');
+  else server.listen(path);
   await once(server, 'listening');
+  if (path !== undefined) return Object.assign(state, { address: `unix:${path}` });
   return Object.assign(state, { address: `127.0.0.1:${(server.address() as AddressInfo).port}` });
 }
 
@@ -356,6 +464,8 @@ interface Wire {
   readonly address: string;
   /** Ends every connection towards who made it. */
   cut(): void;
+  /** Sends it what no server has said. */
+  spoil(): void;
   close(): Promise<void>;
 }
 
@@ -374,6 +484,10 @@ async function wireTo(address: string): Promise<Wire> {
     address: wire.address,
     cut() {
       for (const socket of ends) socket.end();
+    },
+    spoil() {
+      // An application data record that no key has made.
+      for (const socket of ends) socket.write(Buffer.concat([Buffer.from('1703030040', 'hex'), Buffer.alloc(0x40)]));
     },
     close: async () => wire.close(),
   };

@@ -121,7 +121,7 @@ close_reasons! {
     ClientRelayAlert = "client" / "relay" / "alert": "The client ended the connection with a fatal alert.";
     UpstreamRelayClosed = "upstream" / "relay" / "closed": "The upstream closed first. Normal.";
     UpstreamRelayReset = "upstream" / "relay" / "reset": "The upstream reset the connection.";
-    UpstreamRelayTruncated = "upstream" / "relay" / "truncated": "The upstream closed without close_notify: bytes may be missing, and the client was not told that it had all.";
+    UpstreamRelayTruncated = "upstream" / "relay" / "truncated": "The upstream closed without close_notify: bytes may be missing. A client that speaks TLS was not told that it had all; plaintext just ended.";
     UpstreamRelayProtocolError = "upstream" / "relay" / "protocol_error": "A record from the upstream did not decrypt or broke a rule of TLS.";
     UpstreamRelayAlert = "upstream" / "relay" / "alert": "The upstream ended the connection with a fatal alert.";
     ProxyRelayIdleDeadline = "proxy" / "relay" / "idle_deadline": "No byte in either direction for `deadlines.idle`.";
@@ -146,6 +146,11 @@ impl Close {
                 | Self::ProxyRelayIdleDeadline
                 | Self::ProxyRelayLifetimeDeadline
         )
+    }
+
+    /// Whether it was a server of the upstream.
+    pub fn is_of_upstream(self) -> bool {
+        CLOSE_REASONS[self as usize].side == "upstream"
     }
 
     /// The reason for a handshake that rustls ended.

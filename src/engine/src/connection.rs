@@ -32,8 +32,8 @@ use crate::routing::{Router, Target};
 use crate::step::write_all;
 use crate::stream::Stream;
 use crate::tls::Tls;
-use crate::upstream::{ConnectError, Connected, Lease, OnBehalf, Upstream};
-use crate::upstream_tls::shake_hands;
+use crate::upstream::{ConnectError, Connected, Lease, OnBehalf, Tries, Upstream};
+use crate::upstream_tls::{UpstreamTls, shake_hands};
 use crate::verify::{Client, Identity};
 
 const UNIQUE_ID_BYTES: usize = 16;
@@ -94,7 +94,9 @@ async fn front(life: &mut Life, offer: &Offer, client: &Stream) -> Result<(Optio
             life.handshaking_done();
             Ok((None, Leftover { plaintext: bytes, ended: false }))
         }
-        (Front::Plain, _) | (Front::Tls, None) => {
+        // Never plaintext for want of a certificate.
+        (Front::Tls, None) => Err(Close::ProxyInternalPanic),
+        (Front::Plain, _) => {
             life.handshaking_done();
             Ok((None, Leftover { plaintext: Vec::new(), ended: false }))
         }
@@ -165,26 +167,68 @@ async fn back(
     if upstream_tls.is_none() {
         header.extend_from_slice(&plaintext);
     }
-    let connecting_at = Instant::now();
-    let connected = upstream.connect(&header, life.on_behalf()).await.map_err(|error| close_for(&error))?;
-    life.connected(&upstream, &connected, connecting_at);
-    let Connected { stream, taken, server, lease } = connected;
     let Some(upstream_tls) = upstream_tls else {
+        let connecting_at = Instant::now();
+        let connected =
+            upstream.connect(&header, life.on_behalf()).await.map_err(|error| close_for(&error))?;
+        life.connected(&upstream, &connected, connecting_at);
+        let Connected { stream, taken, lease, .. } = connected;
         let by_client = Said { bytes: header, header_bytes, taken, ended };
         return Ok(Opened { stream, tls: None, by_client, by_upstream: Said::default(), lease });
     };
-    let shaking_at = Instant::now();
-    let deadline = shaking_at + upstream_tls.deadline;
-    timeout_at(deadline, write_all(&stream, &header[taken..]))
-        .await
-        .map_err(|_| Close::UpstreamHandshakeDeadline)?
-        .map_err(|_| Close::UpstreamHandshakeReset)?;
-    let Established { tls, leftover } =
-        shake_hands(&stream, &upstream_tls, server, deadline, &life.listener.scratch).await?;
-    life.upstream_ready(&upstream, server, &tls, shaking_at);
+    let (connected, Established { tls, leftover }) =
+        back_tls(life, &upstream, &upstream_tls, &header).await?;
+    let Connected { stream, lease, .. } = connected;
     let by_client = Said { bytes: plaintext, ended, ..Said::default() };
     let by_upstream = Said { bytes: leftover.plaintext, ended: leftover.ended, ..Said::default() };
     Ok(Opened { stream, tls: Some(tls), by_client, by_upstream, lease })
+}
+
+/// TLS to a server. Nothing of the client's has been sent before it is there, so when one server's handshake fails, the next
+/// is tried. All handshakes together have the upstream's deadline, each an equal share of what is left.
+async fn back_tls(
+    life: &mut Life,
+    upstream: &Upstream,
+    upstream_tls: &UpstreamTls,
+    header: &[u8],
+) -> Result<(Connected, Established), Close> {
+    let scratch = life.listener.scratch.clone();
+    let mut time_left = upstream_tls.deadline;
+    let mut tries = Tries::default();
+    let mut failure = None;
+    loop {
+        let connecting_at = Instant::now();
+        let connected = match upstream.connect_next(&mut tries, header, life.on_behalf()).await {
+            Ok(connected) => connected,
+            // What the last server did says more than that there is no other.
+            Err(error) => return Err(failure.unwrap_or_else(|| close_for(&error))),
+        };
+        life.connected(upstream, &connected, connecting_at);
+        let Connected { stream, taken, server, .. } = &connected;
+        let shaking_at = Instant::now();
+        let deadline = shaking_at + time_left / upstream.tries_left(&tries).unwrap_or(1);
+        let shaken = async {
+            timeout_at(deadline, write_all(stream, &header[*taken..]))
+                .await
+                .map_err(|_| Close::UpstreamHandshakeDeadline)?
+                .map_err(|_| Close::UpstreamHandshakeReset)?;
+            shake_hands(stream, upstream_tls, *server, deadline, &scratch).await
+        };
+        match shaken.await {
+            Ok(established) => {
+                upstream.succeeded(&connected);
+                life.upstream_ready(upstream, *server, &established.tls, shaking_at);
+                return Ok((connected, established));
+            }
+            Err(close) if close.is_of_upstream() => {
+                upstream.failed(&connected, &mut tries);
+                time_left = time_left.saturating_sub(shaking_at.elapsed());
+                failure = Some(close);
+            }
+            // A token that does not sign for one server signs for no other.
+            Err(close) => return Err(close),
+        }
+    }
 }
 
 /// What the server hears first: who the client is. Empty where it does not want to know.

@@ -4,7 +4,9 @@
 //!
 //! Each direction is `Open -> Ended -> Finished`: its source has ended, then everything was handed on and the
 //! destination told; or, when the upstream has reset the connection, `Open -> Refused -> Finished`. A direction reads only when it has nothing left to write, so a slow reader stops its sender.
-//! Either end may speak TLS or not; where it does, an end that was not said (RFC 8446 6.1) is never told to the other end as a whole one.
+//! Either end may speak TLS or not. An end of TLS that was not said (RFC 8446 6.1) is not told to TLS at the other end as a whole
+//! one; plaintext has one kind of end, and is told of that: half the servers and clients of this world never say theirs. What
+//! is broken or refused by an alert resets plaintext.
 //! Buffers belong to the worker (`Scratch`), not to the connection: only what a peer does not take at once is kept.
 
 use std::cell::{Cell, RefCell};
@@ -52,7 +54,8 @@ impl Default for Scratch {
             buffers: RefCell::new(Buffers {
                 input: vec![0; UNPROCESSED_MAX + READ_BYTES_MAX],
                 decrypted: Vec::new(),
-                output: vec![0; ciphertext_max(READ_BYTES_MAX) + ciphertext_max(0)],
+                // What a read completes can be more than was read: a part of a record was there before.
+                output: vec![0; ciphertext_max(UNPROCESSED_MAX + READ_BYTES_MAX) + ciphertext_max(0)],
             }),
             kept_bytes: Cell::new(0),
         }
@@ -431,10 +434,14 @@ impl<'a> Relay<'a> {
     /// Sends the alert that rustls has made of the source's fault, unless it would cut a record in two.
     /// `error`: None for a message that is too large to be looked at.
     fn broken_by_source(&mut self, way: Way, error: Option<&rustls::Error>) -> Close {
-        let (end, back) = match way {
-            Way::ToUpstream => (&mut self.client, &self.to_client),
-            Way::ToClient => (&mut self.upstream, &self.to_upstream),
+        let (end, sink, back) = match way {
+            Way::ToUpstream => (&mut self.client, &self.upstream, &self.to_client),
+            Way::ToClient => (&mut self.upstream, &self.client, &self.to_upstream),
         };
+        // Without TLS there is no other way to say that this is no end.
+        if sink.tls.is_none() {
+            sink.stream.reset_when_dropped();
+        }
         let alert = end.tls.as_mut().map(Tls::take_to_peer).unwrap_or_default();
         if back.pending.is_empty() {
             let _ = end.stream.try_write(&alert);

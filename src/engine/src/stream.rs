@@ -127,6 +127,11 @@ impl Stream {
     /// so it cannot mistake a cut-off transfer for a complete one, and no TIME_WAIT stays here. A Unix socket knows
     /// no reset and just closes.
     pub fn abort(self) {
+        self.reset_when_dropped();
+    }
+
+    /// What `abort` does at once, for whoever does not own it.
+    pub fn reset_when_dropped(&self) {
         if let Stream::Tcp(_) = self {
             // A socket that cannot be given this option is already closed by its peer: dropping it is all there is to do.
             let _ = self.socket().set_linger(Some(Duration::ZERO));

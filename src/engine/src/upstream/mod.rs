@@ -183,32 +183,65 @@ impl Upstream {
     ///
     /// `first` is what the caller writes first; `Connected::taken` says how much of it the server has already.
     pub async fn connect(&self, first: &[u8], on_behalf: OnBehalf) -> Result<Connected, ConnectError> {
+        let connected = self.connect_next(&mut Tries::default(), first, on_behalf).await?;
+        self.succeeded(&connected);
+        Ok(connected)
+    }
+
+    /// As `connect`, where being connected is not all: the caller says whether it `succeeded` or `failed`, and after a failure
+    /// may ask for the next server, with the same `tries`.
+    pub async fn connect_next(
+        &self,
+        tries: &mut Tries,
+        first: &[u8],
+        on_behalf: OnBehalf,
+    ) -> Result<Connected, ConnectError> {
         let deadline = Instant::now() + self.plan.connect_deadline;
-        let mut attempts_left = self.plan.connect_attempts_max.max(1);
         let mut error = ConnectError::NoServer;
-        // Allocates only once an attempt has failed.
-        let mut tried = Vec::new();
-        while let Some(lease) = self.choose(&tried) {
-            let candidates = self.servers.iter().filter(|server| is_candidate(server, &tried)).count();
-            attempts_left = attempts_left.min(candidates);
-            let share = deadline.saturating_duration_since(Instant::now()) / attempts_left.max(1) as u32;
-            let opened = lease.server().connect(first, on_behalf, share).await;
-            if let Some(up) = lease.server().conclude(&opened, &self.plan.passive) {
-                self.tell(lease.server(), up, ChangeCause::Connections);
-            }
-            match opened {
+        while let Some(share) = self.tries_left(tries)
+            && let Some(lease) = self.choose(&tries.tried)
+        {
+            let deadline_in = deadline.saturating_duration_since(Instant::now()) / share;
+            match lease.server().connect(first, on_behalf, deadline_in).await {
                 Ok(Opened { stream, taken }) => {
                     return Ok(Connected { stream, taken, server: lease.server().index, lease });
                 }
-                Err(failed) => error = failed,
+                Err(failed) => {
+                    tries.tried.push(lease.server().index);
+                    if failed.is_of_server() {
+                        self.judge(&lease, Server::failed);
+                    }
+                    error = failed;
+                }
             }
-            attempts_left -= 1;
-            if attempts_left == 0 || Instant::now() >= deadline {
+            if Instant::now() >= deadline {
                 break;
             }
-            tried.push(lease.server().index);
         }
         Err(error)
+    }
+
+    /// How many servers may still be tried, the one among them that is connected and not judged yet; None: no other.
+    pub fn tries_left(&self, tries: &Tries) -> Option<u32> {
+        let candidates = self.servers.iter().filter(|server| is_candidate(server, &tries.tried)).count();
+        let left = self.plan.connect_attempts_max.max(1).saturating_sub(tries.tried.len()).min(candidates);
+        u32::try_from(left).ok().filter(|left| *left > 0)
+    }
+
+    pub fn succeeded(&self, connected: &Connected) {
+        self.judge(&connected.lease, |server, _| server.succeeded());
+    }
+
+    pub fn failed(&self, connected: &Connected, tries: &mut Tries) {
+        tries.tried.push(connected.server);
+        self.judge(&connected.lease, Server::failed);
+    }
+
+    fn judge(&self, lease: &Lease, verdict: impl FnOnce(&Server, &PassivePlan) -> Option<bool>) {
+        let server = lease.server();
+        if let Some(up) = verdict(server, &self.plan.passive) {
+            self.tell(server, up, ChangeCause::Connections);
+        }
     }
 
     /// Checks all servers at their intervals, for ever; dropping the future ends the checks. Returns at once without a
@@ -259,6 +292,12 @@ fn random_fraction() -> f64 {
     (RandomState::new().build_hasher().finish() >> 11) as f64 / (1_u64 << 53) as f64
 }
 
+/// The servers that were tried for one client in vain. Allocates with the first.
+#[derive(Default)]
+pub struct Tries {
+    tried: Vec<usize>,
+}
+
 /// A connection to a server.
 #[derive(Debug)]
 pub struct Connected {
@@ -291,6 +330,11 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
+    /// Whether something seems to be wrong with the server, and not with this host, or with the client's wish.
+    fn is_of_server(&self) -> bool {
+        !matches!(self, Self::Other(_) | Self::NoServer | Self::Loop)
+    }
+
     /// One of `CONNECT_REASONS`.
     pub fn reason(&self) -> &'static str {
         match self {

@@ -125,22 +125,23 @@ impl Server {
     }
 
     /// Learns from a client's attempt. Some(up) when that changed the server's standing.
-    pub fn conclude(&self, opened: &Result<Opened, ConnectError>, passive: &PassivePlan) -> Option<bool> {
+    pub fn succeeded(&self) -> Option<bool> {
         let before = self.is_up();
-        match opened {
-            Ok(_) => {
-                self.failures.set(0);
-                self.ejected_until.set(None);
-            }
-            Err(ConnectError::Other(_) | ConnectError::NoServer | ConnectError::Loop) => {}
-            // Each client wants another server: one that is gone says nothing about the next.
-            Err(_) if self.address == ServerAddress::Original => {}
-            Err(_) => {
-                self.failures.set(self.failures.get().saturating_add(1));
-                if passive.failures_max > 0 && self.failures.get() >= passive.failures_max {
-                    self.ejected_until.set(Some(Instant::now() + passive.ejection));
-                }
-            }
+        self.failures.set(0);
+        self.ejected_until.set(None);
+        self.publish(before)
+    }
+
+    /// As `succeeded`, of an attempt that says that something is wrong with the server.
+    pub fn failed(&self, passive: &PassivePlan) -> Option<bool> {
+        // Each client wants another server: one that is gone says nothing about the next.
+        if self.address == ServerAddress::Original {
+            return None;
+        }
+        let before = self.is_up();
+        self.failures.set(self.failures.get().saturating_add(1));
+        if passive.failures_max > 0 && self.failures.get() >= passive.failures_max {
+            self.ejected_until.set(Some(Instant::now() + passive.ejection));
         }
         self.publish(before)
     }
