@@ -41,7 +41,8 @@ export const logEvents = {
   transparency_logs_old: 'the list of transparency logs is out of date',
   upstream_unresolved: 'the name of a server has no address; the server is left out',
   tickets_rotated: 'another key issues session tickets',
-  tickets_not_rotated: 'no token could derive the next ticket key, and why; the former one is used on',
+  tickets_not_rotated:
+    'no token could derive the next ticket key, and why; the one derived beforehand is used for an epoch, and then there are no tickets',
   ocsp_stapled: 'a certificate has an OCSP response that says good, and until when; not for each that follows',
   ocsp_revoked: 'the issuer says that a certificate is revoked, and clients that ask are told so',
   ocsp_fetch_failed:

@@ -368,8 +368,7 @@ function planOf(tokens: readonly TokenState[], certificates: readonly Certificat
   const proved = certificates.flatMap(provedCertificate);
   if (proved.length < certificates.length) return undefined;
   const ticketKey = ticketKeys.flatMap(keyInToken);
-  // Without a token that derives them there would be no tickets at all.
-  if (ticketKeys.length > 0 && ticketKey.length === 0) return undefined;
+  const isUnreachable = ticketKeys.length > 0 && ticketKey.length === 0;
   return {
     tokens: tokens.flatMap(({ config: { name }, open, error }) =>
       open === undefined || error !== undefined ? [] : [{ name, label: open.token.label, serial: open.token.serial }],
@@ -382,6 +381,12 @@ function planOf(tokens: readonly TokenState[], certificates: readonly Certificat
       ),
       ...[...tokens, ...shared, ...ticketKeys].flatMap(({ warnings }) => warnings),
       ...errors.map(({ message }) => message),
+      // A worker that came back must not want more than one that is running.
+      ...(isUnreachable
+        ? [
+            'no token with the ticket key is in reach: tickets are of random keys, good for this keygate alone, until a reload',
+          ]
+        : []),
     ],
   };
 }

@@ -233,7 +233,9 @@ function measure(running: Engine): WorkerSnapshot {
 }
 
 function useTicketSecrets(): void {
-  if (tickets?.key === undefined) engine?.setTicketSecrets(ticketSecrets.map((secret) => Buffer.from(secret)));
+  // Also where a ticket key is configured, while no token with it was in reach.
+  if (engine?.snapshot().tickets.epoch === undefined)
+    engine?.setTicketSecrets(ticketSecrets.map((secret) => Buffer.from(secret)));
 }
 
 function engineStaple({ leaf, response }: Staple): EngineStaple {

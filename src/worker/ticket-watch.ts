@@ -7,7 +7,7 @@
 import type { Engine, TicketSnapshot } from '../engine/native.d.ts';
 import type { Log } from '../log.ts';
 
-/** After a failure. Until then the former secrets are used on, and those of the next epoch were derived with them. */
+/** After a failure. The engine has the secrets of the next epoch already. */
 const retryMs = 10_000;
 
 /** Epochs are counted from 1970, in rotations. */
@@ -31,7 +31,10 @@ export class TicketWatch {
     if (this.#known !== undefined && this.#known !== epoch)
       this.#log.info({ event: 'tickets_rotated', epoch }, 'another key issues session tickets');
     if (failure !== undefined && failure !== this.#failure)
-      this.#log.error({ event: 'tickets_not_rotated', epoch, reason: failure }, 'the former ticket key is used on');
+      this.#log.error(
+        { event: 'tickets_not_rotated', epoch, reason: failure },
+        'the next ticket key could not be derived',
+      );
     this.#known = epoch;
     this.#failure = failure;
     const wanted = ticketEpoch(rotationMs);

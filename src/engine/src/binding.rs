@@ -586,10 +586,10 @@ impl Engine {
         // Before the first lane: exit must not run a module's destructors under it.
         process::engine_runs(true);
         let nothing = Generation::default();
-        let started = build(settings, &nothing, &shared, &kept).and_then(|(current, plan)| {
+        let started = build(settings, &nothing, &shared, &kept).and_then(|(mut current, plan)| {
             // Before the first client.
-            if current.ticket_key.is_some() {
-                shared.rotation.begin(current.ticket_key.clone(), &shared.ticketer);
+            if let Some(key) = current.ticket_key.take() {
+                shared.rotation.begin(Some(key), &shared.ticketer);
             }
             match IoThread::start(plan, access_log.log.clone()) {
                 Ok(io) => Ok((current, io)),
@@ -625,10 +625,11 @@ impl Engine {
     /// Throws when nothing is prepared.
     #[napi(catch_unwind)]
     pub fn commit(&mut self, retired: Vec<i32>) -> Result<()> {
-        let next =
+        let mut next =
             self.prepared.take().ok_or_else(|| invalid("expected a prepared configuration, found none"))?;
-        if next.ticket_key.is_some() || self.current.ticket_key.is_some() {
-            self.shared.rotation.begin(next.ticket_key.clone(), &self.shared.ticketer);
+        let key = next.ticket_key.take();
+        if key.is_some() || self.shared.rotation.standing().epoch.is_some() {
+            self.shared.rotation.begin(key, &self.shared.ticketer);
         }
         self.io.commit(retired).map_err(|error| invalid(error.to_string()))?;
         self.former.push(std::mem::replace(&mut self.current, next));

@@ -23,7 +23,8 @@ use crate::upstream_tls::UpstreamTls;
 pub struct Generation {
     tokens: Vec<StartedToken>,
     certificates: HashMap<String, Arc<Certificate>>,
-    /// What a token makes session tickets' secrets of, with those of the epoch in which it was proved.
+    /// What a token makes session tickets' secrets of, with those of the epoch in which it was proved; taken when it begins to
+    /// serve, so that no secret is here longer than it is used.
     pub ticket_key: Option<(Arc<TicketKey>, EpochSecrets)>,
     /// Handshakes hold them for as long as they last.
     pub tls_configs: Vec<Arc<ServerConfig>>,

@@ -3,8 +3,10 @@
 //! Must not know how a ticket is made of them (tickets.rs). Deriving takes as long as the token does: on the JavaScript
 //! thread at a start or a reload, which wait for tokens anyway, and else on a thread of its own.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::signing::token::Token;
 use crate::signing::token_error::TokenError;
@@ -28,7 +30,6 @@ pub struct Place {
 }
 
 /// The secrets of an epoch, of the next and of the one before: a clock may be off by an epoch.
-#[derive(Clone)]
 pub struct EpochSecrets {
     pub epoch: u64,
     current: EpochSecret,
@@ -74,20 +75,6 @@ impl TicketKey {
         }
     }
 
-    /// By the first token that can; else what each of them said.
-    fn derive(&self, epoch: u64) -> Result<EpochSecrets, String> {
-        // Tokens that are down are asked last: they may take long to say no.
-        let (up, down): (Vec<_>, Vec<_>) = self.places.iter().partition(|place| place.token.is_up());
-        let mut failures = Vec::new();
-        for place in up.into_iter().chain(down) {
-            match self.derive_in(place, epoch) {
-                Ok(secrets) => return Ok(secrets),
-                Err(error) => failures.push(error.to_string()),
-            }
-        }
-        Err(failures.join("; "))
-    }
-
     fn derive_in(&self, place: &Place, epoch: u64) -> Result<EpochSecrets, TokenError> {
         let input = |epoch: u64| [PURPOSE, &self.rotation_ms.to_be_bytes(), &epoch.to_be_bytes()].concat();
         let [now, next, before] = [epoch, epoch.saturating_add(1), epoch.saturating_sub(1)].map(input);
@@ -97,6 +84,9 @@ impl TicketKey {
     }
 }
 
+/// A token that takes longer to derive counts as one that cannot; its thread waits on, and no other is sent to that token.
+const DERIVING_MAX: Duration = Duration::from_secs(20);
+
 /// The rotation of a worker's ticket keys.
 #[derive(Clone, Default)]
 pub struct TicketRotation(Arc<Mutex<State>>);
@@ -104,9 +94,12 @@ pub struct TicketRotation(Arc<Mutex<State>>);
 #[derive(Default)]
 struct State {
     key: Option<Arc<TicketKey>>,
-    /// Whose secrets are used.
+    /// What is used; given up when it is too old.
+    held: Option<EpochSecrets>,
+    /// Of what was derived last.
     epoch: Option<u64>,
-    deriving: bool,
+    /// Places at which a thread is, by their index, and since when.
+    asking: HashMap<usize, Instant>,
     /// Why the last try came to nothing.
     failure: Option<String>,
 }
@@ -128,35 +121,73 @@ impl TicketRotation {
         *state = State::default();
         if let Some((key, secrets)) = key {
             state.key = Some(key);
-            state.adopt(&secrets, ticketer);
+            state.adopt(secrets, ticketer);
         }
     }
 
-    /// Has the secrets of this epoch derived, and used when they are there; until then those that are used stay in use.
-    /// One at a time: a token that hangs holds one thread and no more.
+    /// Has the secrets of this epoch derived by the first token that can, and used when they are there. Until then the epoch
+    /// begins with the secret that was derived for it beforehand; when that too is over, there are no tickets.
     pub fn rotate(&self, epoch: u64, ticketer: &Ticketer) -> std::io::Result<()> {
         let mut state = self.lock();
-        let Some(key) = state.key.clone().filter(|_| !state.deriving) else { return Ok(()) };
+        let Some(key) = state.key.clone() else { return Ok(()) };
+        state.stand_in(epoch, ticketer);
+        if state.is_deriving() {
+            return Ok(());
+        }
+        let free: Vec<_> = (0..key.places.len()).filter(|index| !state.asking.contains_key(index)).collect();
+        if free.len() < key.places.len() {
+            let hung = |index: &usize| key.places.get(*index).map(|place| place.token.name().to_string());
+            let hung: Vec<_> = state.asking.keys().filter_map(hung).collect();
+            let seconds = DERIVING_MAX.as_secs();
+            state.failure = Some(format!("no answer for {seconds} s from token {}", hung.join(", ")));
+        }
+        if free.is_empty() {
+            return Ok(());
+        }
+        // Tokens that are down are asked last: they may take long to say no.
+        let (mut order, down): (Vec<_>, Vec<_>) =
+            free.into_iter().partition(|index| key.places[*index].token.is_up());
+        order.extend(down);
         let (rotation, ticketer) = (self.clone(), ticketer.clone());
-        thread::Builder::new().name("keygate-tickets".into()).spawn(move || {
-            let derived = key.derive(epoch);
-            let mut state = rotation.lock();
-            if !state.key.as_ref().is_some_and(|current| Arc::ptr_eq(current, &key)) {
-                return;
-            }
-            state.deriving = false;
-            match derived {
-                Ok(secrets) => state.adopt(&secrets, &ticketer),
-                Err(failures) => state.failure = Some(failures),
-            }
-        })?;
-        state.deriving = true;
+        let first = order.first().copied();
+        let thread = thread::Builder::new().name("keygate-tickets".into());
+        thread.spawn(move || rotation.ask(&key, &order, epoch, &ticketer))?;
+        state.asking.extend(first.map(|index| (index, Instant::now())));
         Ok(())
     }
 
+    /// On a thread of its own: asks one place after the other.
+    fn ask(&self, key: &Arc<TicketKey>, order: &[usize], epoch: u64, ticketer: &Ticketer) {
+        let mut failures = Vec::new();
+        for index in order {
+            let Some(place) = key.places.get(*index) else { continue };
+            if !failures.is_empty() && !self.lock().arrive(key, *index) {
+                continue;
+            }
+            let derived = key.derive_in(place, epoch);
+            let mut state = self.lock();
+            if !state.has(key) {
+                return;
+            }
+            state.asking.remove(index);
+            match derived {
+                // Whoever was asked in the meantime may have been faster, or the next epoch may have begun.
+                Ok(secrets) if state.epoch.is_none_or(|known| known < secrets.epoch) => {
+                    return state.adopt(secrets, ticketer);
+                }
+                Ok(_) => return,
+                Err(error) => failures.push(error.to_string()),
+            }
+        }
+        let mut state = self.lock();
+        if state.has(key) {
+            state.failure = Some(failures.join("; "));
+        }
+    }
+
     pub fn standing(&self) -> TicketStanding {
-        let State { epoch, deriving, failure, .. } = &*self.lock();
-        TicketStanding { epoch: *epoch, deriving: *deriving, failure: failure.clone() }
+        let state = self.lock();
+        TicketStanding { epoch: state.epoch, deriving: state.is_deriving(), failure: state.failure.clone() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -165,9 +196,97 @@ impl TicketRotation {
 }
 
 impl State {
-    fn adopt(&mut self, secrets: &EpochSecrets, ticketer: &Ticketer) {
+    fn has(&self, key: &Arc<TicketKey>) -> bool {
+        self.key.as_ref().is_some_and(|current| Arc::ptr_eq(current, key))
+    }
+
+    /// False: somebody is there already, or the key is another one.
+    fn arrive(&mut self, key: &Arc<TicketKey>, index: usize) -> bool {
+        self.has(key) && {
+            let is_free = !self.asking.contains_key(&index);
+            self.asking.entry(index).or_insert_with(Instant::now);
+            is_free
+        }
+    }
+
+    fn is_deriving(&self) -> bool {
+        self.asking.values().any(|since| since.elapsed() < DERIVING_MAX)
+    }
+
+    fn adopt(&mut self, secrets: EpochSecrets, ticketer: &Ticketer) {
         ticketer.rotate(&secrets.current, &secrets.others);
         self.epoch = Some(secrets.epoch);
+        self.held = Some(secrets);
         self.failure = None;
+    }
+
+    /// Another epoch than that of what is held has begun.
+    fn stand_in(&mut self, epoch: u64, ticketer: &Ticketer) {
+        let Some(EpochSecrets { epoch: held, current, others: [next, _] }) = &self.held else { return };
+        if *held == epoch || held.checked_sub(1) == Some(epoch) {
+            return; // that of a host whose clock is ahead
+        }
+        if held.checked_add(1) == Some(epoch) {
+            ticketer.rotate(next, std::slice::from_ref(current));
+        } else {
+            ticketer.stop();
+            self.held = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::server::ProducesTickets;
+    use zeroize::Zeroizing;
+
+    fn secrets(epoch: u64) -> EpochSecrets {
+        let secret = |epoch: u64| Zeroizing::new([epoch as u8; 32]);
+        EpochSecrets { epoch, current: secret(epoch), others: [secret(epoch + 1), secret(epoch - 1)] }
+    }
+
+    fn ticketer_in(epoch: u64) -> Ticketer {
+        let ticketer = Ticketer::new(Duration::from_secs(3600));
+        State::default().adopt(secrets(epoch), &ticketer);
+        ticketer
+    }
+
+    #[test]
+    fn without_a_token_the_next_epoch_begins_with_the_secret_that_was_derived_for_it() {
+        let ticketer = Ticketer::new(Duration::from_secs(3600));
+        let mut state = State::default();
+        state.adopt(secrets(10), &ticketer);
+        let before = ticketer.encrypt(b"before").expect("a ticket");
+        state.stand_in(11, &ticketer);
+        let after = ticketer.encrypt(b"after").expect("a ticket");
+        assert_eq!(ticketer.decrypt(&before).as_deref(), Some(&b"before"[..]));
+        // A host whose token has answered is in the same epoch.
+        assert_eq!(ticketer_in(11).decrypt(&after).as_deref(), Some(&b"after"[..]));
+        assert_eq!(ticketer_in(12).decrypt(&after).as_deref(), Some(&b"after"[..]));
+        assert_eq!(ticketer_in(13).decrypt(&after), None);
+    }
+
+    #[test]
+    fn after_that_there_are_no_tickets_until_a_token_answers() {
+        let ticketer = Ticketer::new(Duration::from_secs(3600));
+        let mut state = State::default();
+        state.adopt(secrets(10), &ticketer);
+        let ticket = ticketer.encrypt(b"state").expect("a ticket");
+        state.stand_in(12, &ticketer);
+        assert!(ticketer.encrypt(b"state").is_none());
+        assert_eq!(ticketer.decrypt(&ticket), None);
+        state.adopt(secrets(12), &ticketer);
+        assert!(ticketer.encrypt(b"state").is_some());
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_by_an_epoch_changes_nothing() {
+        let ticketer = Ticketer::new(Duration::from_secs(3600));
+        let mut state = State::default();
+        state.adopt(secrets(10), &ticketer);
+        state.stand_in(9, &ticketer);
+        let ticket = ticketer.encrypt(b"state").expect("a ticket");
+        assert!(ticketer_in(10).decrypt(&ticket).is_some());
     }
 }

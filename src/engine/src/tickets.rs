@@ -8,7 +8,7 @@ use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKe
 use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Salt};
 use aws_lc_rs::rand;
 use rustls::server::ProducesTickets;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use zeroize::Zeroizing;
 
@@ -51,6 +51,11 @@ impl Ticketer {
     /// The same keys, also after later rotations: sessions survive a reload.
     pub fn with_lifetime(&self, lifetime: Duration) -> Self {
         Self { keys: self.keys.clone(), lifetime: lifetime.min(LIFETIME_MAX) }
+    }
+
+    /// No tickets any more, until the next `rotate`.
+    pub fn stop(&self) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     pub fn rotate(&self, current: &EpochSecret, others: &[EpochSecret]) {
