@@ -5,11 +5,11 @@
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Shutdown, SocketAddr};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use socket2::SockRef;
-use tokio::io::{Interest, ReadBuf};
+use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
 
 /// A connected byte stream. `&Stream` is also `std::io::Read` and `Write`, answering `WouldBlock` where it would
@@ -95,11 +95,15 @@ impl Stream {
         }
     }
 
-    /// Looks at the next bytes without taking them; 0 when the peer has closed its direction. Unix sockets cannot.
+    /// Looks at the next bytes, when there are any, without taking them; 0 when the peer has closed its direction.
     pub fn poll_peek(&self, context: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
-        match self {
-            Stream::Tcp(tcp) => tcp.poll_peek(context, &mut ReadBuf::new(buffer)),
-            Stream::Unix(_) => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
+        loop {
+            ready!(self.poll_read_ready(context))?;
+            match self.try_peek(buffer) {
+                // The readiness was out of date, and is cleared.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                peeked => return Poll::Ready(peeked),
+            }
         }
     }
 
@@ -209,6 +213,7 @@ mod tests {
 
     use std::io::ErrorKind;
     use std::net::Ipv4Addr;
+    use std::task::Waker;
 
     use tokio::net::TcpListener;
 
@@ -258,6 +263,21 @@ mod tests {
             assert_eq!(here.try_read(&mut buffer[..2]).unwrap(), 2);
             assert_eq!(here.try_peek(&mut buffer).unwrap(), 3);
             assert_eq!(&buffer[..3], b"tes");
+        }
+    }
+
+    #[tokio::test]
+    async fn looking_waits_for_bytes_or_for_the_end() {
+        for (here, there) in [tcp_pair().await, unix_pair()] {
+            let early = here.poll_peek(&mut Context::from_waker(Waker::noop()), &mut [0]);
+            assert!(early.is_pending(), "there was nothing to see: {early:?}");
+            there.try_write(b"b").unwrap();
+            let bytes = std::future::poll_fn(|context| here.poll_peek(context, &mut [0]));
+            assert_eq!(bytes.await.unwrap(), 1);
+            assert_eq!((&here).read(&mut [0; 1]).unwrap(), 1);
+            drop(there);
+            let end = std::future::poll_fn(|context| here.poll_peek(context, &mut [0]));
+            assert_eq!(end.await.unwrap(), 0);
         }
     }
 
