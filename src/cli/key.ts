@@ -6,6 +6,7 @@
 import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { UsageError } from '../errors.ts';
 import { createSelfSigned, createSigningRequest } from '../pkcs11/issue.ts';
+import type { Purpose } from '../pkcs11/certificates.ts';
 import type { Subject } from '../pkcs11/issue.ts';
 import { findPrivateKey, formatKey, formatKeyType, listKeys } from '../pkcs11/keys.ts';
 import type { TokenKey } from '../pkcs11/keys.ts';
@@ -35,6 +36,7 @@ export interface KeySubjectOptions extends TokenOptions {
   /** Together with `ip` at least one. */
   readonly dns?: readonly string[];
   readonly ip?: readonly string[];
+  readonly purpose: Purpose;
   /** A file that is not there yet; standard output when absent. */
   readonly out?: string;
 }
@@ -122,6 +124,6 @@ function keyUri({ label, id }: KeySubjectOptions): Pkcs11Uri {
   return { object: label, ...(id === undefined ? {} : { id: id.toLowerCase() }) };
 }
 
-function subjectOf({ subject, dns = [], ip = [] }: KeySubjectOptions): Subject {
-  return { dns, ip, ...(subject === undefined ? {} : { distinguishedName: subject }) };
+function subjectOf({ subject, dns = [], ip = [], purpose }: KeySubjectOptions): Subject {
+  return { dns, ip, purpose, ...(subject === undefined ? {} : { distinguishedName: subject }) };
 }

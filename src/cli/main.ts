@@ -3,7 +3,7 @@
  * Must not know: what a command does; each is imported when it is run, so `--help` is fast and `serve` loads no PKCS#11.
  * Runs: on the main thread of the command, which for `serve` and `demo` becomes the primary.
  */
-import { Command, CommanderError, InvalidArgumentError } from 'commander';
+import { Command, CommanderError, InvalidArgumentError, Option } from 'commander';
 import { ConfigError, exitCodes, formatProblem, KeygateError, UsageError } from '../errors.ts';
 import type { ServeOptions } from '../primary/serve.ts';
 import { describeVersion } from '../version.ts';
@@ -149,6 +149,11 @@ function withSubject(command: Command): Command {
     .option('--subject <name>', 'distinguished name, such as CN=www.example.org (default: the first DNS name)')
     .option('--dns <name>', 'DNS name; may be repeated', collect)
     .option('--ip <address>', 'IP address; may be repeated', collect)
+    .addOption(
+      new Option('--purpose <purpose>', 'whose certificate it is in TLS')
+        .choices(['server', 'client'])
+        .default('server'),
+    )
     .option('--out <file>', 'file to write that does not exist yet (default: standard output)');
 }
 

@@ -43,11 +43,15 @@ const expiryWarningDays = 14;
 /** Issuers that were met before, by their PEM block: thousands of chains have one intermediate in common. */
 export type KnownIssuers = Map<string, X509Certificate>;
 
+/** Which end of TLS shows a certificate: a listener is a server, an upstream that names one is a client. */
+export type Purpose = 'server' | 'client';
+
 /** Reads and judges the chain as of `now`; never throws for what is wrong with the file. */
 export function readChain(
   config: CertificateConfig,
   now = new Date(),
   issuers: KnownIssuers = new Map<string, X509Certificate>(),
+  purposes: readonly Purpose[] = ['server'],
 ): ChainReading {
   const report = new Report(config);
   const text = readBounded(config.chain, report);
@@ -63,7 +67,7 @@ export function readChain(
   if (config.ocsp === 'off' || members.length > 2) warnOfRoot(members, report);
   for (const member of members) checkDates(member, now, report);
   const key = checkKey(leaf, report);
-  checkPurpose(leaf, report);
+  checkPurposes(leaf, purposes, report);
   if (config.ocsp === 'off' && isMustStaple(leaf.certificate.raw)) {
     report.warning(
       'it is must-staple (RFC 7633) and is not stapled, so clients that honour that refuse it: `ocsp: staple`',
@@ -270,16 +274,19 @@ function checkKey(
   return undefined;
 }
 
-function checkPurpose({ certificate }: Member, report: Report): void {
+function checkPurposes({ certificate }: Member, wanted: readonly Purpose[], report: Report): void {
   if (certificate.ca) report.warning('the first certificate is a CA certificate, which many clients refuse');
-  const purposes: readonly string[] | undefined = certificate.keyUsage;
-  if (purposes !== undefined && !purposes.includes(serverAuth) && !purposes.includes(anyPurpose)) {
-    report.warning('its extended key usage is not for TLS servers (serverAuth)');
+  const allowed: readonly string[] | undefined = certificate.keyUsage;
+  if (allowed === undefined || allowed.includes(anyPurpose)) return;
+  for (const purpose of wanted) {
+    if (!allowed.includes(extendedKeyUsages[purpose])) {
+      report.warning(`its extended key usage is not for TLS ${purpose}s (${purpose}Auth)`);
+    }
   }
 }
 
-/** id-kp-serverAuth and anyExtendedKeyUsage (RFC 5280 4.2.1.12). */
-const serverAuth = '1.3.6.1.5.5.7.3.1';
+/** id-kp-serverAuth, id-kp-clientAuth and anyExtendedKeyUsage (RFC 5280 4.2.1.12). */
+const extendedKeyUsages: Record<Purpose, string> = { server: '1.3.6.1.5.5.7.3.1', client: '1.3.6.1.5.5.7.3.2' };
 const anyPurpose = '2.5.29.37.0';
 
 function serverNames(certificate: X509Certificate, report: Report): string[] {

@@ -23,6 +23,7 @@ import {
 } from '@peculiar/x509';
 import type { JsonGeneralNames } from '@peculiar/x509';
 import { isServerName } from './certificates.ts';
+import type { Purpose } from './certificates.ts';
 import { UsageError } from '../errors.ts';
 import { certificateScheme, keyIdentifier } from './algorithm.ts';
 import type { KeyAlgorithm } from './algorithm.ts';
@@ -37,6 +38,8 @@ export interface Subject {
   readonly dns: readonly string[];
   /** IPv4 and IPv6 addresses. */
   readonly ip: readonly string[];
+  /** What it may be used for; default: `server`. */
+  readonly purpose?: Purpose;
 }
 
 /** The longest that public certificates may live; self-signed ones are for tests and private use and may live longer. */
@@ -51,7 +54,7 @@ export async function createSigningRequest(open: OpenToken, key: TokenKey, subje
   const name = subjectName(subject);
   const signer = signerFor(open, key);
   const request = await Pkcs10CertificateRequestGenerator.create(
-    { name, keys: signer.keys, signingAlgorithm: signer.algorithm, extensions: extensionsFor(names, signer) },
+    { name, keys: signer.keys, signingAlgorithm: signer.algorithm, extensions: extensionsFor(names, subject, signer) },
     signer.crypto,
   );
   return `${request.toString('pem')}\n`;
@@ -59,7 +62,7 @@ export async function createSigningRequest(open: OpenToken, key: TokenKey, subje
 
 /**
  * @param days 1..3650 from now.
- * @returns a certificate in PEM (RFC 5280) that is no CA and is for TLS servers only.
+ * @returns a certificate in PEM (RFC 5280) that is no CA and is for TLS servers only, or for TLS clients only.
  * @throws UsageError for a malformed name or number of days, TokenError when the token fails.
  */
 export async function createSelfSigned(
@@ -83,7 +86,7 @@ export async function createSelfSigned(
       notAfter: new Date(notBefore.getTime() + days * 86_400_000),
       keys: signer.keys,
       signingAlgorithm: signer.algorithm,
-      extensions: [new BasicConstraintsExtension(false, undefined, true), ...extensionsFor(names, signer)],
+      extensions: [new BasicConstraintsExtension(false, undefined, true), ...extensionsFor(names, subject, signer)],
     },
     signer.crypto,
   );
@@ -139,12 +142,12 @@ function subjectName({ distinguishedName, dns }: Subject): Name {
 const commonNameMax = 64;
 const distinguishedNameMax = 512;
 
-function extensionsFor(names: JsonGeneralNames, signer: Signer): Extension[] {
+function extensionsFor(names: JsonGeneralNames, { purpose = 'server' }: Subject, signer: Signer): Extension[] {
   return [
     new SubjectAlternativeNameExtension(names),
     // Signing is all the key can do (CKA_DECRYPT is off), and all that TLS 1.3 and ECDHE ask of it.
     new KeyUsagesExtension(KeyUsageFlags.digitalSignature, true),
-    new ExtendedKeyUsageExtension([ExtendedKeyUsage.serverAuth]),
+    new ExtendedKeyUsageExtension([ExtendedKeyUsage[`${purpose}Auth`]]),
     new SubjectKeyIdentifierExtension(keyIdentifier(signer.publicKey).toString('hex')),
   ];
 }

@@ -1,7 +1,7 @@
 /**
  * Owns: proving that a configuration can be served: every chain, token, PIN and key of it, all looked at before
  * anything fails.
- * Must not know: listeners, upstreams, the engine.
+ * Must not know: the engine; of listeners and upstreams more than which certificates they name.
  * Runs: on the main thread of a worker when it starts, and of `keygate check`.
  *
  * Its PKCS#11 sessions are closed when it returns, and modules that nothing else in the process uses are finalised: the
@@ -18,7 +18,7 @@ import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { ConfigError, formatProblem, KeygateError, TokenError } from '../errors.ts';
 import type { ErrorCode } from '../errors.ts';
 import { readChain } from './certificates.ts';
-import type { CertificateChain, ChainReading, KnownIssuers } from './certificates.ts';
+import type { CertificateChain, ChainReading, KnownIssuers, Purpose } from './certificates.ts';
 import { failureReason, tokenFailure } from './failure.ts';
 import { findSecretKey, formatKey, KeySearch, proveConfined, proveKey, proveTicketKey } from './keys.ts';
 import type { OpenToken, TokenKey } from './keys.ts';
@@ -26,7 +26,7 @@ import { closeSession, findToken, login, openModule, openSession } from './modul
 import type { NativeModuleGuard, OpenModule } from './module.ts';
 
 /** As much of the configuration as this looks at. */
-export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates' | 'tickets'>;
+export type PlanConfig = Pick<Config, 'workers' | 'tokens' | 'certificates' | 'tickets' | 'upstreams' | 'listeners'>;
 
 export interface PlanTools {
   readonly guard: NativeModuleGuard;
@@ -116,9 +116,10 @@ export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
   }
   const now = new Date();
   const issuers: KnownIssuers = new Map();
+  const purposesOf = purposesIn(config);
   const certificates = Object.values(config.certificates).map((certificate): CertificateState => ({
     config: certificate,
-    reading: readChain(certificate, now, issuers),
+    reading: readChain(certificate, now, issuers, purposesOf(certificate.name)),
     keys: tokens
       .filter(({ config: { name } }) => certificate.tokens.includes(name))
       .map((token): KeyState => ({ shared: sharedKey(token, certificate.key) })),
@@ -142,6 +143,17 @@ export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
       ...certificates.flatMap(certificateFindings),
       ...tokens.flatMap(ticketKeyFindings),
     ],
+  };
+}
+
+/** By certificate: what the configuration uses it for. One that nobody uses yet is taken for a server's. */
+function purposesIn({ upstreams, listeners }: PlanConfig): (certificate: string) => readonly Purpose[] {
+  const ofServers = new Set(Object.values(listeners).flatMap(({ certificates }) => certificates));
+  const ofClients = new Set(Object.values(upstreams).map(({ tls }) => tls?.certificate));
+  return (certificate) => {
+    const isClients = ofClients.has(certificate);
+    const isServers = ofServers.has(certificate) || !isClients;
+    return [...(isServers ? (['server'] as const) : []), ...(isClients ? (['client'] as const) : [])];
   };
 }
 

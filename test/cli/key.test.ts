@@ -45,6 +45,8 @@ it('a key is generated, listed, and makes a request and a certificate of its own
   const requested = createPublicKey(execFileSync('openssl', ['req', '-pubkey', '-noout', '-in', request]));
   assert.ok(parsed.publicKey.equals(requested));
   assert.equal(parsed.validToDate.getTime() - parsed.validFromDate.getTime(), 30 * 86_400_000);
+  const client = succeeded(await key('self-sign', '--label', 'www', '--dns', 'www.example.org', '--purpose', 'client'));
+  assert.deepEqual(new X509Certificate(client).keyUsage, ['1.3.6.1.5.5.7.3.2']);
 });
 
 it('without a file the result goes to standard output, and a file that is there is not overwritten', async (test) => {
@@ -101,6 +103,7 @@ it('what is not understood ends with 64 and says what is expected', async (test)
   const malformed: [string, ...string[]][] = [
     ['csr', '--label', 'www'],
     ['csr', '--label', 'www', '--dns', 'a b'],
+    ['csr', '--label', 'www', '--dns', 'localhost', '--purpose', 'mail'],
     ['csr', '--label', 'www', '--dns', 'localhost', '--id', 'xyz'],
   ];
   for (const args of malformed) assert.equal((await key(...args)).exitCode, 64, args.join(' '));

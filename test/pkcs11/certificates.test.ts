@@ -91,6 +91,27 @@ describe('a certificate chain', () => {
     assert.match(client.warnings.join(), /serverAuth/);
   });
 
+  it('warns of a purpose that is not what the certificate is used for, and of no other', async () => {
+    const [server, client] = ['1.3.6.1.5.5.7.3.1', '1.3.6.1.5.5.7.3.2'];
+    for (const [purpose, uses, warns] of [
+      [server, ['server'], []],
+      [client, ['client'], []],
+      [server, ['client'], ['clientAuth']],
+      [client, ['server'], ['serverAuth']],
+      [server, ['server', 'client'], ['clientAuth']],
+      ['2.5.29.37.0', ['server', 'client'], []],
+    ] as const) {
+      const chain = join(directory, 'purpose.pem');
+      writeFileSync(chain, `${await leaf({ purpose })}\n${authority.intermediatePem}\n`);
+      const config = { name: 'www', chain, key: { object: 'www' }, tokens: ['hsm'], ocsp: 'off' as const };
+      const { warnings } = readChain(config, new Date(), new Map(), uses);
+      assert.deepEqual(
+        warnings.map((warning) => /\((\w+)\)$/.exec(warning)?.[1]),
+        warns,
+      );
+    }
+  });
+
   it('leaves out names that SNI cannot ask for, also one that hides another behind a comma', async () => {
     const { chain, warnings } = read(
       await leaf({ names: ['ok.example.org', 'a, DNS:evil.example.org, DNS:b', 'w*.example.org'] }),

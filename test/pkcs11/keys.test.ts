@@ -65,6 +65,22 @@ describe('a generated key', () => {
     });
   }
 
+  it('makes a request and a certificate for TLS clients where that is wanted, and for nothing else', async (test) => {
+    const { disposable, open } = openDisposableToken(test);
+    const { key } = generateKeyPair(open, 'near', 'p256');
+    const subject = { dns: ['near.example.org'], ip: [], purpose: 'client' } as const;
+    const certificate = join(disposable.directory, 'near.pem');
+    const pem = await createSelfSigned(open, key, subject, 30);
+    writeFileSync(certificate, pem);
+    openssl('verify', '-x509_strict', '-purpose', 'sslclient', '-CAfile', certificate, certificate);
+    assert.deepEqual(new X509Certificate(pem).keyUsage, ['1.3.6.1.5.5.7.3.2']);
+    const request = join(disposable.directory, 'near.csr');
+    writeFileSync(request, await createSigningRequest(open, key, subject));
+    const text = openssl('req', '-in', request, '-noout', '-text');
+    assert.match(text, /TLS Web Client Authentication/);
+    assert.doesNotMatch(text, /TLS Web Server Authentication/);
+  });
+
   it('does not take a label that is taken', (test) => {
     const { open } = openDisposableToken(test);
     generateKeyPair(open, 'www', 'p256');

@@ -19,6 +19,8 @@ export function planConfig(
     tokens: byName(tokens),
     certificates: byName(certificates),
     tickets: { key: ticketKey, lifetimeMs: 1000, rotationMs: 1000 },
+    upstreams: {},
+    listeners: {},
   };
 }
 

@@ -5,6 +5,7 @@
  */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import type { Purpose } from '../../src/pkcs11/certificates.ts';
 import { createSelfSigned } from '../../src/pkcs11/issue.ts';
 import { findPrivateKey } from '../../src/pkcs11/keys.ts';
 import type { OpenToken } from '../../src/pkcs11/keys.ts';
@@ -18,6 +19,8 @@ import type { DisposableToken } from './softhsm.ts';
 export interface WantedCertificate {
   readonly kind: GeneratedKind;
   readonly dns?: readonly string[];
+  /** Default: `server`. */
+  readonly purpose?: Purpose;
   /** Label of a key that is there already; default: a new key with the certificate's name as its label. */
   readonly key?: string;
 }
@@ -41,10 +44,10 @@ export async function provisionedToken(
   const certificates: Record<string, { chain: string; key: string }> = {};
   const use: ProvisionedToken['use'] = async (change) => withOpenToken(disposable, change);
   await use(async (open) => {
-    for (const [name, { kind, dns = ['localhost'], key = name }] of Object.entries(wanted)) {
+    for (const [name, { kind, dns = ['localhost'], purpose = 'server', key = name }] of Object.entries(wanted)) {
       const privateKey = key === name ? generateKeyPair(open, name, kind).key : findPrivateKey(open, { object: key });
       const chain = join(disposable.directory, `${name}.pem`);
-      writeFileSync(chain, await createSelfSigned(open, privateKey, { dns, ip: ['127.0.0.1', '::1'] }, 30));
+      writeFileSync(chain, await createSelfSigned(open, privateKey, { dns, ip: ['127.0.0.1', '::1'], purpose }, 30));
       certificates[name] = { chain, key: `pkcs11:object=${key}` };
     }
   });
