@@ -1,6 +1,6 @@
 /**
  * Owns: what bad input gets: the right alert, one counted close reason, no line in the log, and no effect on others.
- * Must not know: what good clients get (clients.test.ts, handshake.test.ts).
+ * Must not know: what good clients get (matrix.test.ts, handshake.test.ts).
  * Runs: in a test process, against one keygate with one worker and SoftHSM: what harms that worker harms the bystander.
  */
 import assert from 'node:assert/strict';

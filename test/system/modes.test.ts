@@ -6,7 +6,7 @@
  */
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
-import { generateKeyPairSync, X509Certificate } from 'node:crypto';
+import { generateKeyPairSync } from 'node:crypto';
 import { writeFileSync } from 'node:fs';
 import { connect as connectTcp } from 'node:net';
 import type { AddressInfo, Socket } from 'node:net';
@@ -79,47 +79,6 @@ describe('modes', { timeout: 180_000 }, () => {
     servers: [server.address],
     tls: { roots, name: 'localhost', ...tls },
   });
-
-  for (const version of ['1.2', '1.3'] as const) {
-    it(`encrypt: plaintext of a client reaches a TLS ${version} server, and the answer comes back`, async () => {
-      const server = await tlsServer();
-      const keygate = await started({
-        policies: { one: { minVersion: version, maxVersion: version } },
-        upstreams: { secure: tlsTo(server, { policy: 'one' }) },
-        listeners: { https: { mode: 'encrypt', certificates: undefined } },
-        log: { access: {} },
-      });
-      const client = await plainClient(keygate);
-      await assertEchoes(client, 'x'.repeat(10_000));
-      assert.equal(server.last?.getProtocol(), `TLSv${version}`);
-      assert.equal(server.last?.servername, 'localhost');
-      client.end();
-      const line = await keygate.logged({ event: 'connection' });
-      assert.equal(line['reason'], 'closed');
-      assert.equal(line['protocol'], undefined);
-      assert.ok(Number(line['upstreamHandshakeMs']) > 0, JSON.stringify(line));
-    });
-
-    for (const certificate of ['p256', 'rsa', 'ed'] as const) {
-      if (certificate === 'ed' && version === '1.2') continue; // Node's OpenSSL offers no Ed25519 signature in TLS 1.2
-      it(`bridge: TLS ${version} on both sides, and the server sees the client certificate ${certificate}, signed by the token`, async () => {
-        const server = await tlsServer({}, { requestCert: true, rejectUnauthorized: false });
-        const keygate = await started({
-          policies: { one: { minVersion: version, maxVersion: version } },
-          upstreams: { secure: tlsTo(server, { policy: 'one', certificate, alpn: ['echo/1'] }) },
-          listeners: { https: { mode: 'bridge', policy: 'one', certificates: [certificate] } },
-        });
-        const client = await tlsClient({ port: keygate.port(), ca: token.pem(certificate), servername: 'localhost' });
-        assert.equal(client.getProtocol(), `TLSv${version}`);
-        await assertEchoes(client, 'y'.repeat(10_000));
-        const shown = server.last?.getPeerCertificate().fingerprint256;
-        assert.equal(shown, new X509Certificate(token.pem(certificate)).fingerprint256);
-        client.end();
-        await ended(client);
-        await keygate.closed('client/relay/closed');
-      });
-    }
-  }
 
   it('sessions with a server are resumed, without the token and unless told otherwise', async () => {
     const server = await tlsServer();
