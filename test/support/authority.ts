@@ -26,6 +26,12 @@ export interface LeafOptions {
   readonly notBefore?: Date;
   readonly notAfter?: Date;
   readonly purpose?: string;
+  /** Marked as a certificate authority's; default: not marked at all. */
+  readonly isAuthority?: boolean;
+  /** Of the signature on it. */
+  readonly hash?: 'SHA-1' | 'SHA-256';
+  /** Has an extension that nobody knows and everybody must. */
+  readonly isPuzzling?: boolean;
   /** Hexadecimal. */
   readonly serial?: string;
   /** Have seen the leaf, and their SCTs are in it. */
@@ -77,6 +83,9 @@ export async function createAuthority(name = 'Test'): Promise<Authority> {
         notBefore = daysFromNow(-1),
         notAfter = daysFromNow(90),
         purpose,
+        isAuthority = false,
+        hash = 'SHA-256',
+        isPuzzling = false,
         serial = randomBytes(8).toString('hex').replace(/^./, '1'),
         logs = [],
       } = options;
@@ -93,12 +102,14 @@ export async function createAuthority(name = 'Test'): Promise<Authority> {
             issuer: intermediate.subject,
             publicKey: new Uint8Array(publicKey.export({ format: 'der', type: 'spki' })),
             signingKey: intermediateKeys.privateKey,
-            signingAlgorithm: algorithm,
+            signingAlgorithm: { ...algorithm, hash },
             notBefore,
             notAfter,
             extensions: [
               new ExtendedKeyUsageExtension([purpose ?? ExtendedKeyUsage.serverAuth]),
               ...(subjectAltName.length === 0 ? [] : [new SubjectAlternativeNameExtension(subjectAltName)]),
+              ...(isAuthority ? ca : []),
+              ...(isPuzzling ? [new Extension('1.3.6.1.4.1.99999.1', true, new Uint8Array([5, 0]))] : []),
               ...scts,
             ],
           },

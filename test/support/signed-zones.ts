@@ -16,11 +16,16 @@ import { lookUpTlsa } from '../../src/worker/dns.ts';
 import type { Resolver } from '../../src/worker/dns.ts';
 import { until } from './until.ts';
 
-/** How a zone answers: vouched for by DNSSEC, not signed, or signed and changed afterwards. */
-export type ZoneKind = 'secure' | 'insecure' | 'bogus';
+/**
+ * How a zone answers: vouched for by DNSSEC, not signed, signed and changed afterwards, or not signed below a signed zone, which
+ * proves that it is not.
+ */
+export type ZoneKind = 'secure' | 'insecure' | 'bogus' | 'delegated';
 
-/** The zone of each kind: `secure.test`. */
-const zoneOf = (kind: ZoneKind): string => `${kind}.test`;
+/** `secure.test`, `delegated.secure.test`. */
+export const zoneOf = (kind: ZoneKind): string => (kind === 'delegated' ? 'delegated.secure.test' : `${kind}.test`);
+
+const isSigned = (kind: ZoneKind): boolean => kind === 'secure' || kind === 'bogus';
 
 export interface SignedZones extends AsyncDisposable {
   /** UDP and TCP. */
@@ -33,7 +38,8 @@ export interface SignedZones extends AsyncDisposable {
   forge(isForged: boolean): void;
   /** The resolver is gone, or is there again with an empty cache. */
   stopResolver(): Promise<void>;
-  startResolver(): Promise<void>;
+  /** `validates: false`: it asks as before, and believes everything. */
+  startResolver(how?: { readonly validates?: boolean }): Promise<void>;
 }
 
 export interface SignedZonesOptions {
@@ -43,7 +49,7 @@ export interface SignedZonesOptions {
   readonly certificate?: { readonly chain: string; readonly key: string };
 }
 
-const kinds: readonly ZoneKind[] = ['secure', 'insecure', 'bogus'];
+const kinds: readonly ZoneKind[] = ['secure', 'insecure', 'bogus', 'delegated'];
 
 export async function signedZones({ ttl = 1, certificate }: SignedZonesOptions = {}): Promise<SignedZones> {
   const directory = mkdtempSync(join(tmpdir(), 'keygate-zones-'));
@@ -67,10 +73,6 @@ export async function signedZones({ ttl = 1, certificate }: SignedZonesOptions =
     stdio: ['ignore', 'ignore', 'pipe'],
   });
   const complaints = collect(nsd);
-  writeFileSync(
-    join(directory, 'unbound.conf'),
-    unboundConf(directory, { nsdPort, port, tlsPort }, zones, certificate),
-  );
   let unbound: ChildProcess | undefined;
 
   const self: SignedZones = {
@@ -90,12 +92,14 @@ export async function signedZones({ ttl = 1, certificate }: SignedZonesOptions =
       if (unbound !== undefined) await ended(unbound);
       unbound = undefined;
     },
-    async startResolver() {
+    async startResolver({ validates = true } = {}) {
+      const ports = { nsdPort, port, tlsPort };
+      writeFileSync(join(directory, 'unbound.conf'), unboundConf(directory, ports, zones, certificate, validates));
       unbound = start('/usr/sbin/unbound', join(directory, 'unbound.conf'));
       const said = collect(unbound);
       await until(
-        'validating resolver',
-        async () => (await lookUpTlsa(resolver, 'ready.secure.test')).state === 'secure',
+        'resolver',
+        async () => (await lookUpTlsa(resolver, 'ready.secure.test')).state === (validates ? 'secure' : 'insecure'),
         {
           found: () => [complaints.text, said.text],
         },
@@ -133,7 +137,7 @@ function makeZone(directory: string, kind: ZoneKind): Zone {
     execFileSync(command, args, { cwd: place, encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] }).trim();
   const file = join(place, 'zone');
   const served = join(place, 'served');
-  const key = kind === 'insecure' ? undefined : run('ldns-keygen', ['-a', 'ECDSAP256SHA256', '-k', name]);
+  const key = !isSigned(kind) ? undefined : run('ldns-keygen', ['-a', 'ECDSAP256SHA256', '-k', name]);
   return {
     anchor: key === undefined ? undefined : run('ldns-key2ds', ['-n', '-2', `${key}.key`]),
     write(records, { ttl, serial, isForged }) {
@@ -143,6 +147,7 @@ function makeZone(directory: string, kind: ZoneKind): Zone {
         `@ IN SOA ns.${name}. hostmaster.${name}. ${serial} 3600 600 86400 ${ttl}`,
         `@ IN NS ns.${name}.`,
         'ns IN A 127.0.0.1',
+        ...(kind === 'secure' ? ['delegated IN NS ns.delegated', 'ns.delegated IN A 127.0.0.1'] : []),
         ...records,
         '',
       ];
@@ -191,6 +196,7 @@ function unboundConf(
   { nsdPort, port, tlsPort }: { readonly nsdPort: number; readonly port: number; readonly tlsPort: number },
   zones: ReadonlyMap<ZoneKind, Zone>,
   certificate: SignedZonesOptions['certificate'],
+  validates: boolean,
 ): string {
   const tls: string[] = [];
   if (certificate !== undefined) {
@@ -214,7 +220,7 @@ function unboundConf(
     `  pidfile: "${join(directory, 'unbound.pid')}"`,
     '  use-syslog: no',
     '  logfile: ""',
-    '  module-config: "validator iterator"',
+    `  module-config: "${validates ? 'validator ' : ''}iterator"`,
     '  do-not-query-localhost: no',
     '  target-fetch-policy: "0 0 0 0 0"',
     // By default unbound knows that nothing under test. exists (RFC 6761 6.2).
@@ -224,7 +230,7 @@ function unboundConf(
     '  num-threads: 1',
     ...kinds.flatMap((kind) => {
       const anchor = zones.get(kind)?.anchor;
-      return anchor === undefined ? [] : [`  trust-anchor: "${anchor.replaceAll('\t', ' ')}"`];
+      return anchor === undefined || !validates ? [] : [`  trust-anchor: "${anchor.replaceAll('\t', ' ')}"`];
     }),
     'remote-control:',
     '  control-enable: no',
