@@ -177,6 +177,11 @@ function environment(home: string): Record<string, string> {
   return { HOME: home, PATH: `${join(home, 'bin')}:${PATH}`, LANG: 'C.UTF-8', TERM: 'dumb' };
 }
 
+/** For a test's `skip`: why ports of files that a document copies may not be free. */
+export function whyNoOwnNetwork(): string | false {
+  return networkNamespace() === undefined && 'this machine gives the shell no network of its own';
+}
+
 /** In one all ports are free: the document's can be taken as they are written. */
 function networkNamespace(): readonly string[] | undefined {
   const ways = [

@@ -1,6 +1,6 @@
 /**
  * Owns: what each mode of a listener does with the ends of a connection, where connections are routed to, what becomes of servers with
- * which TLS cannot be spoken; the tunnel of two keygates.
+ * which TLS cannot be spoken.
  * Must not know: how; who the peers are (matrix.test.ts), what is wrong with certificates (bad-certificates.test.ts).
  * Runs: against real `keygate serve` processes on SoftHSM.
  */
@@ -34,9 +34,7 @@ describe('modes', { timeout: 180_000 }, () => {
   let roots: string;
 
   before(async () => {
-    token = fixtures.use(
-      await provisionedToken({ p256: { kind: 'p256' }, rsa: { kind: 'rsa2048' }, ed: { kind: 'ed25519' } }),
-    );
+    token = fixtures.use(await provisionedToken({ p256: { kind: 'p256' } }));
     plain = fixtures.use(await echoUpstream());
     authority = await createAuthority();
     roots = join(token.directory, 'roots.pem');
@@ -342,29 +340,6 @@ describe('modes', { timeout: 180_000 }, () => {
     assert.equal(await answerTo('closed.test'), '');
     await keygate.closed('client/handshake/no_route');
     await keygate.logged({ event: 'connection', upstream: 'grpc', alpn: 'h2' });
-  });
-
-  it('two keygates make a tunnel that only they can enter: mutual TLS, both keys in tokens', async () => {
-    // The far end trusts the near end's certificate and no other, and the other way round.
-    const far = await started({
-      upstreams: { service: { servers: [plain.address] } },
-      listeners: { https: { certificates: ['rsa'] } },
-    });
-    const [, certificate] = [far, join(token.directory, 'rsa.pem')];
-    const near = await started({
-      upstreams: {
-        tunnel: {
-          servers: [`127.0.0.1:${far.port()}`],
-          tls: { roots: certificate, certificate: 'p256', name: 'localhost' },
-        },
-      },
-      listeners: { https: { mode: 'encrypt', certificates: undefined } },
-    });
-    const client = await plainClient(near);
-    await assertEchoes(client, 'z'.repeat(10_000));
-    client.end();
-    await ended(client);
-    await near.closed('client/relay/closed');
   });
 });
 
