@@ -5,8 +5,8 @@
  */
 import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { UsageError } from '../errors.ts';
-import { createSelfSigned, createSigningRequest } from '../pkcs11/issue.ts';
 import type { Purpose } from '../pkcs11/certificates.ts';
+import { createSelfSigned, createSigningRequest } from '../pkcs11/issue.ts';
 import type { Subject } from '../pkcs11/issue.ts';
 import { findPrivateKey, formatKey, formatKeyType, listKeys } from '../pkcs11/keys.ts';
 import type { TokenKey } from '../pkcs11/keys.ts';

@@ -22,12 +22,10 @@ export async function startDaemon(
   command: string,
   args: readonly string[],
   isReady: (daemon: Daemon) => boolean | Promise<boolean>,
-  { env = {} }: { readonly env?: Readonly<Record<string, string>> } = {},
 ): Promise<Daemon> {
   // It must not outlive a test process that is killed (setpriv(1) becomes it).
-  const child = spawn('setpriv', ['--pdeathsig=KILL', command, ...args], {
+  const child = spawn('setpriv', ['--pdeathsig=TERM', command, ...args], {
     stdio: ['ignore', 'pipe', 'pipe'],
-    env: { ...process.env, ...env },
   });
   let said = '';
   for (const stream of [child.stdout, child.stderr])
@@ -35,7 +33,7 @@ export async function startDaemon(
   const closed = once(child, 'close');
   const hasEnded = () => child.exitCode !== null || child.signalCode !== null;
   const end = async () => {
-    if (!hasEnded()) child.kill('SIGKILL');
+    if (!hasEnded()) child.kill('SIGTERM');
     await closed;
   };
   const daemon: Daemon = {
@@ -47,10 +45,14 @@ export async function startDaemon(
     [Symbol.asyncDispose]: end,
   };
   try {
-    await until(`${command} that is ready`, async () => {
-      if (hasEnded()) throw new Error(`${command} ended: ${said}`);
-      return isReady(daemon);
-    });
+    await until(
+      `${command} that is ready`,
+      async () => {
+        if (hasEnded()) throw new Error(`${command} ended: ${said}`);
+        return isReady(daemon);
+      },
+      { found: () => said },
+    );
     return daemon;
   } catch (error) {
     await end();

@@ -4,8 +4,7 @@
  * Must not know: what is asked.
  * Runs: in test processes; nsd and unbound are children.
  */
-import { execFileSync, spawn } from 'node:child_process';
-import type { ChildProcess } from 'node:child_process';
+import { execFileSync } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
@@ -14,7 +13,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { lookUpTlsa } from '../../src/worker/dns.ts';
 import type { Resolver } from '../../src/worker/dns.ts';
-import { until } from './until.ts';
+import { startDaemon } from './daemon.ts';
+import type { Daemon } from './daemon.ts';
 
 /**
  * How a zone answers: vouched for by DNSSEC, not signed, signed and changed afterwards, or not signed below a signed zone, which
@@ -69,11 +69,9 @@ export async function signedZones({ ttl = 1, certificate }: SignedZonesOptions =
   for (const kind of kinds) write(kind);
 
   writeFileSync(join(directory, 'nsd.conf'), nsdConf(directory, nsdPort));
-  const nsd = spawn('/usr/sbin/nsd', ['-d', '-c', join(directory, 'nsd.conf')], {
-    stdio: ['ignore', 'ignore', 'pipe'],
-  });
-  const complaints = collect(nsd);
-  let unbound: ChildProcess | undefined;
+  // Whether they answer is seen by the resolver's answers.
+  const nsd = await startDaemon('/usr/sbin/nsd', ['-d', '-c', join(directory, 'nsd.conf')], () => true);
+  let unbound: Daemon | undefined;
 
   const self: SignedZones = {
     resolver,
@@ -81,33 +79,29 @@ export async function signedZones({ ttl = 1, certificate }: SignedZonesOptions =
     publish(kind, lines) {
       records.set(kind, lines);
       write(kind);
-      nsd.kill('SIGHUP');
+      process.kill(nsd.pid, 'SIGHUP');
     },
     forge(isForged) {
       forged = isForged;
       write('secure');
-      nsd.kill('SIGHUP');
+      process.kill(nsd.pid, 'SIGHUP');
     },
     async stopResolver() {
-      if (unbound !== undefined) await ended(unbound);
+      await unbound?.end();
       unbound = undefined;
     },
     async startResolver({ validates = true } = {}) {
       const ports = { nsdPort, port, tlsPort };
       writeFileSync(join(directory, 'unbound.conf'), unboundConf(directory, ports, zones, certificate, validates));
-      unbound = start('/usr/sbin/unbound', join(directory, 'unbound.conf'));
-      const said = collect(unbound);
-      await until(
-        'resolver',
+      unbound = await startDaemon(
+        '/usr/sbin/unbound',
+        ['-d', '-c', join(directory, 'unbound.conf')],
         async () => (await lookUpTlsa(resolver, 'ready.secure.test')).state === (validates ? 'secure' : 'insecure'),
-        {
-          found: () => [complaints.text, said.text],
-        },
       );
     },
     async [Symbol.asyncDispose]() {
       await self.stopResolver();
-      await ended(nsd);
+      await nsd.end();
       rmSync(directory, { recursive: true, force: true });
     },
   };
@@ -251,26 +245,4 @@ async function freePorts(count: number): Promise<number[]> {
   const ports = servers.map((server) => (server.address() as AddressInfo).port);
   for (const server of servers) server.close();
   return ports;
-}
-
-/** In the foreground. It must not outlive a test process that is killed (setpriv(1) becomes it). */
-function start(program: string, configuration: string): ChildProcess {
-  return spawn('setpriv', ['--pdeathsig=TERM', program, '-d', '-c', configuration], {
-    stdio: ['ignore', 'ignore', 'pipe'],
-  });
-}
-
-function collect(child: ChildProcess): { text: string } {
-  const collected = { text: '' };
-  child.stderr?.setEncoding('utf8').on('data', (chunk: string) => {
-    collected.text += chunk;
-  });
-  return collected;
-}
-
-async function ended(child: ChildProcess): Promise<void> {
-  if (child.exitCode !== null || child.signalCode !== null) return;
-  const exit = once(child, 'exit');
-  child.kill('SIGTERM');
-  await exit;
 }

@@ -140,8 +140,9 @@ describe('a client gets its page', { timeout: isFull ? 900_000 : 110_000 }, () =
       assert.equal(seen.certificate, isShown ? sha1Of(token.pem(clientOf(key))) : '');
 
       const serverName = mode === 'encrypt' ? undefined : hostOf(server);
-      const line = await keygate.logged({ event: 'connection', listener: listenerOf(one), serverName }, { since });
-      assert.equal(line['phase'], 'relay', JSON.stringify(line));
+      // A browser may try a connection and drop it.
+      const wanted = { event: 'connection', listener: listenerOf(one), serverName, phase: 'relay' };
+      const line = await keygate.logged(wanted, { since });
       assert.equal(line['protocol'], mode === 'offload' || mode === 'bridge' ? `TLSv${version}` : undefined);
       assert.equal(line['upstreamHandshakeMs'] !== undefined, isShown);
       if (client === 'Chromium' && (mode === 'offload' || mode === 'bridge'))

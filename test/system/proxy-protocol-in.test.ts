@@ -5,24 +5,22 @@
  * Runs: in a test process, against keygates with SoftHSM. 127.0.0.1 is a proxy, 127.0.0.2 is not.
  */
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { writeFileSync } from 'node:fs';
 import { connect, createServer } from 'node:net';
 import type { AddressInfo, Socket } from 'node:net';
 import { join } from 'node:path';
-import { text } from 'node:stream/consumers';
 import { after, before, describe, it } from 'node:test';
 import { setImmediate as turn } from 'node:timers/promises';
 import { connect as connectTls } from 'node:tls';
 import type { TLSSocket } from 'node:tls';
+import { startDaemon } from '../support/daemon.ts';
 import { startKeygate } from '../support/keygate.ts';
 import type { Keygate, LogLine } from '../support/keygate.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
 import type { ProxyHeader } from '../support/proxy-header.ts';
 import { alertIn, assertEchoes, clientHello, rawClient, tlsClient } from '../support/tls-client.ts';
-import { until } from '../support/until.ts';
 import { proxyUpstream } from '../support/upstream.ts';
 import type { ProxyUpstream } from '../support/upstream.ts';
 
@@ -317,26 +315,16 @@ async function frontProxy(program: 'haproxy' | 'nginx', directory: string, port:
   const file = join(directory, `${program}.conf`);
   writeFileSync(file, [...lines, ''].join('\n'));
   const args = program === 'haproxy' ? ['-db', '-f', file] : ['-c', file, '-p', directory, '-e', 'stderr'];
-  const child = spawn(program, args, { stdio: ['ignore', 'ignore', 'pipe'] });
-  const complaints = text(child.stderr);
-  const ended = once(child, 'exit');
-  await Promise.race([
-    until(`listening ${program}`, async () => {
-      const socket = connect({ host: '127.0.0.1', port });
-      const listens = await Promise.race([
-        once(socket, 'connect').then(() => true),
-        once(socket, 'error').then(() => false),
-      ]).catch(() => false);
-      socket.destroy();
-      return listens;
-    }),
-    ended.then(async () => Promise.reject(new Error(`${program} ended: ${await complaints}`))),
-  ]);
-  return {
-    port,
-    async [Symbol.asyncDispose]() {
-      child.kill('SIGTERM');
-      await ended;
-    },
-  };
+  const daemon = await startDaemon(program, args, async () => listens(port));
+  return { port, [Symbol.asyncDispose]: daemon.end };
+}
+
+async function listens(port: number): Promise<boolean> {
+  const socket = connect({ host: '127.0.0.1', port });
+  const { promise, resolve } = Promise.withResolvers<boolean>();
+  socket.once('connect', () => resolve(true));
+  socket.once('error', () => resolve(false));
+  const answer = await promise;
+  socket.destroy();
+  return answer;
 }
