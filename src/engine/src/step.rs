@@ -102,8 +102,6 @@ async fn signature(
 async fn closed_by(peer: &Stream) {
     let mut byte = [0];
     match poll_fn(|context| peer.poll_peek(context, &mut byte)).await {
-        // A Unix socket: whether it is open is seen when it is read from.
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => std::future::pending().await,
         Ok(0) | Err(_) => {}
         Ok(_) => std::future::pending().await,
     }
