@@ -92,7 +92,7 @@ const clients = z
       dnsNames: clientNames('DNS name', 'a DNS name, or one with * as its first label', parseRouteName).describe(
         'DNS names of subjectAltName; `*.example.org` stands for one label.',
       ),
-      uris: clientNames('URI', 'a URI, or one that ends in /*', parseClientUri).describe(
+      uris: clientNames('URI', 'a URI, or one that ends in /* below a host', parseClientUri).describe(
         'URIs of subjectAltName, such as SPIFFE IDs, letter by letter; `/*` at the end: whatever is below.',
       ),
       emails: clientNames('e-mail address', 'NAME@DOMAIN', parseEmail).describe(
@@ -125,7 +125,7 @@ const clientCertificates = z
     ocsp: z
       .strictObject({
         mode: oneOf(['soft', 'hard'], 'soft').describe(
-          '`soft`: a client is let in unless its certificate was revoked; `hard`: only if an answer says that it is good.',
+          '`soft`: a client is let in when there is no answer that holds; `hard`: only if one says that its certificate is good.',
         ),
         responder: kind('URL', 'http://HOST[:PORT]/PATH', parseResponderUrl)
           .describe('Who is asked. Default: whom the certificate names.')
@@ -825,9 +825,12 @@ function parseCommonName(text: string): Parsed<string> {
 
 /** Letter by letter as it stands in certificates: nothing is made lower case, and nothing is decoded. */
 function parseClientUri(text: string): Parsed<string> {
-  if (/^[A-Za-z][A-Za-z0-9+.-]*:[!-)+-~]{1,2000}(?<=\/)\*$|^[A-Za-z][A-Za-z0-9+.-]*:[!-)+-~]{1,2000}$/.test(text))
-    return { value: text };
-  return { fault: { expected: 'a URI, or one that ends in /*' } };
+  const scheme = '[A-Za-z][A-Za-z0-9+.-]*';
+  const isWhole = new RegExp(`^${scheme}:[!-)+-~]{1,2000}$`).test(text);
+  // Below a host, or all hosts would be meant.
+  const isTree = new RegExp(`^${scheme}://[!-)+-.0-~]{1,255}/(?:[!-)+-~]{1,1700}/)?\\*$`).test(text);
+  if (isWhole || isTree) return { value: text };
+  return { fault: { expected: 'a URI, or one that ends in /* below a host' } };
 }
 
 function parseEmail(text: string): Parsed<string> {

@@ -542,6 +542,38 @@ const placed: Record<string, Placed> = {
     path: 'listeners.https.routes[0].upstream',
     code: 'config_conflict',
   },
+  'client certificates where no TLS ends': {
+    sections: listener('mode: passthrough, upstream: web, clientCertificates: ▸{ roots: ca.pem }'),
+    path: 'listeners.https.clientCertificates',
+    code: 'config_conflict',
+  },
+  'a route by client where nobody shows a certificate': {
+    sections: listener('certificates: [www], routes: [{ clients: ▸{ commonNames: [a] }, upstream: web }]'),
+    path: 'listeners.https.routes[0].clients',
+    code: 'config_conflict',
+  },
+  'nobody to let in': {
+    sections: listener('certificates: [www], upstream: web, clientCertificates: { roots: ca.pem, allow: ▸{} }'),
+    path: 'listeners.https.clientCertificates.allow',
+    code: 'config_value',
+    expected: /at least one client/,
+  },
+  'a tree of URIs over all hosts': {
+    sections: listener(
+      'certificates: [www], upstream: web, clientCertificates: { roots: ca.pem, allow: { uris: [▸"spiffe://*"] } }',
+    ),
+    path: 'listeners.https.clientCertificates.allow.uris[0]',
+    code: 'config_value',
+    expected: /below a host/,
+  },
+  'an OCSP responder that is asked over TLS': {
+    sections: listener(
+      'certificates: [www], upstream: web, clientCertificates: { roots: ca.pem, ocsp: { responder: ▸"https://a/" } }',
+    ),
+    path: 'listeners.https.clientCertificates.ocsp.responder',
+    code: 'config_value',
+    expected: /http:/,
+  },
   'TLS to the original destination without a name': {
     sections: {
       ...upstream('{ servers: [original], tls: ▸{} }'),

@@ -319,19 +319,24 @@ describe('client certificates', { timeout: 110_000 }, () => {
       });
     }
 
-    it('a certificate that its issuer does not know, or that names nobody, is let in by soft and not by hard', async () => {
+    it('a certificate that its issuer does not know is refused, one that names nobody is let in by soft and not by hard', async () => {
       const forgotten = issuer.issueWithKey();
       issuer.forget(forgotten.cert);
       const ocsp = { responder: await responder('issuer') };
       await using hard = await asking({ mode: 'hard', ...ocsp });
       await using soft = await asking({ mode: 'soft', ...ocsp });
-      await using nobody = await asking({ mode: 'hard' });
-      assert.equal((await asked(hard, forgotten)).body, '');
-      await hard.closed('client/handshake/certificate_status_unknown');
-      assert.equal((await asked(soft, forgotten)).body, 'anybody');
-      assert.equal(await statuses(soft, 'unknown'), 1);
-      assert.equal((await asked(nobody, forgotten)).body, '');
-      assert.equal(await statuses(nobody, 'unavailable'), 1);
+      for (const keygate of [hard, soft]) {
+        assert.equal((await asked(keygate, forgotten)).body, '');
+        await keygate.closed('client/handshake/certificate_status_unknown');
+        assert.equal(await statuses(keygate, 'unknown'), 1);
+      }
+      const nobody = { clientCertificates: { roots: ocspRoots, ocsp: {} } };
+      const listeners = { soft: nobody, hard: { clientCertificates: { roots: ocspRoots, ocsp: { mode: 'hard' } } } };
+      const upstreams = { web: { servers: [anybody.address] } };
+      await using alone = await startKeygate(token, { drainDeadline: '0s', upstreams, listeners });
+      assert.equal((await asked(alone, { ...forgotten, port: alone.port('soft') })).body, 'anybody');
+      assert.equal((await asked(alone, { ...forgotten, port: alone.port('hard') })).body, '');
+      assert.equal(await statuses(alone, 'unavailable'), 2);
     });
 
     it('an answer of somebody else is none: soft lets the client in, hard does not', async () => {

@@ -248,6 +248,21 @@ describe('modes', { timeout: 180_000 }, () => {
     }
   });
 
+  it('handshakes with servers count for limits.handshakes', async () => {
+    const silent = fixtures.use(await tcpUpstream((socket) => socket.resume()));
+    const keygate = await started({
+      upstreams: { secure: tlsTo(silent) },
+      listeners: { https: { mode: 'encrypt', certificates: undefined, limits: { handshakes: 1 } } },
+    });
+    const waiting = await plainClient(keygate);
+    await until('handshake with the server', async () => {
+      return (await keygate.metric('keygate_handshakes_in_flight')) === 1 && silent.accepted === 1;
+    });
+    await ended(await plainClient(keygate));
+    await keygate.closed('proxy/accept/handshake_limit');
+    waiting.destroy();
+  });
+
   it("when the handshake fails with all servers, the last reason is the connection's", async () => {
     const rubbish = fixtures.use(await namedUpstream('this is not TLS'));
     const stranger = await tlsServer({ names: ['other.test'] });

@@ -672,11 +672,8 @@ impl Engine {
     /// Has a token derive the secrets of this epoch, in the background; `snapshot` tells what came of it. Nothing happens while
     /// a token is still at it, or when no token derives secrets.
     #[napi(catch_unwind)]
-    pub fn rotate_tickets(&self, epoch: i64) -> Result<()> {
-        self.shared
-            .rotation
-            .rotate(epoch.unsigned_abs(), &self.shared.ticketer)
-            .map_err(|error| invalid(error.to_string()))
+    pub fn rotate_tickets(&self, epoch: i64) {
+        self.shared.rotation.rotate(epoch.unsigned_abs(), &self.shared.ticketer);
     }
 
     /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. Not while a token
@@ -1352,9 +1349,17 @@ fn listener_clients(
     settings: &ClientCertificateSettings,
 ) -> std::result::Result<Arc<ListenerClients>, String> {
     let of = |what: &str| format!("clientCertificates.{what}");
+    let roots = roots_of(&settings.roots, &of("roots"))?;
+    // Every one of a file that was named is meant; of the hundreds of a host some are always odd.
+    if roots.len() < settings.roots.len() {
+        let (found, expected) = (roots.len(), settings.roots.len());
+        return Err(format!(
+            "clientCertificates.roots: expected {expected} usable certificates, found {found}"
+        ));
+    }
     let plan = ClientVerifyPlan {
         is_required: settings.required,
-        roots: roots_of(&settings.roots, &of("roots"))?,
+        roots,
         lists: lists_of(&settings.crls, &of("crls"))?,
         allowed: clients_of(&settings.allow, &of("allow"))?,
         files: settings.roots.iter().chain(&settings.crls).map(|der| der.to_vec()).collect(),

@@ -64,7 +64,7 @@ close_reasons! {
     ClientHandshakeCertificateWeak = "client" / "handshake" / "certificate_weak": "The client's key, or an issuer's, is RSA of less than 2048 bits, or a certificate is signed with an algorithm that is not accepted, such as SHA-1.";
     ClientHandshakeCertificateRevoked = "client" / "handshake" / "certificate_revoked": "One of `clientCertificates.crls`, or its OCSP responder, revokes the client's certificate or an issuer's.";
     ClientHandshakeCertificateRevocationUnknown = "client" / "handshake" / "certificate_revocation_unknown": "None of `clientCertificates.crls` is of the certificate's issuer, or it is out of date or not signed as it should be.";
-    ClientHandshakeCertificateStatusUnknown = "client" / "handshake" / "certificate_status_unknown": "`clientCertificates.ocsp.mode` is `hard`, and no OCSP responder has said that the client's certificate is good.";
+    ClientHandshakeCertificateStatusUnknown = "client" / "handshake" / "certificate_status_unknown": "The OCSP responder does not know the client's certificate; or `clientCertificates.ocsp.mode` is `hard`, and it gave no answer that holds.";
     ClientHandshakeCertificateNotAllowed = "client" / "handshake" / "certificate_not_allowed": "The client's certificate is good, and nothing in it is in `clientCertificates.allow`.";
 
     ClientHandshakeNoRoute = "client" / "handshake" / "no_route": "No route of the listener fits the name and protocol that the client asked for, and it has no default `upstream`.";

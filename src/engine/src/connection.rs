@@ -124,10 +124,11 @@ async fn identify(
         match outcome {
             Outcome::Good => {}
             Outcome::Revoked => return Err(Close::ClientHandshakeCertificateRevoked),
-            Outcome::Unknown | Outcome::Unavailable if status.is_hard() => {
+            Outcome::Unavailable if !status.is_hard() => {}
+            // Whoever must know the certificate does not: it may be forged.
+            Outcome::Unknown | Outcome::Unavailable => {
                 return Err(Close::ClientHandshakeCertificateStatusUnknown);
             }
-            Outcome::Unknown | Outcome::Unavailable => {}
         }
     }
     Ok(Some(Box::new(identity)))
@@ -193,6 +194,8 @@ async fn back_tls(
     header: &[u8],
 ) -> Result<(Connected, Established), Close> {
     let scratch = life.listener.scratch.clone();
+    // As with the client's: it costs as much, and the limit is there for what it costs.
+    life.handshaking_begins();
     let mut time_left = upstream_tls.deadline;
     let mut tries = Tries::default();
     let mut failure = None;
@@ -217,6 +220,7 @@ async fn back_tls(
         match shaken.await {
             Ok(established) => {
                 upstream.succeeded(&connected);
+                life.handshaking_done();
                 life.upstream_ready(upstream, *server, &established.tls, shaking_at);
                 return Ok((connected, established));
             }
@@ -320,7 +324,11 @@ impl Life {
         OnBehalf { client: self.source, destination: self.facts.destination }
     }
 
-    /// Nothing more is expected of the client before it is served.
+    fn handshaking_begins(&mut self) {
+        self.handshaking = true;
+        self.listener.stats.handshakes_in_flight.add(1);
+    }
+
     fn handshaking_done(&mut self) {
         self.handshaking = false;
         self.listener.stats.handshakes_in_flight.add(-1);

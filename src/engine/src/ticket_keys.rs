@@ -127,12 +127,12 @@ impl TicketRotation {
 
     /// Has the secrets of this epoch derived by the first token that can, and used when they are there. Until then the epoch
     /// begins with the secret that was derived for it beforehand; when that too is over, there are no tickets.
-    pub fn rotate(&self, epoch: u64, ticketer: &Ticketer) -> std::io::Result<()> {
+    pub fn rotate(&self, epoch: u64, ticketer: &Ticketer) {
         let mut state = self.lock();
-        let Some(key) = state.key.clone() else { return Ok(()) };
+        let Some(key) = state.key.clone() else { return };
         state.stand_in(epoch, ticketer);
         if state.is_deriving() {
-            return Ok(());
+            return;
         }
         let free: Vec<_> = (0..key.places.len()).filter(|index| !state.asking.contains_key(index)).collect();
         if free.len() < key.places.len() {
@@ -142,7 +142,7 @@ impl TicketRotation {
             state.failure = Some(format!("no answer for {seconds} s from token {}", hung.join(", ")));
         }
         if free.is_empty() {
-            return Ok(());
+            return;
         }
         // Tokens that are down are asked last: they may take long to say no.
         let (mut order, down): (Vec<_>, Vec<_>) =
@@ -151,9 +151,10 @@ impl TicketRotation {
         let (rotation, ticketer) = (self.clone(), ticketer.clone());
         let first = order.first().copied();
         let thread = thread::Builder::new().name("keygate-tickets".into());
-        thread.spawn(move || rotation.ask(&key, &order, epoch, &ticketer))?;
-        state.asking.extend(first.map(|index| (index, Instant::now())));
-        Ok(())
+        match thread.spawn(move || rotation.ask(&key, &order, epoch, &ticketer)) {
+            Ok(_) => state.asking.extend(first.map(|index| (index, Instant::now()))),
+            Err(error) => state.failure = Some(format!("no thread to ask a token: {error}")),
+        }
     }
 
     /// On a thread of its own: asks one place after the other.

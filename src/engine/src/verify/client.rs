@@ -62,9 +62,11 @@ impl Clients {
 /// Byte by byte: two spellings of a URI that mean the same are two clients.
 fn is_at_or_below(own: &str, uri: &str) -> bool {
     match own.strip_suffix('*') {
-        // Dots would lead elsewhere, were the URI ever resolved.
+        // Dots would lead elsewhere, were the URI ever resolved, and escapes can be dots and slashes.
         Some(parent) if parent.ends_with('/') => uri.strip_prefix(parent).is_some_and(|below| {
-            !below.is_empty() && below.split('/').all(|part| !matches!(part, "" | "." | ".."))
+            !below.is_empty()
+                && !below.contains('%')
+                && below.split('/').all(|part| !matches!(part, "" | "." | ".."))
         }),
         _ => own == uri,
     }
@@ -287,9 +289,14 @@ mod tests {
 
     #[test]
     fn a_way_out_of_the_named_tree_is_not_below_it() {
-        for uri in
-            ["spiffe://x/a/", "spiffe://x/a/../b", "spiffe://x/a//b", "spiffe://x/a", "spiffe://x/ab/c"]
-        {
+        for uri in [
+            "spiffe://x/a/",
+            "spiffe://x/a/../b",
+            "spiffe://x/a/%2e%2e/b",
+            "spiffe://x/a//b",
+            "spiffe://x/a",
+            "spiffe://x/ab/c",
+        ] {
             assert!(!is_at_or_below("spiffe://x/a/*", uri), "{uri}");
         }
         assert!(is_at_or_below("spiffe://x/a/*", "spiffe://x/a/b/c"));

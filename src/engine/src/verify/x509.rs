@@ -26,7 +26,7 @@ const URI: u8 = 0x86;
 /// What the holder of a certificate is called. Text is as it stands in the certificate: hostile until somebody has verified that.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Identity {
-    /// The most specific of the subject.
+    /// Of the subject; None also when there are two, of which others may read the other one.
     pub common_name: Option<String>,
     /// Lower case.
     pub dns_names: Vec<String>,
@@ -170,7 +170,8 @@ impl<'a> Certificate<'a> {
     pub fn identity(&self) -> Result<Identity, Malformed> {
         let mut identity =
             Identity { spki: sha256(self.spki), fingerprint: sha256(self.der), ..Identity::default() };
-        // RFC 5280 4.1.2.4: sets of attributes, the most specific last.
+        // RFC 5280 4.1.2.4: sets of attributes.
+        let mut common_names = Vec::new();
         let mut sets = der::only(self.subject, der::SEQUENCE)?.inside();
         while !sets.is_empty() {
             let mut attributes = sets.expect(der::SET)?.inside();
@@ -180,10 +181,11 @@ impl<'a> Certificate<'a> {
                 let value = attribute.any()?;
                 attribute.end()?;
                 if kind.content == COMMON_NAME {
-                    identity.common_name = Some(text(value)?);
+                    common_names.push(text(value)?);
                 }
             }
         }
+        identity.common_name = common_names.pop().filter(|_| common_names.is_empty());
         let mut extensions = Reader::new(self.extensions);
         let mut is_named = false;
         while !extensions.is_empty() {
@@ -405,6 +407,15 @@ mod tests {
             params.distinguished_name.push(DnType::CommonName, "admin\0.evil");
         };
         assert_eq!(identity_of(forged), Err(Malformed));
+    }
+
+    #[test]
+    fn of_two_common_names_neither_counts() {
+        let twice = |params: &mut CertificateParams| {
+            params.distinguished_name.push(DnType::CommonName, "harmless");
+            params.distinguished_name.push(DnType::CustomDnType(vec![2, 5, 4, 3]), "admin");
+        };
+        assert_eq!(identity_of(twice).expect("an identity").common_name, None);
     }
 
     #[test]
