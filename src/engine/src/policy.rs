@@ -69,6 +69,8 @@ impl Policy {
         };
         let builder =
             ServerConfig::builder_with_provider(Arc::new(provider)).with_protocol_versions(&self.versions)?;
+        // A session is resumed only where its client would be let in by the same rules.
+        let ticketer = ticketer.within(clients.as_ref().map(|clients| clients.digest()).unwrap_or_default());
         let builder = match clients {
             Some(verifier) => builder.with_client_cert_verifier(verifier),
             None => builder.with_no_client_auth(),
@@ -84,7 +86,7 @@ impl Policy {
             config.key_log = key_log;
         }
         if self.tickets {
-            config.ticketer = Arc::new(ticketer.clone());
+            config.ticketer = Arc::new(ticketer);
             config.send_tls13_tickets = TICKETS_PER_HANDSHAKE;
         } else {
             config.send_tls13_tickets = 0;

@@ -20,6 +20,9 @@ const TICKET_BYTES_MAX: usize = 16 * 1024;
 /// RFC 8446 4.6.1: clients must not keep tickets longer than seven days.
 pub const LIFETIME_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
+/// What a ticket is good for beside its keys: a digest of what its session was agreed on under. Zeros: anything.
+pub type TicketScope = [u8; 32];
+
 /// The secret of one epoch, from which its name and key are derived.
 pub type EpochSecret = Zeroizing<[u8; 32]>;
 
@@ -40,17 +43,25 @@ pub struct Ticketer {
     // None until the first rotate: no tickets are given out then, and none taken.
     keys: Arc<RwLock<Option<TicketKeys>>>,
     lifetime: Duration,
+    /// Authenticated and not in the ticket: where another one holds, the ticket does not open.
+    scope: TicketScope,
 }
 
 impl Ticketer {
     /// `lifetime` (at most `LIFETIME_MAX`) is what clients are told; how long a ticket really works depends on rotation.
     pub fn new(lifetime: Duration) -> Self {
-        Self { keys: Arc::new(RwLock::new(None)), lifetime: lifetime.min(LIFETIME_MAX) }
+        let keys = Arc::new(RwLock::new(None));
+        Self { keys, lifetime: lifetime.min(LIFETIME_MAX), scope: TicketScope::default() }
     }
 
     /// The same keys, also after later rotations: sessions survive a reload.
     pub fn with_lifetime(&self, lifetime: Duration) -> Self {
-        Self { keys: self.keys.clone(), lifetime: lifetime.min(LIFETIME_MAX) }
+        Self { lifetime: lifetime.min(LIFETIME_MAX), ..self.clone() }
+    }
+
+    /// The same keys, for sessions that are good nowhere else.
+    pub fn within(&self, scope: TicketScope) -> Self {
+        Self { scope, ..self.clone() }
     }
 
     /// No tickets any more, until the next `rotate`.
@@ -62,7 +73,7 @@ impl Ticketer {
         let derived =
             EpochKey::derive(current).zip(others.iter().map(EpochKey::derive).collect::<Option<Vec<_>>>());
         let keys = derived.map(|(current, others)| TicketKeys { current, others });
-        *self.keys.write().unwrap_or_else(std::sync::PoisonError::into_inner) = keys;
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
     }
 }
 
@@ -91,9 +102,8 @@ impl ProducesTickets for Ticketer {
         ticket.extend_from_slice(&nonce);
         ticket.extend_from_slice(plain);
         let (head, body) = ticket.split_at_mut(NAME_BYTES + NONCE_LEN);
-        let tag = key
-            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(&*head), body)
-            .ok()?;
+        let tag =
+            key.seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), self.aad(head), body).ok()?;
         ticket.extend_from_slice(tag.as_ref());
         (ticket.len() <= TICKET_BYTES_MAX).then_some(ticket)
     }
@@ -110,9 +120,15 @@ impl ProducesTickets for Ticketer {
         let epoch = std::iter::once(&keys.current).chain(&keys.others).find(|epoch| epoch.name == name)?;
         let nonce = Nonce::try_assume_unique_for_key(nonce).ok()?;
         let mut body = body.to_vec();
-        let plain_bytes = epoch.key.open_in_place(nonce, Aad::from(head), &mut body).ok()?.len();
+        let plain_bytes = epoch.key.open_in_place(nonce, self.aad(head), &mut body).ok()?.len();
         body.truncate(plain_bytes);
         Some(body)
+    }
+}
+
+impl Ticketer {
+    fn aad(&self, head: &[u8]) -> Aad<Vec<u8>> {
+        Aad::from([head, &self.scope].concat())
     }
 }
 
@@ -170,6 +186,16 @@ mod tests {
         let empty = Ticketer::new(Duration::from_secs(3600));
         assert!(empty.encrypt(b"state").is_none());
         assert!(empty.decrypt(&ticketer(1, &[]).encrypt(b"state").expect("a ticket")).is_none());
+    }
+
+    #[test]
+    fn a_ticket_of_another_scope_is_refused() {
+        let ticketer = ticketer(1, &[]);
+        let [one, other] = [[1; 32], [2; 32]].map(|scope| ticketer.within(scope));
+        let ticket = one.encrypt(b"state").expect("a ticket");
+        assert!(one.decrypt(&ticket).is_some());
+        assert!(other.decrypt(&ticket).is_none());
+        assert!(ticketer.decrypt(&ticket).is_none());
     }
 
     #[test]
