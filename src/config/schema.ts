@@ -59,10 +59,9 @@ const token = z.strictObject({
     })
     .prefault({})
     .describe('Checks of what the token signed.'),
-  isolate: z
-    .boolean({ error: 'true or false' })
-    .default(true)
-    .describe('Load the module so that it binds to its own libraries and not to those inside Node (RTLD_DEEPBIND).'),
+  isolate: flag(true).describe(
+    'Load the module so that it binds to its own libraries and not to those inside Node (RTLD_DEEPBIND).',
+  ),
   loginLockWait: duration(0, 600_000, '10s').describe(
     'How long to wait for another process that is logging in to the same token.',
   ),
@@ -157,10 +156,7 @@ const policy = z
       .min(1, 'at least one cipher suite')
       .optional()
       .describe('Cipher suites by IANA name, preferred first. Default: all that keygate has for the versions.'),
-    tickets: z
-      .boolean({ error: 'true or false' })
-      .default(true)
-      .describe('Whether TLS sessions can be resumed with session tickets.'),
+    tickets: flag(true).describe('Whether TLS sessions can be resumed with session tickets.'),
     clientCertificates: clientCertificates
       .optional()
       .describe('As `listeners.NAME.clientCertificates`, for listeners that have none of their own. Default: none.'),
@@ -280,14 +276,8 @@ const upstreamTls = z
       .prefault('intermediate')
       .describe('Which TLS is offered: `modern`, `intermediate` or one of `policies`.'),
     alpn: alpnNames().describe('ALPN protocol names that are offered, preferred first. Empty: none.'),
-    sni: z
-      .boolean({ error: 'true or false' })
-      .default(true)
-      .describe('Whether the name is sent to the server. An IP address never is (RFC 6066 3).'),
-    resume: z
-      .boolean({ error: 'true or false' })
-      .default(true)
-      .describe('Whether TLS sessions with a server are resumed.'),
+    sni: flag(true).describe('Whether the name is sent to the server. An IP address never is (RFC 6066 3).'),
+    resume: flag(true).describe('Whether TLS sessions with a server are resumed.'),
     deadline: duration(100, 600_000, '10s').describe('From connected to the end of the handshake.'),
   })
   .describe('TLS to the servers, for listeners with mode `encrypt` or `bridge`. Default: plaintext.');
@@ -298,10 +288,7 @@ const ocsp = z.strictObject({
   proxy: kind('URL', 'http://HOST:PORT', parseProxyUrl)
     .describe('HTTP proxy through which responders are asked. Default: directly.')
     .optional(),
-  nonce: z
-    .boolean({ error: 'true or false' })
-    .default(false)
-    .describe('Ask with a nonce, and refuse answers without it; most public responders have none.'),
+  nonce: flag(false).describe('Ask with a nonce, and refuse answers without it; most public responders have none.'),
   timeout: duration(100, 60_000, '10s').describe(
     'For one answer of a responder. No handshake and no start waits for it.',
   ),
@@ -321,12 +308,9 @@ const upstreamKeys = z.strictObject({
     .enum(['v1', 'v2'], { error: 'v1 or v2' })
     .optional()
     .describe('Tell the upstream about the client with the PROXY protocol. Default: off.'),
-  transparent: z
-    .boolean({ error: 'true or false' })
-    .default(false)
-    .describe(
-      "Servers see the client's address as the source of its connections. Needs CAP_NET_RAW and rules for the way back.",
-    ),
+  transparent: flag(false).describe(
+    "Servers see the client's address as the source of its connections. Needs CAP_NET_RAW and rules for the way back.",
+  ),
   connectDeadline: duration(10, 600_000, '5s').describe('For connecting to one server.'),
   attempts: whole(1, 16, 3).describe('Servers tried for one connection.'),
   health: z
@@ -443,12 +427,9 @@ const listener = z
     proxyProtocol: proxyIn
       .optional()
       .describe('Proxies in front say by the PROXY protocol (v1 or v2) who the client is. Default: off.'),
-    transparent: z
-      .boolean({ error: 'true or false' })
-      .default(false)
-      .describe(
-        'Clients are redirected here by nftables (REDIRECT or TPROXY): where they wanted to go counts as the destination. Needs CAP_NET_RAW to bind.',
-      ),
+    transparent: flag(false).describe(
+      'Clients are redirected here by nftables (REDIRECT or TPROXY): where they wanted to go counts as the destination. Needs CAP_NET_RAW to bind.',
+    ),
     deadlines: z
       .strictObject({
         handshake: duration(100, 600_000, '10s').describe('From accept to the end of the handshake.'),
@@ -548,10 +529,7 @@ export const documentSchema = z.strictObject(
       .describe('Admin server: metrics, health, status, log level, reload, drain. Default: off.'),
     sandbox: z
       .strictObject({
-        enabled: z
-          .boolean({ error: 'true or false' })
-          .default(true)
-          .describe('`false`: workers may do whatever `user` may.'),
+        enabled: flag(true).describe('`false`: workers may do whatever `user` may.'),
         writable: z
           .array(kind('path', 'a path', parsePath), { error: 'a list of paths' })
           .max(64, 'at most 64 paths')
@@ -689,6 +667,10 @@ function account() {
 
 function oneOf<const T extends readonly [string, ...string[]]>(values: T, preset: T[number]) {
   return z.enum(values, { error: `one of ${values.join(', ')}` }).default(preset as never);
+}
+
+function flag(preset: boolean) {
+  return z.boolean({ error: 'true or false' }).default(preset);
 }
 
 function whole(min: number, max: number, preset: number) {

@@ -5,13 +5,11 @@ use rustls::server::Acceptor;
 use tokio::time::{Instant, timeout_at};
 
 use crate::close::Close;
+use crate::handshake::ALERT_UNRECOGNIZED_NAME;
 use crate::relay::Scratch;
 use crate::step::receive_bytes;
 use crate::stream::Stream;
 use crate::tls::UNPROCESSED_MAX;
-
-/// The alert unrecognized_name (RFC 6066 3) as a record of its own.
-const ALERT_UNRECOGNIZED_NAME: [u8; 7] = [21, 3, 3, 0, 2, 2, 112];
 
 pub struct HelloRead {
     /// In lower case.
@@ -61,7 +59,7 @@ pub async fn read_hello(client: &Stream, deadline: Instant, scratch: &Scratch) -
     }
 }
 
-/// Tells a client that nobody here serves what it asked for.
+/// Tells a client that nobody here serves what it asked for (RFC 6066 3).
 pub fn refuse_name(client: &Stream) {
     let _ = client.try_write(&ALERT_UNRECOGNIZED_NAME);
     let _ = client.shutdown_write();

@@ -147,7 +147,7 @@ impl ClientVerifier {
         let presented =
             Presented { leaf, parsed, intermediates, peer: Peer::Client, now, algorithms: self.algorithms };
         let chain = pkix::verify(&presented, &self.roots, &self.lists).map_err(Reason::into_error)?;
-        let identity = identity_of(leaf)?;
+        let identity = parsed.identity().map_err(|_| Reason::Invalid.into_error())?;
         if !self.allowed.is_empty() && !self.allowed.include(&identity) {
             // The alert is access_denied.
             return Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure));
