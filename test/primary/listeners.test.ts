@@ -9,6 +9,7 @@ import { closeSync, readdirSync } from 'node:fs';
 import { createServer } from 'node:net';
 import type { AddressInfo } from 'node:net';
 import { afterEach, it } from 'node:test';
+import { freePort } from '../../bench/processes.ts';
 import { parseConfig } from '../../src/config/load.ts';
 import { engine } from '../../src/engine/binding.ts';
 import { closeSockets, noListeners, openListeners } from '../../src/primary/listeners.ts';
@@ -135,13 +136,4 @@ function open(former: Listeners, listeners: string): NextListeners {
 
 function numbers(sockets: readonly ListeningSocket[]): number[] {
   return sockets.map(({ socket }) => socket);
-}
-
-async function freePort(): Promise<number> {
-  const server = createServer().listen({ host: '127.0.0.1', port: 0 });
-  await once(server, 'listening');
-  const { port } = server.address() as AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
 }

@@ -11,6 +11,7 @@ import { createServer } from 'node:net';
 import type { AddressInfo } from 'node:net';
 import { join } from 'node:path';
 import { it } from 'node:test';
+import { freePort } from '../../bench/processes.ts';
 import type { TestContext } from 'node:test';
 import type { TLSSocket } from 'node:tls';
 import { createSelfSigned } from '../../src/pkcs11/issue.ts';
@@ -629,13 +630,4 @@ function sameCounts(now: Readonly<Record<string, number>>, before: Readonly<Reco
 async function memoryOf(keygate: Keygate): Promise<Readonly<Record<string, number>>> {
   const pids = [keygate.pid, ...(await keygate.workers()).map(({ pid }) => pid)];
   return Object.fromEntries(pids.map((pid) => [pid, residentBytes(pid)]));
-}
-
-async function freePort(): Promise<number> {
-  const server = createServer().listen({ host: '127.0.0.1', port: 0 });
-  await once(server, 'listening');
-  const { port } = server.address() as AddressInfo;
-  server.close();
-  await once(server, 'close');
-  return port;
 }
