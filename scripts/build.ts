@@ -6,6 +6,7 @@
 import { execFileSync } from 'node:child_process';
 import { copyFileSync, existsSync, globSync, mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
+import { engine as loadEngine } from '../src/engine/binding.ts';
 import type { Build } from '../src/version.ts';
 
 const root = join(import.meta.dirname, '..');
@@ -37,7 +38,7 @@ function copyAssets(): void {
 }
 
 function build(): Build {
-  return { revision: revision(), os: process.platform, cpu: process.arch };
+  return { revision: revision(), os: process.platform, cpu: process.arch, fips: loadEngine().isFips() };
 }
 
 /** Where there is no history, as in an image's build, the builder says it. */

@@ -11,6 +11,8 @@ export interface Build {
   readonly revision: string;
   readonly os: string;
   readonly cpu: string;
+  /** Whether the engine has the FIPS 140-3 module. */
+  readonly fips: boolean;
 }
 
 const require = createRequire(import.meta.url);
@@ -18,10 +20,11 @@ const require = createRequire(import.meta.url);
 // Beside src/ and dist/ alike, so the same path serves both.
 export const { version } = require('../package.json') as { readonly version: string };
 
-/** `0.1.0`, or in a package `0.1.0 (00f700bf12cd, linux-x64)`. */
+/** `0.1.0`, or in a package `0.1.0 (00f700bf12cd, linux-x64)`, where it has the module `…, linux-x64, FIPS 140-3)`. */
 export function describeVersion(): string {
   const build = readBuild();
-  return build === undefined ? version : `${version} (${build.revision}, ${build.os}-${build.cpu})`;
+  if (build === undefined) return version;
+  return `${version} (${build.revision}, ${build.os}-${build.cpu}${build.fips ? ', FIPS 140-3' : ''})`;
 }
 
 /** Undefined in a checkout, which is not built. */

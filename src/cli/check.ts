@@ -5,7 +5,8 @@
  */
 import { loadConfig } from '../config/load.ts';
 import type { Config } from '../config/config.ts';
-import { keyLogProblem } from '../config/key-log.ts';
+import { fipsProblems } from '../config/fips.ts';
+import { keyLogProblems } from '../config/key-log.ts';
 import { readPin } from '../config/pin.ts';
 import { ConfigError, exitCodes, formatProblem, ServiceError, TokenError } from '../errors.ts';
 import { nativeGuard } from '../pkcs11/native-guard.ts';
@@ -14,6 +15,8 @@ import type { Finding } from '../pkcs11/plan.ts';
 import { readCredentials } from '../primary/admin-credentials.ts';
 import { engine } from '../engine/binding.ts';
 import { becomeConfigured, demandTransparency, findAccount } from '../primary/privileges.ts';
+import { explainPolicies } from './effective-policies.ts';
+import type { EffectivePolicy } from './effective-policies.ts';
 import { coloured, printJson, printLine } from './output.ts';
 import type { Colour } from './output.ts';
 import { examineUpstreams } from './reachability.ts';
@@ -32,41 +35,60 @@ export interface CheckOptions {
  * a token, PIN or key is, else what serve would end with, else 0, also with warnings. Root becomes the configured user.
  */
 export async function run({ config: file, json, allowKeyLog = false }: CheckOptions): Promise<void> {
-  const findings = await examine(file, allowKeyLog);
+  const { findings, policies } = await examine(file, allowKeyLog);
   const exitCode = exitCodeOf(findings);
-  if (json === true) printJson({ ok: exitCode === exitCodes.ok, exitCode, findings: findings.map(describe) });
+  if (json === true) printJson({ ok: exitCode === exitCodes.ok, exitCode, findings: findings.map(describe), policies });
   else printFindings(findings);
   process.exitCode = exitCode;
 }
 
-async function examine(file: string, allowKeyLog: boolean): Promise<Finding[]> {
+interface Report {
+  readonly findings: readonly Finding[];
+  /** Of each listener and upstream. */
+  readonly policies: readonly EffectivePolicy[];
+}
+
+async function examine(file: string, allowKeyLog: boolean): Promise<Report> {
   let config: Config;
   try {
     config = loadConfig(file);
-    const refused = allowKeyLog ? undefined : keyLogProblem(config);
-    if (refused !== undefined) throw new ConfigError([refused]);
+    const [refused, ...others] = [
+      ...(allowKeyLog ? [] : keyLogProblems(config)),
+      ...fipsProblems(config, () => engine().isFips()),
+    ];
+    if (refused !== undefined) throw new ConfigError([refused, ...others]);
   } catch (error) {
     if (!(error instanceof ConfigError)) throw error;
     // Tokens and upstreams of a configuration that is wrong are guesses.
-    return error.problems.map((problem) => ({
+    const findings = error.problems.map((problem): Finding => ({
       severity: 'error',
       subject: 'config',
       message: formatProblem(problem),
       error: new ConfigError([problem]),
     }));
+    return { findings, policies: [] };
   }
   const tools = { guard: nativeGuard, readPin };
   const isRoot = process.geteuid?.() === 0;
-  return [
+  const beforehand: Finding[] = [
     { severity: 'ok', subject: 'config', message: config.file },
     ...becomeUser(config),
     ...examineAdmin(config),
     ...examineTransparency(config, isRoot),
-    ...examinePlan(config, tools).findings,
-    ...(await examineStapling(config)),
-    ...(await examineUpstreams(config)),
-    ...(await examineVerification(config)),
   ];
+  const plan = examinePlan(config, tools);
+  const { findings, policies } = explainPolicies(config, plan.keyAlgorithms);
+  return {
+    findings: [
+      ...beforehand,
+      ...plan.findings,
+      ...findings,
+      ...(await examineStapling(config)),
+      ...(await examineUpstreams(config)),
+      ...(await examineVerification(config)),
+    ],
+    policies,
+  };
 }
 
 /**

@@ -27,7 +27,7 @@ export interface Config {
   /** At least one. This and the four below: by name, without a prototype. */
   readonly tokens: Readonly<Record<string, TokenConfig>>;
   readonly certificates: Readonly<Record<string, CertificateConfig>>;
-  /** The built-in policies `modern` and `intermediate` are among them. */
+  /** The built-in policies `modern`, `intermediate` and `fips` are among them. */
   readonly policies: Readonly<Record<string, PolicyConfig>>;
   readonly tickets: TicketsConfig;
   readonly ocsp: OcspConfig;
@@ -151,10 +151,20 @@ export interface PolicyConfig {
   readonly groups: readonly Group[];
   /** Cipher suites by their IANA names, preferred first. */
   readonly cipherSuites: readonly CipherSuite[];
+  /** Whose preference counts. */
+  readonly cipherOrder: 'client' | 'server';
+  /** By their IANA names, preferred first: what our keys sign with, and what is accepted of peers. */
+  readonly signatureSchemes: readonly SignatureScheme[];
+  /** Whether TLS 1.2 without it (RFC 7627) is refused. */
+  readonly extendedMasterSecret: 'optional' | 'required';
   /** Whether TLS sessions can be resumed with session tickets. */
   readonly tickets: boolean;
+  /** How long one is accepted; at most `tickets.lifetimeMs`. */
+  readonly ticketLifetimeMs: number;
   /** For listeners that have none of their own. */
   readonly clientCertificates: ClientCertificatesConfig | undefined;
+  /** Made from `fips`: nothing in it but what FIPS 140-3 approves, and an engine that is built with such a module. */
+  readonly fips: boolean;
 }
 
 /** Certificates that clients show. */
@@ -195,19 +205,37 @@ export interface ClientsConfig {
 export const groups = ['X25519MLKEM768', 'X25519', 'secp256r1', 'secp384r1'] as const;
 export type Group = (typeof groups)[number];
 
-/** What rustls has with aws-lc-rs; the first three are TLS 1.3, the others TLS 1.2. */
+/** What rustls has with aws-lc-rs, in Mozilla's order; the first three are TLS 1.3, the others TLS 1.2. */
 export const cipherSuites = [
-  'TLS_AES_256_GCM_SHA384',
   'TLS_AES_128_GCM_SHA256',
+  'TLS_AES_256_GCM_SHA384',
   'TLS_CHACHA20_POLY1305_SHA256',
-  'TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384',
   'TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256',
-  'TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256',
-  'TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384',
   'TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256',
+  'TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384',
+  'TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384',
+  'TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256',
   'TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256',
 ] as const;
 export type CipherSuite = (typeof cipherSuites)[number];
+
+/** What keys in tokens sign with and the engine verifies; no key signs with P-521 or ML-DSA. */
+export const signatureSchemes = [
+  'ecdsa_secp256r1_sha256',
+  'ecdsa_secp384r1_sha384',
+  'ecdsa_secp521r1_sha512',
+  'ed25519',
+  'rsa_pss_rsae_sha256',
+  'rsa_pss_rsae_sha384',
+  'rsa_pss_rsae_sha512',
+  'rsa_pkcs1_sha256',
+  'rsa_pkcs1_sha384',
+  'rsa_pkcs1_sha512',
+  'mldsa44',
+  'mldsa65',
+  'mldsa87',
+] as const;
+export type SignatureScheme = (typeof signatureSchemes)[number];
 
 /**
  * Invariant: lifetimeMs <= rotationMs. The keys of the previous, the current and the next epoch are kept, so a ticket

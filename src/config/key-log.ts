@@ -7,14 +7,16 @@ import type { Problem } from '../errors.ts';
 import type { Config } from './config.ts';
 
 /** What is wrong when the configuration asks for a key log without that permission. */
-export function keyLogProblem({ file, log: { keyLog } }: Pick<Config, 'file' | 'log'>): Problem | undefined {
-  if (keyLog === undefined) return undefined;
-  return {
-    file,
-    path: 'log.keyLog',
-    code: 'config_key_log',
-    found: keyLog,
-    expected: 'nothing, or keygate serve --allow-key-log',
-    hint: 'whoever reads that file can decrypt every connection: remove the key, or start with the flag to debug',
-  };
+export function keyLogProblems({ file, log: { keyLog } }: Pick<Config, 'file' | 'log'>): Problem[] {
+  if (keyLog === undefined) return [];
+  return [
+    {
+      file,
+      path: 'log.keyLog',
+      code: 'config_key_log',
+      found: keyLog,
+      expected: 'nothing, or keygate serve --allow-key-log',
+      hint: 'whoever reads that file can decrypt every connection: remove the key, or start with the flag to debug',
+    },
+  ];
 }

@@ -12,23 +12,25 @@ import type {
   HealthConfig,
   ListenerConfig,
   LogConfig,
-  OcspConfig,
   PolicyConfig,
+  OcspConfig,
   TicketsConfig,
   TokenConfig,
   UpstreamConfig,
   UpstreamTlsConfig,
 } from './config.ts';
 import { absolutePath } from './path.ts';
-import { builtInPolicies, cipherSuitesOf } from './policies.ts';
-import type { Document } from './schema.ts';
+import type { Policy } from './policies.ts';
+import { resolvePolicies } from './policy-faults.ts';
+import type { ClientCertificatesDocument, Document } from './schema.ts';
 import type { SecretPlace } from './secret.ts';
 
 /** @param directory what relative paths are relative to. */
 export function normalise(document: Document, file: string, directory: string): Config {
   const tokens = named(document.tokens, (name, token) => tokenConfig(name, token, directory));
-  const policies = named(document.policies, (name, policy) => policyConfig(name, policy, directory));
-  for (const policy of builtInPolicies) policies[policy.name] = policy;
+  const policies = named(Object.fromEntries(resolvePolicies(document.policies)), (_, policy) =>
+    policyConfig(policy, document.tickets.lifetime, directory),
+  );
   return {
     file,
     workers: document.workers,
@@ -157,22 +159,17 @@ function rootsPath(roots: string, directory: string): string | undefined {
   return roots === 'system' ? undefined : absolutePath(roots, directory);
 }
 
-function policyConfig(name: string, policy: Document['policies'][string], directory: string): PolicyConfig {
-  const { minVersion, maxVersion, groups, cipherSuites = cipherSuitesOf(minVersion, maxVersion), tickets } = policy;
+function policyConfig(policy: Policy, ticketLifetimeMs: number, directory: string): PolicyConfig {
   const { clientCertificates } = policy;
   return {
-    name,
-    minVersion,
-    maxVersion,
-    groups,
-    cipherSuites,
-    tickets,
+    ...policy,
+    ticketLifetimeMs: policy.ticketLifetimeMs ?? ticketLifetimeMs,
     clientCertificates: clientCertificates && clientCertificatesConfig(clientCertificates, directory),
   };
 }
 
 function clientCertificatesConfig(
-  { mode, roots, crls, allow, ocsp }: NonNullable<Document['policies'][string]['clientCertificates']>,
+  { mode, roots, crls, allow, ocsp }: ClientCertificatesDocument,
   directory: string,
 ): ClientCertificatesConfig {
   return {

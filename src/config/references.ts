@@ -8,6 +8,7 @@ import { isLocal, parseAdminAddress, parseBindAddress, parseServerAddress } from
 import { listenerModes } from './config.ts';
 import type { TcpAddress, UnixAddress } from './config.ts';
 import { builtInPolicies } from './policies.ts';
+import { policyFaults } from './policy-faults.ts';
 import type { Path, PlacedFault } from './source.ts';
 import { suggest } from './suggestion.ts';
 
@@ -16,6 +17,7 @@ export function referenceFaults(document: unknown): PlacedFault[] {
     ...unknownNames(document),
     ...repeatedNames(document),
     ...builtInNames(document),
+    ...policyFaults(mapping(document)),
     ...misplacedTls(document),
     ...uncheckable(document),
     ...unknowable(document),
@@ -34,6 +36,7 @@ function* unknownNames(document: unknown): Generator<PlacedFault> {
     yield { ...fault, path: fault.path.slice(1) };
   yield* undefinedNames(document, 'listeners', 'certificates', 'certificates', namesIn(document, 'certificates'));
   yield* undefinedNames(document, 'listeners', 'policy', 'policies', policies);
+  yield* undefinedNames(document, 'policies', 'base', 'policies', policies);
   const upstreams = namesIn(document, 'upstreams');
   yield* undefinedNames(document, 'listeners', 'upstream', 'upstreams', upstreams);
   for (const [at, routes] of nested(document, 'listeners', 'routes')) {
@@ -91,6 +94,7 @@ function* repeatedNames(document: unknown): Generator<PlacedFault> {
     ['upstreams', 'servers'],
     ['policies', 'groups'],
     ['policies', 'cipherSuites'],
+    ['policies', 'signatureSchemes'],
   ] as const;
   for (const [section, key] of lists) {
     const seen = new Set<string>();
@@ -243,15 +247,25 @@ function* unknowable(document: unknown): Generator<PlacedFault> {
   const policies = mapping(mapping(document)['policies']);
   for (const [at, routes] of nested(document, 'listeners', 'routes')) {
     const listener = mapping(mapping(mapping(document)['listeners'])[at[1] ?? '']);
-    const { policy } = listener;
-    const ofPolicy = typeof policy === 'string' ? mapping(policies[policy])['clientCertificates'] : undefined;
-    if ((listener['clientCertificates'] ?? ofPolicy) !== undefined) continue;
+    if (listener['clientCertificates'] !== undefined || asksClients(listener['policy'], policies)) continue;
     for (const [index, entry] of Object.entries(routes)) {
       if (mapping(entry)['clients'] === undefined) continue;
       const expected = 'clientCertificates at the listener or its policy: nobody else is known by a certificate';
       yield { path: [...at, Number(index), 'clients'], code: 'config_conflict', expected };
     }
   }
+}
+
+/** A policy, or one that it is made from. */
+function asksClients(policy: unknown, policies: Readonly<Record<string, unknown>>): boolean {
+  const seen = new Set<unknown>();
+  for (let name = policy; typeof name === 'string' && !seen.has(name);) {
+    seen.add(name);
+    const { base, clientCertificates } = mapping(policies[name]);
+    if (clientCertificates !== undefined) return true;
+    name = base;
+  }
+  return false;
 }
 
 /** `original` is what the kernel knows of a redirected client; a client of any other listener wanted to come to us. */

@@ -17,11 +17,10 @@ import {
   parseResolverAddress,
   parseServerAddress,
 } from './address.ts';
-import { checkModes, cipherSuites, groups, listenerModes, logLevels } from './config.ts';
+import { checkModes, cipherSuites, groups, listenerModes, logLevels, signatureSchemes } from './config.ts';
 import type { ListenerMode } from './config.ts';
 import type { Fault, Parsed } from './fault.ts';
 import { parsePath } from './path.ts';
-import { cipherSuiteVersion } from './policies.ts';
 import { parsePkcs11Uri, type Pkcs11Uri } from './pkcs11-uri.ts';
 import { formatDuration, parseDuration } from './units.ts';
 
@@ -142,38 +141,47 @@ const tlsVersion = z
   .literal(['1.2', '1.3', 1.2, 1.3], { error: '"1.2" or "1.3"' })
   .transform((version) => String(version) as '1.2' | '1.3');
 
-const policy = z
-  .strictObject({
-    minVersion: tlsVersion.prefault('1.2').describe('Lowest TLS version.'),
-    maxVersion: tlsVersion.prefault('1.3').describe('Highest TLS version.'),
-    groups: z
-      .array(z.enum(groups, { error: `one of ${groups.join(', ')}` }), { error: 'a list of groups' })
-      .min(1, 'at least one group')
-      .default([...groups])
-      .describe('Key exchange groups, preferred first.'),
-    cipherSuites: z
-      .array(z.enum(cipherSuites, { error: `one of ${cipherSuites.join(', ')}` }), { error: 'a list of cipher suites' })
-      .min(1, 'at least one cipher suite')
-      .optional()
-      .describe('Cipher suites by IANA name, preferred first. Default: all that keygate has for the versions.'),
-    tickets: flag(true).describe('Whether TLS sessions can be resumed with session tickets.'),
-    clientCertificates: clientCertificates
-      .optional()
-      .describe('As `listeners.NAME.clientCertificates`, for listeners that have none of their own. Default: none.'),
-  })
-  .check((context) => {
-    for (const fault of policyFaults(context.value)) {
-      context.issues.push({
-        code: 'custom',
-        input: context.value,
-        message: fault.expected,
-        params: { ...fault },
-        path: [fault.key],
-      });
-    }
-  });
+/** What is not named is as in `base`, so nothing has a default here; policy-faults.ts judges what comes of it. */
+export const policy = z.strictObject({
+  base: reference('a policy')
+    .prefault('intermediate')
+    .describe('The policy that this one is like, but for what is named here: built-in, or one of `policies`.'),
+  minVersion: tlsVersion.optional().describe('Lowest TLS version.'),
+  maxVersion: tlsVersion.optional().describe('Highest TLS version.'),
+  groups: words('group', groups).optional().describe('Key exchange groups. Which one is taken is said by the client.'),
+  cipherSuites: words('cipher suite', cipherSuites)
+    .optional()
+    .describe('Cipher suites by IANA name, preferred first. Default: those of `base` for the versions.'),
+  cipherOrder: z
+    .enum(['client', 'server'], { error: 'one of client, server' })
+    .optional()
+    .describe(
+      'Whose preference counts between `cipherSuites`; clients without hardware for AES then get ChaCha20. Built-in: `client`.',
+    ),
+  signatureSchemes: words('signature scheme', signatureSchemes)
+    .optional()
+    .describe(
+      'Signature schemes by IANA name, preferred first: what keys sign with, and what is accepted of servers and clients. Every certificate must have one.',
+    ),
+  extendedMasterSecret: z
+    .enum(['optional', 'required'], { error: 'one of optional, required' })
+    .optional()
+    .describe('Whether TLS 1.2 without it (RFC 7627) is refused.'),
+  tickets: z
+    .boolean({ error: 'true or false' })
+    .optional()
+    .describe('Whether TLS sessions can be resumed with session tickets. Of listeners.'),
+  ticketLifetime: requiredDuration(1000, ticketLifetimeMsMax)
+    .optional()
+    .describe(
+      'How long a session ticket is accepted, whoever issued it; at most `tickets.lifetime`, which is the default.',
+    ),
+  clientCertificates: clientCertificates
+    .optional()
+    .describe('As `listeners.NAME.clientCertificates`, for listeners that have none of their own. Of listeners.'),
+});
 
-const tickets = z
+export const tickets = z
   .strictObject({
     key: kind('PKCS#11 URI', 'a PKCS#11 URI with object or id', secretKeyUri)
       .describe(
@@ -274,7 +282,7 @@ const upstreamTls = z
       .optional(),
     policy: reference('a policy')
       .prefault('intermediate')
-      .describe('Which TLS is offered: `modern`, `intermediate` or one of `policies`.'),
+      .describe('Which TLS is offered: `modern`, `intermediate`, `fips` or one of `policies`.'),
     alpn: alpnNames().describe('ALPN protocol names that are offered, preferred first. Empty: none.'),
     sni: flag(true).describe('Whether the name is sent to the server. An IP address never is (RFC 6066 3).'),
     resume: flag(true).describe('Whether TLS sessions with a server are resumed.'),
@@ -414,7 +422,7 @@ const listener = z
     alpn: alpnNames().describe('ALPN protocol names, preferred first. Empty: not negotiated.'),
     policy: reference('a policy')
       .prefault('intermediate')
-      .describe('Which TLS the listener speaks: `modern`, `intermediate` or one of `policies`.'),
+      .describe('Which TLS the listener speaks: `modern`, `intermediate`, `fips` or one of `policies`.'),
     clientCertificates: clientCertificates.optional(),
     upstream: reference('an upstream')
       .describe('Where connections go that no route fits. Without it, those are refused.')
@@ -549,7 +557,7 @@ export const documentSchema = z.strictObject(
     policies: z
       .record(name(), policy, { error: 'policies by name' })
       .default({})
-      .describe('TLS policies beside the built-in `modern` (TLS 1.3) and `intermediate` (TLS 1.2 and 1.3).'),
+      .describe('TLS policies beside the built-in ones: see [Policies](#policies).'),
     tickets: tickets.prefault({}).describe('Session tickets.'),
     ocsp: ocsp.prefault({}).describe('How the responses are fetched that `certificates.NAME.ocsp` asks for.'),
     dns: dns.optional(),
@@ -561,6 +569,7 @@ export const documentSchema = z.strictObject(
 );
 
 export type Document = z.output<typeof documentSchema>;
+export type ClientCertificatesDocument = z.output<typeof clientCertificates>;
 
 /** JSON Schema (draft 2020-12) of the document, for editors. Faults that a JSON Schema cannot say are left to `keygate check`. */
 export function jsonSchema(): JsonSchema {
@@ -648,6 +657,12 @@ function clientNames<T>(title: string, error: string, parse: (text: string) => P
     .array(kind(title, error, parse), { error: `a list: ${error}` })
     .max(10_000, 'at most 10000')
     .default([]);
+}
+
+function words<const T extends readonly string[]>(what: string, known: T) {
+  return z
+    .array(z.enum(known, { error: `one of ${known.join(', ')}` }), { error: `a list of ${what}s` })
+    .min(1, `at least one ${what}`);
 }
 
 function alpnNames() {
@@ -868,46 +883,5 @@ function* listenerFaults({
   }
   if (preset === undefined && routes.length === 0) {
     yield { key: 'upstream', code: 'config_missing_key', expected: 'an upstream, or routes' };
-  }
-}
-
-type PolicyDocument = {
-  minVersion: string;
-  maxVersion: string;
-  groups: readonly string[];
-  cipherSuites?: readonly string[] | undefined;
-};
-
-function* policyFaults(value: PolicyDocument): Generator<Fault & { readonly key: keyof PolicyDocument }> {
-  const { minVersion, maxVersion } = value;
-  if (minVersion > maxVersion) {
-    yield { key: 'minVersion', code: 'config_conflict', expected: `at most maxVersion, which is ${maxVersion}` };
-    return;
-  }
-  if (minVersion === '1.2' && value.groups.every((group) => group === 'X25519MLKEM768')) {
-    yield {
-      key: 'groups',
-      code: 'config_conflict',
-      expected: 'a group that TLS 1.2 has as well: X25519, secp256r1 or secp384r1',
-    };
-  }
-  if (value.cipherSuites === undefined) return;
-  for (const version of ['1.2', '1.3']) {
-    const enabled = minVersion <= version && version <= maxVersion;
-    const suites = value.cipherSuites.filter((suite) => cipherSuiteVersion(suite) === version);
-    if (enabled && suites.length === 0) {
-      yield {
-        key: 'cipherSuites',
-        code: 'config_conflict',
-        expected: `a cipher suite for TLS ${version}, which the policy allows`,
-      };
-    }
-    if (!enabled && suites.length > 0) {
-      yield {
-        key: 'cipherSuites',
-        code: 'config_conflict',
-        expected: `no cipher suite for TLS ${version}, which the policy forbids (${suites.join(', ')})`,
-      };
-    }
   }
 }

@@ -159,7 +159,6 @@ export interface EngineSettings {
   certificates: Array<CertificateSettings>
   upstreams: Array<UpstreamSettings>
   listeners: Array<ListenerSettings>
-  ticketLifetimeMs: number
   /** Undefined: `set_ticket_secrets` says which secrets are used. */
   ticketKey?: TicketKeySettings
   /** Undefined: no access log. */
@@ -266,13 +265,7 @@ export interface ListenerSettings {
   certificates: Array<string>
   unknownName: 'default' | 'refuse'
   alpn: Array<string>
-  /** `1.2`, `1.3`; empty: both. */
-  versions: Array<string>
-  /** IANA names in order of preference; empty: all. */
-  cipherSuites: Array<string>
-  /** IANA names in order of preference; empty: all. */
-  groups: Array<string>
-  tickets: boolean
+  policy: PolicySettings
   /** Undefined: clients are asked for none. */
   clientCertificates?: ClientCertificateSettings
   routes: Array<RouteSettings>
@@ -332,6 +325,25 @@ export interface OpenedListener {
   fd: number
   /** With the port that was chosen for port 0. */
   address: string
+}
+
+/** What may be agreed on in TLS. Of lists, what is preferred stands first, and an empty one means everything. */
+export interface PolicySettings {
+  /** `1.2`, `1.3`. */
+  versions: Array<string>
+  /** This and the lists that follow: IANA names. */
+  cipherSuites: Array<string>
+  groups: Array<string>
+  /** What certificates of ours sign with, and what is accepted of servers. */
+  signatureSchemes: Array<string>
+  /** Whose preference counts between cipher suites. (Between groups it is the client's.) */
+  cipherOrder: 'client' | 'server'
+  /** Refuse TLS 1.2 without it (RFC 7627). */
+  requireExtendedMasterSecret: boolean
+  /** How old a session ticket may be; undefined: there are none. Of listeners. */
+  ticketLifetimeMs?: number
+  /** Refuse to begin with anything that the FIPS module is not validated for. */
+  fips: boolean
 }
 
 /** Who must begin with a PROXY header. */
@@ -533,12 +545,7 @@ export interface UpstreamTlsSettings {
   /** Name of a certificate to show when a server asks for one. */
   certificate?: string
   alpn: Array<string>
-  /** `1.2`, `1.3`; empty: both. */
-  versions: Array<string>
-  /** IANA names in order of preference; empty: all. */
-  cipherSuites: Array<string>
-  /** IANA names in order of preference; empty: all. */
-  groups: Array<string>
+  policy: PolicySettings
   /** Whether TLS sessions are resumed. */
   resume: boolean
   deadlineMs: number
@@ -589,6 +596,9 @@ export declare function handOver(channel: number, reload: number, fds: Array<num
 
 /** No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN. */
 export declare function harden(): void
+
+/** Whether the engine is built with the FIPS module of AWS-LC, and that passed its self-test. */
+export declare function isFips(): boolean
 
 /** Has the coming setuid keep what `hand_down_net_raw` needs, on this thread alone. */
 export declare function keepCapabilitiesOverSetuid(): void

@@ -17,6 +17,7 @@ import { formatPkcs11Uri } from '../config/pkcs11-uri.ts';
 import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { ConfigError, formatProblem, KeygateError, TokenError } from '../errors.ts';
 import type { ErrorCode } from '../errors.ts';
+import type { KeyAlgorithm } from './algorithm.ts';
 import { readChain } from './certificates.ts';
 import type { CertificateChain, ChainReading, KnownIssuers, Purpose } from './certificates.ts';
 import { failureReason, tokenFailure } from './failure.ts';
@@ -87,6 +88,8 @@ export interface Examination {
   readonly plan: ProvedPlan | undefined;
   /** In the order of the configuration: tokens, then certificates. */
   readonly findings: readonly Finding[];
+  /** Of the certificates whose chains can be used, also when no token has their keys. */
+  readonly keyAlgorithms: ReadonlyMap<string, KeyAlgorithm>;
 }
 
 /**
@@ -143,6 +146,11 @@ export function examinePlan(config: PlanConfig, tools: PlanTools): Examination {
       ...certificates.flatMap(certificateFindings),
       ...tokens.flatMap(ticketKeyFindings),
     ],
+    keyAlgorithms: new Map(
+      certificates.flatMap(({ config: { name }, reading: { chain } }) =>
+        chain === undefined ? [] : [[name, chain.keyAlgorithm] as const],
+      ),
+    ),
   };
 }
 

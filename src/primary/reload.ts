@@ -12,6 +12,7 @@ import { createHash, X509Certificate } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { isDeepStrictEqual } from 'node:util';
 import type { Config, LogConfig, TokenConfig } from '../config/config.ts';
+import { fipsProblems } from '../config/fips.ts';
 import { loadConfig } from '../config/load.ts';
 import { isSoftHsm } from '../config/softhsm.ts';
 import type { EngineBinding } from '../engine/binding.ts';
@@ -161,7 +162,7 @@ export class Reloads {
     let listeners;
     try {
       next = loadConfig(this.#config.file);
-      const [first, ...others] = restartProblems(this.#config, next);
+      const [first, ...others] = [...restartProblems(this.#config, next), ...fipsProblems(next, () => native.isFips())];
       if (first !== undefined) throw new ConfigError([first, ...others]);
       admin = rereadAdmin();
       listeners = openListeners(workers.listening, next, slots, native);

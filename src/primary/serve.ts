@@ -5,7 +5,8 @@
  */
 import { availableParallelism } from 'node:os';
 import type { Config, LogLevel } from '../config/config.ts';
-import { keyLogProblem } from '../config/key-log.ts';
+import { fipsProblems } from '../config/fips.ts';
+import { keyLogProblems } from '../config/key-log.ts';
 import { engine } from '../engine/binding.ts';
 import { giveBackMemory } from '../engine/memory.ts';
 import type { EngineSnapshot } from '../engine/native.d.ts';
@@ -59,8 +60,11 @@ export interface Service {
 export async function serve(config: Config, { allowKeyLog = false }: ServeOptions = {}): Promise<Service> {
   // A signal ends a process that does not listen to it. One that comes early is obeyed below: nothing here awaits before.
   for (const signal of ['SIGHUP', 'SIGUSR2'] as const) process.on(signal, () => {});
-  const refused = allowKeyLog ? undefined : keyLogProblem(config);
-  if (refused !== undefined) throw new ConfigError([refused]);
+  const [refused, ...others] = [
+    ...(allowKeyLog ? [] : keyLogProblems(config)),
+    ...fipsProblems(config, () => engine().isFips()),
+  ];
+  if (refused !== undefined) throw new ConfigError([refused, ...others]);
   const slots = config.workers === 'auto' ? availableParallelism() : config.workers;
   const passed = takePassedSockets(process.env, engine());
   const listeners = openListeners({ ...noListeners, passed }, config, slots, engine());

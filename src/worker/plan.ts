@@ -17,7 +17,7 @@ import type {
   VerifyRate,
 } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
-import { clientCertificatesOf } from '../config/policies.ts';
+import { clientCertificatesOf, versionsOf } from '../config/policies.ts';
 import type {
   CertificateSettings,
   ClientCertificateSettings,
@@ -25,13 +25,15 @@ import type {
   EngineSettings,
   KeyPlace,
   ListenerSettings,
+  PolicySettings,
   TokenSettings,
   UpstreamSettings,
   UpstreamTlsSettings,
 } from '../engine/native.d.ts';
-import { ServiceError } from '../errors.ts';
+import { ConfigError, ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import type { KeyInToken, ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
+import { policyOf, unusableCertificates } from './effective-policy.ts';
 import { readRevocationLists } from './revocation-lists.ts';
 import { readRoots } from './roots.ts';
 import { ticketEpoch } from './ticket-watch.ts';
@@ -49,7 +51,7 @@ interface WorkerSocket {
  * Servers without an address are left out with a warning. What DNS says of them is left to tlsa-watch.ts. Reads every PIN once more; the engine keeps them to log in
  * again, and wipes the buffers.
  * @throws ServiceError `upstream_unresolved`, or `engine_failed` for a number that the engine has no room for; TokenError
- * when a PIN's source has gone
+ * when a PIN's source has gone; ConfigError for a certificate that its policy lets sign nothing
  */
 export async function engineSettings(
   config: Config,
@@ -57,6 +59,9 @@ export async function engineSettings(
   sockets: readonly WorkerSocket[],
   log: Pick<Log, 'warn'>,
 ): Promise<EngineSettings> {
+  const keys = new Map(proved.certificates.map(({ name, keyAlgorithm }) => [name, keyAlgorithm]));
+  const [unusable, ...others] = unusableCertificates(config, keys);
+  if (unusable !== undefined) throw new ConfigError([unusable, ...others]);
   const upstreams = await Promise.all(
     Object.values(config.upstreams).map((upstream) => upstreamSettings(upstream, config, log)),
   );
@@ -68,7 +73,6 @@ export async function engineSettings(
     certificates: proved.certificates.map(certificateSettings),
     upstreams,
     listeners: Object.values(config.listeners).map((listener) => listenerSettings(listener, config, sockets)),
-    ticketLifetimeMs: config.tickets.lifetimeMs,
     ...ticketKeySettings(config, proved),
     ...accessSettings(config.log),
     ...transparencySettings(config, log),
@@ -187,14 +191,13 @@ async function upstreamSettings(
 function upstreamTlsSettings(
   tls: UpstreamTlsConfig,
   hosts: readonly (string | undefined)[],
-  { policies, file }: Config,
+  config: Config,
 ): UpstreamTlsSettings {
-  const policy = policyOf(tls.policy, policies);
   return {
     // A socket without a name was refused with the configuration.
     names: hosts.map((host) => tls.name ?? host ?? ''),
     verification: {
-      roots: readRoots(tls.roots, file),
+      roots: readRoots(tls.roots, config.file),
       crls: readRevocationLists(tls.crls),
       pins: tls.pins.map((pin) => Buffer.from(pin, 'base64')),
       pkix: tls.verify,
@@ -205,9 +208,7 @@ function upstreamTlsSettings(
     sendName: tls.sni,
     ...(tls.certificate === undefined ? {} : { certificate: tls.certificate }),
     alpn: [...tls.alpn],
-    versions: versionsOf(policy),
-    cipherSuites: [...policy.cipherSuites],
-    groups: [...policy.groups],
+    policy: policySettings(policyOf(tls.policy, config)),
     resume: tls.resume,
     deadlineMs: tls.deadlineMs,
   };
@@ -218,7 +219,6 @@ function listenerSettings(
   config: Config,
   sockets: readonly WorkerSocket[],
 ): ListenerSettings {
-  const policy = policyOf(listener.policy, config.policies);
   const { deadlines, limits, proxyProtocol } = listener;
   return {
     name: listener.name,
@@ -226,10 +226,7 @@ function listenerSettings(
     certificates: [...listener.certificates],
     unknownName: listener.unknownName,
     alpn: [...listener.alpn],
-    versions: versionsOf(policy),
-    cipherSuites: [...policy.cipherSuites],
-    groups: [...policy.groups],
-    tickets: policy.tickets,
+    policy: policySettings(policyOf(listener.policy, config)),
     ...clientCertificateSettings(listener, config),
     routes: listener.routes.map(({ names, alpn, clients, upstream }) => ({
       names: [...names],
@@ -286,14 +283,17 @@ function clientsSettings({ commonNames, dnsNames, uris, emails, keys }: ClientsC
   };
 }
 
-function policyOf(name: string, policies: Config['policies']): PolicyConfig {
-  const policy = policies[name];
-  if (policy === undefined) throw new Error(`policy ${name} passed the configuration's checks and is not there`);
-  return policy;
+function policySettings(policy: PolicyConfig): PolicySettings {
+  return {
+    versions: versionsOf(policy),
+    cipherSuites: [...policy.cipherSuites],
+    groups: [...policy.groups],
+    signatureSchemes: [...policy.signatureSchemes],
+    cipherOrder: policy.cipherOrder,
+    requireExtendedMasterSecret: policy.extendedMasterSecret === 'required',
+    ...(policy.tickets ? { ticketLifetimeMs: policy.ticketLifetimeMs } : {}),
+    fips: policy.fips,
+  };
 }
 
 const fronts = { offload: 'tls', bridge: 'tls', encrypt: 'plain', passthrough: 'passthrough' } as const;
-
-function versionsOf({ minVersion, maxVersion }: PolicyConfig): string[] {
-  return (['1.3', '1.2'] as const).filter((version) => minVersion <= version && version <= maxVersion);
-}

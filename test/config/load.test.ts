@@ -56,6 +56,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
         minVersion: '1.2',
         maxVersion: '1.3',
       },
+      fips: { ...plain(config.policies['fips']), name: 'fips', minVersion: '1.2', maxVersion: '1.3' },
     },
     tickets: { lifetimeMs: 43_200_000, rotationMs: 43_200_000 },
     ocsp: { nonce: false, timeoutMs: 10_000 },
@@ -137,14 +138,6 @@ it('the example that is shipped loads', () => {
   const config = parseConfig(readFileSync(file, 'utf8'), file);
   assert.deepEqual(Object.keys(config.listeners), ['https']);
   assert.equal(config.upstreams['web']?.health?.intervalMs, 5000);
-});
-
-it('the modern policy has TLS 1.3 only, a policy without cipher suites has all of its versions', () => {
-  const { policies } = parseConfig(document({ policies: '{ old: { maxVersion: 1.2, tickets: false } }' }), '/k.yaml');
-  assert.ok(policies['modern']?.cipherSuites.every((suite) => !suite.includes('_WITH_')));
-  assert.equal(policies['intermediate']?.cipherSuites.length, 9);
-  assert.equal(policies['old']?.cipherSuites.length, 6);
-  assert.ok(policies['old']?.cipherSuites.every((suite) => suite.includes('_WITH_')));
 });
 
 it('a name that every object has is an ordinary name, and no name is defined by accident', () => {
@@ -508,6 +501,56 @@ const placed: Record<string, Placed> = {
   'no group for TLS 1.2': {
     sections: policy('groups: ▸[X25519MLKEM768]'),
     path: 'policies.p.groups',
+    code: 'config_conflict',
+  },
+  'no cipher suite for a version that the base forbids': {
+    sections: policy('base: modern, minVersion: ▸1.2'),
+    path: 'policies.p.minVersion',
+    code: 'config_conflict',
+    expected: /cipher suite for TLS 1.2/,
+  },
+  'no signature scheme for TLS 1.3': {
+    sections: policy('signatureSchemes: ▸[rsa_pkcs1_sha256]'),
+    path: 'policies.p.signatureSchemes',
+    code: 'config_conflict',
+    expected: /TLS 1.3/,
+  },
+  'a signature scheme that does not exist': {
+    sections: policy('signatureSchemes: [▸rsa_pkcs1_sha1]'),
+    path: 'policies.p.signatureSchemes[0]',
+    code: 'config_value',
+    expected: /rsa_pss_rsae_sha256/,
+  },
+  'the same signature scheme twice': {
+    sections: policy('signatureSchemes: [ed25519, ▸ed25519]'),
+    path: 'policies.p.signatureSchemes[1]',
+    code: 'config_conflict',
+  },
+  'a base that is not defined': {
+    sections: policy('base: ▸strict'),
+    path: 'policies.p.base',
+    code: 'config_reference',
+  },
+  'a policy that is made from itself': {
+    sections: { more: 'policies: { p: { base: q }, q: { base: ▸r }, r: { base: q } }' },
+    path: 'policies.q.base',
+    code: 'config_conflict',
+  },
+  'tickets that live longer than those of any policy': {
+    sections: policy('ticketLifetime: ▸13h'),
+    path: 'policies.p.ticketLifetime',
+    code: 'config_conflict',
+    expected: /tickets.lifetime, which is 12h/,
+  },
+  'a group that FIPS 140-3 does not approve': {
+    sections: policy('base: fips, groups: ▸[X25519, secp256r1]'),
+    path: 'policies.p.groups',
+    code: 'config_conflict',
+    expected: /secp384r1/,
+  },
+  'an extended master secret that FIPS 140-3 wants and a policy does not': {
+    sections: policy('base: fips, extendedMasterSecret: ▸optional'),
+    path: 'policies.p.extendedMasterSecret',
     code: 'config_conflict',
   },
   'a proxy network with bits beyond its prefix': {
@@ -876,7 +919,13 @@ it('arbitrary values at known keys are a configuration or a ConfigError, nothing
     certificates: fc.oneof(value, fc.dictionary(fc.string(), fc.oneof(value, entry('chain', 'key', 'tokens')))),
     policies: fc.oneof(
       value,
-      fc.dictionary(fc.string(), fc.oneof(value, entry('minVersion', 'maxVersion', 'groups', 'cipherSuites'))),
+      fc.dictionary(
+        fc.string(),
+        fc.oneof(
+          value,
+          entry('base', 'minVersion', 'maxVersion', 'groups', 'cipherSuites', 'signatureSchemes', 'ticketLifetime'),
+        ),
+      ),
     ),
     tickets: fc.oneof(value, entry('lifetime', 'rotation')),
     upstreams: fc.oneof(

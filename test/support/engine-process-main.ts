@@ -115,10 +115,16 @@ function start(sockets: number[]): Engine {
         certificates: ['www'],
         unknownName: 'default',
         alpn: [],
-        versions: [],
-        cipherSuites: [],
-        groups: [],
-        tickets: true,
+        policy: {
+          versions: [],
+          cipherSuites: [],
+          groups: [],
+          signatureSchemes: [],
+          cipherOrder: 'client',
+          requireExtendedMasterSecret: false,
+          ticketLifetimeMs: 3_600_000,
+          fips: false,
+        },
         upstream: 'web',
         handshakeDeadlineMs: 10_000,
         idleDeadlineMs: 60_000,
@@ -130,7 +136,6 @@ function start(sockets: number[]): Engine {
         sockets,
       },
     ],
-    ticketLifetimeMs: 3_600_000,
   };
   return new native.Engine(settings, [Buffer.alloc(32, 1)], native.LineLog.open('/dev/null', false), undefined, []);
 }

@@ -43,8 +43,8 @@ export interface TappedClient {
   received(): Buffer;
   /** Keeps what the client sends from now on. */
   hold(): void;
-  /** Sends what was kept, in one piece. */
-  release(): void;
+  /** Sends what was kept, in one piece, or what is made of it. */
+  release(change?: (held: Buffer) => Buffer): void;
 }
 
 /** A TLS client, not yet connected, whose ciphertext the test sees and can hold back. */
@@ -74,8 +74,8 @@ export async function tappedClient({ port, ...options }: TlsOptions): Promise<Ta
     hold() {
       held ??= [];
     },
-    release() {
-      raw.write(Buffer.concat(held ?? []));
+    release(change = (all) => all) {
+      raw.write(change(Buffer.concat(held ?? [])));
       held = undefined;
     },
   };
@@ -155,6 +155,7 @@ export function alertIn(answer: Buffer): number | undefined {
 /** RFC 8446 6. */
 export const alerts = {
   unexpectedMessage: 10,
+  recordOverflow: 22,
   handshakeFailure: 40,
   illegalParameter: 47,
   decodeError: 50,
@@ -180,32 +181,78 @@ export async function clientHello(options: ConnectionOptions = {}): Promise<Buff
   return bytes;
 }
 
-/** The same ClientHello with a padding extension (RFC 7685) of so many bytes, in as many records as that takes. */
-export function paddedHello(hello: Buffer, paddingBytes: number): Buffer {
-  const body = hello.subarray(recordHeaderBytes + 4);
-  let offset = 2 + 32;
-  offset += 1 + body.readUInt8(offset); // session id
-  offset += 2 + body.readUInt16BE(offset); // cipher suites
-  offset += 1 + body.readUInt8(offset); // compression methods
-  const extensions = body.subarray(offset + 2);
-  const padding = Buffer.alloc(4 + paddingBytes);
-  padding.writeUInt16BE(21, 0);
-  padding.writeUInt16BE(paddingBytes, 2);
-  const padded = Buffer.concat([
-    body.subarray(0, offset),
-    uint16(extensions.length + padding.length),
-    extensions,
-    padding,
-  ]);
-  const message = Buffer.concat([Buffer.from([1]), uint24(padded.length), padded]);
-  return inRecords(message);
+/** A ClientHello in its parts (RFC 8446 4.1.2). */
+export interface ClientHelloParts {
+  version: number;
+  readonly random: Buffer;
+  readonly sessionId: Buffer;
+  cipherSuites: number[];
+  compressionMethods: number[];
+  /** By type; in this order. */
+  readonly extensions: Map<number, Buffer>;
 }
 
-/** A handshake message in records of the largest size. */
-function inRecords(message: Buffer): Buffer {
+/** The ClientHello with something else in it, in as many records as that takes. */
+export function editedHello(hello: Buffer, edit: (parts: ClientHelloParts) => void): Buffer {
+  const body = hello.subarray(recordHeaderBytes + 4);
+  let offset = 2 + 32;
+  const vector = (lengthBytes: number): Buffer => {
+    const start = offset + lengthBytes;
+    offset = start + body.readUIntBE(offset, lengthBytes);
+    return body.subarray(start, offset);
+  };
+  const sessionId = vector(1);
+  const cipherSuites = vector(2);
+  const compressionMethods = [...vector(1)];
+  const list = vector(2);
+  const extensions = new Map<number, Buffer>();
+  for (let at = 0; at < list.length;) {
+    const bytes = list.readUInt16BE(at + 2);
+    extensions.set(list.readUInt16BE(at), list.subarray(at + 4, at + 4 + bytes));
+    at += 4 + bytes;
+  }
+  const parts: ClientHelloParts = {
+    version: body.readUInt16BE(0),
+    random: body.subarray(2, 2 + 32),
+    sessionId,
+    cipherSuites: Array.from({ length: cipherSuites.length / 2 }, (_, index) => cipherSuites.readUInt16BE(2 * index)),
+    compressionMethods,
+    extensions,
+  };
+  edit(parts);
+  const edited = Buffer.concat([
+    uint16(parts.version),
+    parts.random,
+    prefixed(1, parts.sessionId),
+    prefixed(2, ...parts.cipherSuites.map(uint16)),
+    prefixed(1, Buffer.from(parts.compressionMethods)),
+    prefixed(2, ...[...extensions].map(([type, content]) => Buffer.concat([uint16(type), prefixed(2, content)]))),
+  ]);
+  return inRecords(handshakeMessage(1, edited));
+}
+
+/** The same ClientHello with a padding extension (RFC 7685) of so many bytes. */
+export function paddedHello(hello: Buffer, paddingBytes: number): Buffer {
+  return editedHello(hello, ({ extensions }) => extensions.set(21, Buffer.alloc(paddingBytes)));
+}
+
+export function handshakeMessage(type: number, body: Buffer): Buffer {
+  return Buffer.concat([Buffer.from([type]), uint24(body.length), body]);
+}
+
+/** A vector of TLS: its length in so many bytes, and what is in it. */
+export function prefixed(lengthBytes: number, ...content: readonly Buffer[]): Buffer {
+  const joined = Buffer.concat(content);
+  const length = Buffer.alloc(lengthBytes);
+  length.writeUIntBE(joined.length, 0, lengthBytes);
+  return Buffer.concat([length, joined]);
+}
+
+/** A handshake message in records of the largest size, or smaller ones. */
+export function inRecords(message: Buffer, fragmentBytes = recordBytesMax): Buffer {
   const records: Buffer[] = [];
-  for (let start = 0; start < message.length; start += recordBytesMax) {
-    const fragment = message.subarray(start, start + recordBytesMax);
+  for (let start = 0; start < message.length; start += fragmentBytes) {
+    const fragment = message.subarray(start, start + fragmentBytes);
     records.push(Buffer.from([22, 3, 1]), uint16(fragment.length), fragment);
   }
   return Buffer.concat(records);

@@ -55,7 +55,7 @@ it('tickets are accepted one rotation longer than they are issued, and no longer
   const settings = { key, rotation: '2s', lifetime: '2s' };
   const [first, second] = [await start(settings), await start(settings)];
   const epoch = await nextEpoch(first);
-  const session = await sessionOf(first, 'TLSv1.3');
+  const session = await lastSessionOf(first, epoch);
   await reached(second, epoch + 1);
   assert.equal(await resumes(second, 'TLSv1.3', session), true, 'one epoch later');
   await reached(second, epoch + 2);
@@ -65,12 +65,23 @@ it('tickets are accepted one rotation longer than they are issued, and no longer
   assert.equal(await second.metric('keygate_ticket_epoch'), await epochOf(second));
 });
 
-it("keygates whose clocks are an epoch apart resume each other's sessions", async (test) => {
+it('a keygate whose clock is further ahead than tickets live refuses those of others, and its own are taken by them', async (test) => {
   const { start } = await fleet(test);
-  const settings = { key, rotation: '7d', lifetime: '1h' };
+  const settings = { key, rotation: farFromItsEnds().rotation, lifetime: '1m' };
   const now = await start(settings);
   const session = await sessionOf(now, 'TLSv1.3');
-  const ahead = await start(settings, { env: clockAhead(7) });
+  const ahead = await start(settings, { env: clockAhead(120_000) });
+  assert.equal(await resumes(ahead, 'TLSv1.3', session), false);
+  assert.equal(await resumes(now, 'TLSv1.3', await sessionOf(ahead, 'TLSv1.3')), true);
+});
+
+it("keygates whose clocks are an epoch apart resume each other's sessions", async (test) => {
+  const { start } = await fleet(test);
+  const { rotation, toNextMs } = farFromItsEnds();
+  const settings = { key, rotation, lifetime: rotation };
+  const now = await start(settings);
+  const session = await sessionOf(now, 'TLSv1.3');
+  const ahead = await start(settings, { env: clockAhead(toNextMs + 60_000) });
   assert.equal(await epochOf(ahead), (await epochOf(now)) + 1);
   assert.equal(await resumes(ahead, 'TLSv1.3', session), true);
   assert.equal(await resumes(now, 'TLSv1.3', await sessionOf(ahead, 'TLSv1.3')), true);
@@ -222,9 +233,31 @@ async function reached(keygate: Keygate, epoch: number, deadlineMs = 10_000): Pr
   await until(`epoch ${epoch}`, async () => (await epochOf(keygate)) >= epoch, { deadlineMs });
 }
 
+/** The last one that it gave before this epoch ended. */
+async function lastSessionOf(keygate: Keygate, epoch: number): Promise<Buffer> {
+  let last = await sessionOf(keygate, 'TLSv1.3');
+  await until(`end of epoch ${epoch}`, async () => {
+    const session = await sessionOf(keygate, 'TLSv1.3');
+    if ((await epochOf(keygate)) > epoch) return true;
+    last = session;
+    return false;
+  });
+  return last;
+}
+
+/** A rotation of whose present epoch neither the begin nor the end is near: none begins while a test runs. */
+function farFromItsEnds(): { readonly rotation: string; readonly toNextMs: number } {
+  for (const days of [7, 6, 5]) {
+    const rotationMs = days * 86_400_000;
+    const toNextMs = rotationMs - (Date.now() % rotationMs);
+    if (toNextMs > rotationMs / 10 && toNextMs < (rotationMs * 9) / 10) return { rotation: `${days}d`, toNextMs };
+  }
+  return assert.fail('every rotation is near an end');
+}
+
 /** libfaketime, as `faketime` would preload it. */
-function clockAhead(days: number): Record<string, string> {
+function clockAhead(ms: number): Record<string, string> {
   const library = globSync('/usr/lib/*/faketime/libfaketime.so.1')[0];
   assert.ok(library !== undefined, 'apt-get install faketime');
-  return { LD_PRELOAD: library, FAKETIME: `+${days}d` };
+  return { LD_PRELOAD: library, FAKETIME: `+${Math.round(ms / 1000)}` };
 }

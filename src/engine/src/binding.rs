@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use napi::bindgen_prelude::Buffer;
 use napi::{Error, Result, Status};
 use napi_derive::napi;
-use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, ServerName};
 use zeroize::{Zeroize, Zeroizing};
 
@@ -27,7 +26,7 @@ use crate::key_log::KeyLog;
 use crate::listener::{Front, ListenerClients, ListenerPlan, ListenerStats, ListenerTls};
 use crate::log::{LineCounts, Log, Target};
 use crate::parties::{Network, ProxyIn};
-use crate::policy::{ClientPlan, Policy, group_name, suite_name};
+use crate::policy::{ClientPlan, Policy, PolicyWords, group_name, has_fips_module, suite_name};
 use crate::process;
 use crate::proxy_header::ProxyVersion;
 use crate::routing::{RoutePlan, RoutesPlan};
@@ -43,8 +42,9 @@ use crate::transparent;
 use crate::upstream::{Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
 use crate::upstream_tls::{ServerTls, UpstreamTls};
 use crate::verify::{
-    Answer, ClientVerifier, ClientVerifyPlan, Clients, Findings, Log as TransparencyLog, Mode, Pin,
-    Policy as TransparencyPolicy, RevocationLists, Roots, ServerVerifier, Standing, VerifyPlan,
+    Answer, ClientVerifier, ClientVerifyPlan, Clients, Findings, Log as TransparencyLog, Mode,
+    PeerSignatures, Pin, Policy as TransparencyPolicy, RevocationLists, Roots, ServerVerifier, Standing,
+    VerifyPlan,
 };
 
 /// A token and how to use it. Durations are milliseconds.
@@ -163,6 +163,27 @@ pub struct VerificationSettings {
     pub transparency: String,
 }
 
+/// What may be agreed on in TLS. Of lists, what is preferred stands first, and an empty one means everything.
+#[napi(object)]
+pub struct PolicySettings {
+    /// `1.2`, `1.3`.
+    pub versions: Vec<String>,
+    /// This and the lists that follow: IANA names.
+    pub cipher_suites: Vec<String>,
+    pub groups: Vec<String>,
+    /// What certificates of ours sign with, and what is accepted of servers.
+    pub signature_schemes: Vec<String>,
+    /// Whose preference counts between cipher suites. (Between groups it is the client's.)
+    #[napi(ts_type = "'client' | 'server'")]
+    pub cipher_order: String,
+    /// Refuse TLS 1.2 without it (RFC 7627).
+    pub require_extended_master_secret: bool,
+    /// How old a session ticket may be; undefined: there are none. Of listeners.
+    pub ticket_lifetime_ms: Option<u32>,
+    /// Refuse to begin with anything that the FIPS module is not validated for.
+    pub fips: bool,
+}
+
 /// TLS towards an upstream.
 #[napi(object)]
 pub struct UpstreamTlsSettings {
@@ -174,12 +195,7 @@ pub struct UpstreamTlsSettings {
     /// Name of a certificate to show when a server asks for one.
     pub certificate: Option<String>,
     pub alpn: Vec<String>,
-    /// `1.2`, `1.3`; empty: both.
-    pub versions: Vec<String>,
-    /// IANA names in order of preference; empty: all.
-    pub cipher_suites: Vec<String>,
-    /// IANA names in order of preference; empty: all.
-    pub groups: Vec<String>,
+    pub policy: PolicySettings,
     /// Whether TLS sessions are resumed.
     pub resume: bool,
     pub deadline_ms: u32,
@@ -275,13 +291,7 @@ pub struct ListenerSettings {
     #[napi(ts_type = "'default' | 'refuse'")]
     pub unknown_name: String,
     pub alpn: Vec<String>,
-    /// `1.2`, `1.3`; empty: both.
-    pub versions: Vec<String>,
-    /// IANA names in order of preference; empty: all.
-    pub cipher_suites: Vec<String>,
-    /// IANA names in order of preference; empty: all.
-    pub groups: Vec<String>,
-    pub tickets: bool,
+    pub policy: PolicySettings,
     /// Undefined: clients are asked for none.
     pub client_certificates: Option<ClientCertificateSettings>,
     pub routes: Vec<RouteSettings>,
@@ -329,7 +339,6 @@ pub struct EngineSettings {
     pub certificates: Vec<CertificateSettings>,
     pub upstreams: Vec<UpstreamSettings>,
     pub listeners: Vec<ListenerSettings>,
-    pub ticket_lifetime_ms: u32,
     /// Undefined: `set_ticket_secrets` says which secrets are used.
     pub ticket_key: Option<TicketKeySettings>,
     /// Undefined: no access log.
@@ -866,25 +875,12 @@ fn build(
     shared: &Shared,
     staples: &Staples,
 ) -> Result<(Generation, IoPlan)> {
-    let EngineSettings {
-        tokens,
-        certificates,
-        upstreams,
-        listeners,
-        ticket_lifetime_ms,
-        ticket_key,
-        access,
-        transparency,
-    } = settings;
+    let EngineSettings { tokens, certificates, upstreams, listeners, ticket_key, access, transparency } =
+        settings;
     // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
     let plans = tokens.into_iter().map(token_plan).collect();
     let mut next =
         Generation::with_tokens(former, plans, STOP_BUDGET).map_err(|error| token_error(&error))?;
-    let shared = Shared {
-        ticketer: shared.ticketer.with_lifetime(ms(ticket_lifetime_ms)),
-        rotation: shared.rotation.clone(),
-        key_log: shared.key_log.clone(),
-    };
     let loaded = load_certificates(&mut next, certificates, staples)
         .and_then(|()| load_ticket_key(&mut next, ticket_key));
     let planned = loaded.and_then(|()| {
@@ -893,14 +889,14 @@ fn build(
         let plan = IoPlan {
             listeners: listeners
                 .into_iter()
-                .map(|settings| listener_plan(settings, &next, &shared))
+                .map(|settings| listener_plan(settings, &mut next, shared))
                 .collect::<Result<_>>()?,
             upstreams: upstreams
                 .into_iter()
                 .map(|settings| {
                     let former = former.upstream_tls.iter().find(|tls| tls.name == settings.name);
                     let findings = former.map(|tls| tls.findings.clone()).unwrap_or_default();
-                    upstream_plan(settings, &next, &shared, &logs, findings)
+                    upstream_plan(settings, &mut next, shared, &logs, findings)
                 })
                 .collect::<Result<_>>()?,
             access: access.map(access_plan).unwrap_or_default(),
@@ -923,6 +919,12 @@ fn build(
 #[napi(catch_unwind)]
 pub fn latency_bounds_us() -> Vec<i64> {
     LATENCY_BOUNDS_US.iter().map(|bound| signed(*bound)).collect()
+}
+
+/// Whether the engine is built with the FIPS module of AWS-LC, and that passed its self-test.
+#[napi(catch_unwind)]
+pub fn is_fips() -> bool {
+    has_fips_module()
 }
 
 /// The closed list of reasons why a connection can end.
@@ -1257,7 +1259,7 @@ fn load_fault(fault: LoadFault) -> Error {
 
 fn listener_plan(
     settings: ListenerSettings,
-    generation: &Generation,
+    generation: &mut Generation,
     shared: &Shared,
 ) -> Result<(ListenerPlan, Option<ListenerTls>)> {
     let fault = |what: String| invalid(format!("listener {}: {what}", settings.name));
@@ -1315,13 +1317,13 @@ fn listener_plan(
 /// The error says what is wrong with the listener.
 fn listener_tls(
     settings: &ListenerSettings,
-    generation: &Generation,
+    generation: &mut Generation,
     shared: &Shared,
 ) -> std::result::Result<ListenerTls, String> {
+    let policy = policy(&settings.policy)?;
     let mut chosen = Vec::with_capacity(settings.certificates.len());
     for wanted in &settings.certificates {
-        let found = generation.certificate(wanted).cloned();
-        chosen.push(found.ok_or_else(|| format!("expected one of the certificates, found {wanted:?}"))?);
+        chosen.push(generation.certificate(wanted, &policy)?);
     }
     if chosen.is_empty() {
         return Err("expected at least one certificate, found none".into());
@@ -1331,22 +1333,21 @@ fn listener_tls(
         "refuse" => UnknownName::Refuse,
         other => return Err(format!("unknownName: expected default or refuse, found {other:?}")),
     };
-    let clients = settings.client_certificates.as_ref().map(listener_clients).transpose()?;
-    let config =
-        Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.tickets)?
-            .server_config(
-                Arc::new(Certificates::new(&chosen, unknown_name)),
-                &settings.alpn,
-                &shared.ticketer,
-                clients.as_ref().map(|clients| clients.verifier.clone()),
-                shared.key_log.clone(),
-            )
-            .map_err(|error| error.to_string())?;
+    let of_policy = |settings| listener_clients(settings, policy.peer_signatures());
+    let clients = settings.client_certificates.as_ref().map(of_policy).transpose()?;
+    let config = policy.server_config(
+        Arc::new(Certificates::new(&chosen, unknown_name)),
+        &settings.alpn,
+        &shared.ticketer,
+        clients.as_ref().map(|clients| clients.verifier.clone()),
+        shared.key_log.clone(),
+    )?;
     Ok(ListenerTls { config, clients })
 }
 
 fn listener_clients(
     settings: &ClientCertificateSettings,
+    signatures: PeerSignatures,
 ) -> std::result::Result<Arc<ListenerClients>, String> {
     let of = |what: &str| format!("clientCertificates.{what}");
     let roots = roots_of(&settings.roots, &of("roots"))?;
@@ -1365,16 +1366,16 @@ fn listener_clients(
         files: settings.roots.iter().chain(&settings.crls).map(|der| der.to_vec()).collect(),
         asks_status: settings.status.is_some(),
     };
-    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    let algorithms = signatures.algorithms;
     let status = settings.status.as_ref().map(|status| {
         let plan = StatusPlan {
             is_hard: status.hard,
             responder: status.responder.clone(),
             deadline: ms(status.deadline_ms),
         };
-        ClientStatus::new(plan, provider.signature_verification_algorithms)
+        ClientStatus::new(plan, algorithms)
     });
-    Ok(Arc::new(ListenerClients { verifier: ClientVerifier::new(plan, &provider), status }))
+    Ok(Arc::new(ListenerClients { verifier: ClientVerifier::new(plan, signatures), status }))
 }
 
 fn clients_of(settings: &ClientsSettings, place: &str) -> std::result::Result<Clients, String> {
@@ -1384,6 +1385,26 @@ fn clients_of(settings: &ClientsSettings, place: &str) -> std::result::Result<Cl
         uris: settings.uris.clone(),
         emails: settings.emails.iter().cloned().collect(),
         spki: pins_of(&settings.spki, &format!("{place}.spki"))?,
+    })
+}
+
+fn policy(settings: &PolicySettings) -> std::result::Result<Policy, String> {
+    let words = PolicyWords {
+        versions: &settings.versions,
+        cipher_suites: &settings.cipher_suites,
+        groups: &settings.groups,
+        signature_schemes: &settings.signature_schemes,
+    };
+    Ok(Policy {
+        client_order: match settings.cipher_order.as_str() {
+            "client" => true,
+            "server" => false,
+            other => return Err(format!("cipherOrder: expected client or server, found {other:?}")),
+        },
+        requires_ems: settings.require_extended_master_secret,
+        ticket_lifetime: settings.ticket_lifetime_ms.map(ms),
+        fips: settings.fips,
+        ..Policy::parse(&words)?
     })
 }
 
@@ -1398,7 +1419,7 @@ fn access_plan(settings: AccessSettings) -> AccessPlan {
 
 fn upstream_plan(
     settings: UpstreamSettings,
-    generation: &Generation,
+    generation: &mut Generation,
     shared: &Shared,
     logs: &Arc<TransparencyPolicy>,
     findings: Arc<Findings>,
@@ -1464,18 +1485,16 @@ fn upstream_tls(
     upstream: &str,
     settings: UpstreamTlsSettings,
     verification: &VerifyPlan,
-    generation: &Generation,
+    generation: &mut Generation,
     shared: &Shared,
 ) -> std::result::Result<Arc<UpstreamTls>, String> {
-    let certificate =
-        match &settings.certificate {
-            None => None,
-            Some(name) => Some(generation.certificate(name).cloned().ok_or_else(|| {
-                format!("tls.certificate: expected one of the certificates, found {name:?}")
-            })?),
-        };
-    let policy =
-        Policy::parse(&settings.versions, &settings.cipher_suites, &settings.groups, settings.resume)?;
+    let policy = policy(&settings.policy)?;
+    let certificate = match &settings.certificate {
+        None => None,
+        Some(name) => {
+            Some(generation.certificate(name, &policy).map_err(|error| format!("tls.certificate: {error}"))?)
+        }
+    };
     let mut answers = settings.verification.tlsa.into_iter();
     let server = |name: &String| {
         let name = ServerName::try_from(name.clone())
@@ -1486,10 +1505,11 @@ fn upstream_tls(
         }
         let plan = VerifyPlan { name: name.clone(), tlsa: tlsa.clone(), ..verification.clone() };
         let config = policy.client_config(ClientPlan {
-            verifier: ServerVerifier::new(plan, &aws_lc_rs::default_provider()),
+            verifier: ServerVerifier::new(plan, policy.peer_signatures()),
             certificate: certificate.as_deref(),
             alpn: &settings.alpn,
             send_name: settings.send_name,
+            resume: settings.resume,
             key_log: shared.key_log.clone(),
         })?;
         Ok::<_, String>(ServerTls::new(name, config, settings.resume, tlsa))

@@ -25,6 +25,8 @@ pub type LeafDigest = [u8; 32];
 pub struct Certificate {
     names: Vec<String>,
     leaf: LeafDigest,
+    /// What its key signs with, preferred first.
+    schemes: Vec<SignatureScheme>,
     /// Replaced as a whole when the OCSP response changes. A handshake takes the one of its ClientHello and waits for no lock;
     /// those under way keep theirs.
     certified: ArcSwap<CertifiedKey>,
@@ -39,12 +41,31 @@ impl Certificate {
         key: Arc<PrivateKey>,
         sign_deadline: Duration,
     ) -> Self {
-        Self::with_key(names, chain, Arc::new(TokenSigningKey { key, sign_deadline }))
+        let schemes = key.schemes().to_vec();
+        Self::with_key(names, chain, schemes, Arc::new(TokenSigningKey { key, sign_deadline }))
     }
 
-    fn with_key(names: Vec<String>, chain: Vec<CertificateDer<'static>>, key: Arc<dyn SigningKey>) -> Self {
+    fn with_key(
+        names: Vec<String>,
+        chain: Vec<CertificateDer<'static>>,
+        schemes: Vec<SignatureScheme>,
+        key: Arc<dyn SigningKey>,
+    ) -> Self {
         let leaf = leaf_digest(chain.first().map_or(&[], |leaf| leaf));
-        Self { names, leaf, certified: ArcSwap::from_pointee(CertifiedKey::new(chain, key)) }
+        Self { names, leaf, schemes, certified: ArcSwap::from_pointee(CertifiedKey::new(chain, key)) }
+    }
+
+    pub fn schemes(&self) -> &[SignatureScheme] {
+        &self.schemes
+    }
+
+    /// The same with nothing but these schemes of its own, preferred first. Its staples are set for themselves.
+    pub fn limited_to(&self, schemes: Vec<SignatureScheme>) -> Self {
+        let served = self.certified.load();
+        let key = Arc::new(LimitedKey { key: served.key.clone(), schemes: schemes.clone() });
+        let certified = CertifiedKey { key, ..CertifiedKey::clone(&served) };
+        let certified = ArcSwap::from_pointee(certified);
+        Self { names: self.names.clone(), leaf: self.leaf, schemes, certified }
     }
 
     pub fn leaf(&self) -> &LeafDigest {
@@ -108,6 +129,8 @@ pub struct Certificates {
 pub struct HelloSeen {
     pub server_name: Option<String>,
     pub refused_name: bool,
+    /// No certificate for that name can sign with what the client verifies.
+    pub unverifiable: bool,
 }
 
 thread_local! {
@@ -157,20 +180,21 @@ impl ResolvesServerCert for Certificates {
         let mut candidates = server_name.as_deref().map_or_else(Vec::new, |name| self.for_name(name));
         let is_unknown = server_name.is_some() && candidates.is_empty();
         let refused_name = is_unknown && self.unknown_name == UnknownName::Refuse;
-        HELLO_SEEN.set(Some(HelloSeen { server_name, refused_name }));
-        if refused_name {
-            return None;
-        }
         if candidates.is_empty() {
             candidates = self.default.iter().collect();
         }
-        // In the order of the configuration. When nothing fits, the first goes on and rustls says precisely what is missing.
-        candidates
+        // In the order of the configuration.
+        let verifiable = candidates
             .iter()
             .map(|certificate| certificate.certified.load())
             .find(|certified| is_verifiable(certified, &hello))
-            .map(|certified| Arc::clone(&certified))
-            .or_else(|| candidates.first().map(|certificate| certificate.certified.load_full()))
+            .map(|certified| Arc::clone(&certified));
+        HELLO_SEEN.set(Some(HelloSeen { server_name, refused_name, unverifiable: verifiable.is_none() }));
+        if refused_name {
+            return None;
+        }
+        // When nothing fits, the first goes on and rustls says what is missing.
+        verifiable.or_else(|| candidates.first().map(|certificate| certificate.certified.load_full()))
     }
 }
 
@@ -213,6 +237,25 @@ impl SigningKey for TokenSigningKey {
             KeyAlgorithm::Rsa { .. } => SignatureAlgorithm::RSA,
             KeyAlgorithm::Ed25519 => SignatureAlgorithm::ED25519,
         }
+    }
+}
+
+/// A key that makes only some of the signatures that it could.
+#[derive(Debug)]
+struct LimitedKey {
+    key: Arc<dyn SigningKey>,
+    /// Preferred first.
+    schemes: Vec<SignatureScheme>,
+}
+
+impl SigningKey for LimitedKey {
+    fn choose_scheme(&self, offered: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+        let scheme = *self.schemes.iter().find(|scheme| offered.contains(scheme))?;
+        self.key.choose_scheme(&[scheme])
+    }
+
+    fn algorithm(&self) -> SignatureAlgorithm {
+        self.key.algorithm()
     }
 }
 

@@ -52,6 +52,7 @@ close_reasons! {
     ClientHandshakeNoSharedGroup = "client" / "handshake" / "no_shared_group": "No key exchange group in common with the policy.";
     ClientHandshakeNoSharedSignatureScheme = "client" / "handshake" / "no_shared_signature_scheme": "The client accepts no signature that the certificates' keys can make.";
     ClientHandshakeNoSharedAlpn = "client" / "handshake" / "no_shared_alpn": "No application protocol in common with `alpn`.";
+    ClientHandshakeNoExtendedMasterSecret = "client" / "handshake" / "no_extended_master_secret": "The client speaks TLS 1.2 without extended master secrets, and the policy says `extendedMasterSecret: required`.";
     ClientHandshakeUnknownName = "client" / "handshake" / "unknown_name": "No certificate for the name the client asked for, and `unknownName: refuse`.";
 
     ClientHandshakeCertificateRequired = "client" / "handshake" / "certificate_required": "The client showed no certificate, and `clientCertificates.mode` is `require`.";
@@ -178,6 +179,9 @@ impl Close {
                 | PeerIncompatible::SupportedVersionsExtensionRequired
                 | PeerIncompatible::Tls12NotOffered
                 | PeerIncompatible::Tls12NotOfferedOrEnabled => Self::ClientHandshakeNoSharedProtocol,
+                PeerIncompatible::ExtendedMasterSecretExtensionRequired => {
+                    Self::ClientHandshakeNoExtendedMasterSecret
+                }
                 _ => Self::ClientHandshakeProtocolError,
             },
             Error::InvalidMessage(InvalidMessage::InvalidContentType) => Self::ClientHandshakeNotTls,

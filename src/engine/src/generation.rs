@@ -11,6 +11,7 @@ use std::time::Duration;
 use rustls::ServerConfig;
 
 use crate::certificates::{Certificate, LeafDigest};
+use crate::policy::Policy;
 use crate::signing::PrivateKey;
 use crate::signing::token::{Token, TokenPlan};
 use crate::signing::token_error::TokenError;
@@ -23,6 +24,8 @@ use crate::upstream_tls::UpstreamTls;
 pub struct Generation {
     tokens: Vec<StartedToken>,
     certificates: HashMap<String, Arc<Certificate>>,
+    /// By name and signature schemes: for policies that do not allow all that a key can sign with, or prefer others.
+    limited: HashMap<(String, Vec<u16>), Arc<Certificate>>,
     /// What a token makes session tickets' secrets of, with those of the epoch in which it was proved; taken when it begins to
     /// serve, so that no secret is here longer than it is used.
     pub ticket_key: Option<(Arc<TicketKey>, EpochSecrets)>,
@@ -145,13 +148,28 @@ impl Generation {
         }
     }
 
-    pub fn certificate(&self, name: &str) -> Option<&Arc<Certificate>> {
-        self.certificates.get(name)
+    /// As the policy allows it to sign.
+    ///
+    /// # Errors
+    /// There is no such certificate, or the policy allows none of what its key can sign with.
+    pub fn certificate(&mut self, name: &str, policy: &Policy) -> Result<Arc<Certificate>, String> {
+        let known = self.certificates.get(name);
+        let known = known.ok_or_else(|| format!("expected one of the certificates, found {name:?}"))?;
+        let schemes = policy.limit(known.schemes());
+        if schemes.is_empty() {
+            return Err(format!("certificate {name}: its key signs with no signature scheme of the policy"));
+        }
+        if schemes == known.schemes() {
+            return Ok(known.clone());
+        }
+        let place = (name.to_owned(), schemes.iter().map(|scheme| u16::from(*scheme)).collect());
+        let limited = self.limited.entry(place).or_insert_with(|| Arc::new(known.limited_to(schemes)));
+        Ok(limited.clone())
     }
 
     /// By digest and not by name: in the next configuration, or in a file that was replaced, a name may be of another certificate.
     pub fn staple(&self, changed: &HashMap<LeafDigest, Option<Vec<u8>>>) {
-        for certificate in self.certificates.values() {
+        for certificate in self.certificates.values().chain(self.limited.values()) {
             if let Some(response) = changed.get(certificate.leaf()) {
                 certificate.staple(response.clone());
             }

@@ -1,19 +1,21 @@
-//! Owns what a listener negotiates: versions, cipher suites, groups, application protocols, tickets. Turns names from the
-//! configuration into a rustls configuration, or says which name is unknown. Runs on the JavaScript thread, at start.
+//! Owns what is negotiated: versions, cipher suites, groups, signature schemes, application protocols, tickets. Turns names from
+//! the configuration into a rustls configuration, or says which name is unknown. Runs on the JavaScript thread, at start.
 
+use aws_lc_rs::digest;
 use rustls::client::Resumption;
 use rustls::client::danger::ServerCertVerifier;
-use rustls::crypto::{CryptoProvider, SupportedKxGroup, aws_lc_rs};
+use rustls::crypto::{CryptoProvider, SupportedKxGroup, aws_lc_rs as lc};
 use rustls::server::{NoServerSessionStorage, ResolvesServerCert};
 use rustls::version::{TLS12, TLS13};
-use rustls::{ClientConfig, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
+use rustls::{ClientConfig, ServerConfig, SignatureScheme, SupportedCipherSuite, SupportedProtocolVersion};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::certificates::Certificate;
 use crate::key_log::KeyLog;
 use crate::stats::Counter;
-use crate::tickets::Ticketer;
-use crate::verify::ClientVerifier;
+use crate::tickets::{TicketScope, Ticketer};
+use crate::verify::{ClientVerifier, PeerSignatures};
 
 /// One ticket for each full handshake: a second one costs an encryption and 200 bytes, and few clients use it.
 const TICKETS_PER_HANDSHAKE: usize = 1;
@@ -22,38 +24,68 @@ pub struct Policy {
     pub versions: Vec<&'static SupportedProtocolVersion>,
     pub cipher_suites: Vec<SupportedCipherSuite>,
     pub groups: Vec<&'static dyn SupportedKxGroup>,
-    pub tickets: bool,
+    /// What our keys sign with, and what is accepted of peers; preferred first.
+    pub schemes: Vec<SignatureScheme>,
+    /// Of the cipher suites that both have, the one that the client prefers is taken, not the one that stands first here.
+    pub client_order: bool,
+    /// TLS 1.2 without extended master secrets (RFC 7627) is refused.
+    pub requires_ems: bool,
+    /// How old a ticket may be; None: no tickets. For listeners.
+    pub ticket_lifetime: Option<Duration>,
+    /// Nothing but what the FIPS module has been validated for.
+    pub fips: bool,
+}
+
+/// Words of the configuration. An empty list means everything that rustls has, in its order.
+#[derive(Default)]
+pub struct PolicyWords<'a> {
+    /// `1.2`, `1.3`
+    pub versions: &'a [String],
+    /// This and what follows: IANA names.
+    pub cipher_suites: &'a [String],
+    pub groups: &'a [String],
+    pub signature_schemes: &'a [String],
 }
 
 impl Policy {
-    /// Empty lists mean everything that rustls offers, in its order.
+    /// As rustls would have it, but for the words.
     ///
     /// # Errors
     /// A sentence that names the word and what is known instead.
-    pub fn parse(
-        versions: &[String],
-        suites: &[String],
-        groups: &[String],
-        tickets: bool,
-    ) -> Result<Self, String> {
-        let known = aws_lc_rs::default_provider();
-        let versions = match versions {
+    pub fn parse(words: &PolicyWords<'_>) -> Result<Self, String> {
+        let versions = match words.versions {
             [] => vec![&TLS13, &TLS12],
-            _ => versions.iter().map(|name| parse_version(name)).collect::<Result<_, _>>()?,
+            names => names.iter().map(|name| parse_version(name)).collect::<Result<_, _>>()?,
         };
-        let cipher_suites = match suites {
-            [] => known.cipher_suites,
-            _ => pick(suites, &known.cipher_suites, "cipher suite", suite_name)?,
+        let cipher_suites = match words.cipher_suites {
+            [] => lc::ALL_CIPHER_SUITES.to_vec(),
+            names => pick(names, lc::ALL_CIPHER_SUITES, "cipher suite", suite_name)?,
         };
-        let groups = match groups {
-            [] => known.kx_groups,
-            _ => pick(groups, aws_lc_rs::ALL_KX_GROUPS, "group", |group| group_name(*group))?,
+        let groups = match words.groups {
+            [] => lc::DEFAULT_KX_GROUPS.to_vec(),
+            names => pick(names, lc::ALL_KX_GROUPS, "group", |group| group_name(*group))?,
         };
-        Ok(Self { versions, cipher_suites, groups, tickets })
+        let schemes = match words.signature_schemes {
+            [] => SCHEMES.iter().map(|(_, scheme)| *scheme).collect(),
+            names => pick(names, &SCHEMES, "signature scheme", |(name, _)| (*name).to_owned())?
+                .into_iter()
+                .map(|(_, scheme)| scheme)
+                .collect(),
+        };
+        Ok(Self {
+            versions,
+            cipher_suites,
+            groups,
+            schemes,
+            client_order: true,
+            requires_ems: false,
+            ticket_lifetime: None,
+            fips: false,
+        })
     }
 
     /// # Errors
-    /// The versions, suites and groups do not fit together.
+    /// The versions, suites and groups do not fit together, or are not what `fips` demands.
     pub fn server_config(
         &self,
         certificates: Arc<dyn ResolvesServerCert>,
@@ -61,16 +93,11 @@ impl Policy {
         ticketer: &Ticketer,
         clients: Option<Arc<ClientVerifier>>,
         key_log: Option<Arc<KeyLog>>,
-    ) -> Result<Arc<ServerConfig>, rustls::Error> {
-        let provider = CryptoProvider {
-            cipher_suites: self.cipher_suites.clone(),
-            kx_groups: self.groups.clone(),
-            ..aws_lc_rs::default_provider()
-        };
-        let builder =
-            ServerConfig::builder_with_provider(Arc::new(provider)).with_protocol_versions(&self.versions)?;
-        // A session is resumed only where its client would be let in by the same rules.
-        let ticketer = ticketer.within(clients.as_ref().map(|clients| clients.digest()).unwrap_or_default());
+    ) -> Result<Arc<ServerConfig>, String> {
+        let scope = self.ticket_scope(clients.as_deref());
+        let builder = ServerConfig::builder_with_provider(self.provider())
+            .with_protocol_versions(&self.versions)
+            .map_err(|error| error.to_string())?;
         let builder = match clients {
             Some(verifier) => builder.with_client_cert_verifier(verifier),
             None => builder.with_no_client_auth(),
@@ -80,19 +107,67 @@ impl Policy {
         // Resumption is by tickets alone: a session cache in one worker is of no use to the others.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.max_early_data_size = 0;
-        // Preferred first, as the policy says. (Groups: rustls takes the client's first that we have.)
-        config.ignore_client_order = true;
+        // Groups: rustls takes the client's first that we have, whatever stands first here.
+        config.ignore_client_order = !self.client_order;
+        config.require_ems = self.requires_ems;
         if let Some(key_log) = key_log {
             config.key_log = key_log;
         }
-        if self.tickets {
-            config.ticketer = Arc::new(ticketer);
+        if let Some(lifetime) = self.ticket_lifetime {
+            config.ticketer = Arc::new(ticketer.within(scope, lifetime));
             config.send_tls13_tickets = TICKETS_PER_HANDSHAKE;
         } else {
             config.send_tls13_tickets = 0;
         }
+        self.demand_fips(config.fips())?;
         Ok(Arc::new(config))
     }
+
+    /// Of those schemes that a key can sign with, the ones that the policy allows, in the policy's order.
+    pub fn limit(&self, of_key: &[SignatureScheme]) -> Vec<SignatureScheme> {
+        self.schemes.iter().copied().filter(|scheme| of_key.contains(scheme)).collect()
+    }
+
+    /// What is accepted of peers.
+    pub fn peer_signatures(&self) -> PeerSignatures {
+        PeerSignatures::new(lc::default_provider().signature_verification_algorithms, &self.schemes)
+    }
+
+    fn provider(&self) -> Arc<CryptoProvider> {
+        Arc::new(CryptoProvider {
+            cipher_suites: self.cipher_suites.clone(),
+            kx_groups: self.groups.clone(),
+            ..lc::default_provider()
+        })
+    }
+
+    /// A session is resumed only under the policy that it was agreed on under: a resumption of TLS 1.2 agrees on no group and
+    /// no signature anew (RFC 5246 7.3), and one of TLS 1.3 shows no certificate. Whatever else a policy demands of a session
+    /// belongs in here; how long a ticket is good does not, each listener judges that by itself. Nor is one resumed where its
+    /// client would be let in by other rules.
+    fn ticket_scope(&self, clients: Option<&ClientVerifier>) -> TicketScope {
+        let suites: Vec<_> = self.cipher_suites.iter().map(suite_name).collect();
+        let groups: Vec<_> = self.groups.iter().map(|group| group_name(*group)).collect();
+        let versions: Vec<_> = self.versions.iter().map(|version| version.version).collect();
+        let text = format!("{versions:?} {suites:?} {groups:?} {:?} {}", self.schemes, self.requires_ems);
+        let mut scope = TicketScope::default();
+        let rules = clients.map(ClientVerifier::digest);
+        let agreed = [text.as_bytes(), rules.as_ref().map_or(&[][..], |rules| rules)].concat();
+        scope.copy_from_slice(digest::digest(&digest::SHA256, &agreed).as_ref());
+        scope
+    }
+
+    fn demand_fips(&self, is_fips: bool) -> Result<(), String> {
+        if self.fips && !is_fips {
+            return Err("expected what the FIPS module has been validated for, found something else".into());
+        }
+        Ok(())
+    }
+}
+
+/// Whether the cryptography is that of a FIPS module.
+pub fn has_fips_module() -> bool {
+    lc::default_provider().fips()
 }
 
 /// What a server is offered, beside the policy.
@@ -101,6 +176,8 @@ pub struct ClientPlan<'a> {
     pub certificate: Option<&'a Certificate>,
     pub alpn: &'a [String],
     pub send_name: bool,
+    /// Whether its TLS sessions are resumed.
+    pub resume: bool,
     pub key_log: Option<Arc<KeyLog>>,
 }
 
@@ -118,12 +195,7 @@ impl Policy {
     /// # Errors
     /// The versions, suites and groups do not fit together.
     pub fn client_config(&self, plan: ClientPlan<'_>) -> Result<ClientConfig, String> {
-        let provider = Arc::new(CryptoProvider {
-            cipher_suites: self.cipher_suites.clone(),
-            kx_groups: self.groups.clone(),
-            ..aws_lc_rs::default_provider()
-        });
-        let builder = ClientConfig::builder_with_provider(provider)
+        let builder = ClientConfig::builder_with_provider(self.provider())
             .with_protocol_versions(&self.versions)
             .map_err(|error| error.to_string())?
             .dangerous()
@@ -135,13 +207,32 @@ impl Policy {
         config.alpn_protocols = plan.alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
         config.enable_sni = plan.send_name;
         config.enable_early_data = false;
-        config.resumption = resumption(self.tickets);
+        config.resumption = resumption(plan.resume);
+        config.require_ems = self.requires_ems;
         if let Some(key_log) = plan.key_log {
             config.key_log = key_log;
         }
+        self.demand_fips(config.fips())?;
         Ok(config)
     }
 }
+
+/// Every scheme that a key of ours signs with or a server's signature is verified with, by its IANA name.
+const SCHEMES: [(&str, SignatureScheme); 13] = [
+    ("ecdsa_secp256r1_sha256", SignatureScheme::ECDSA_NISTP256_SHA256),
+    ("ecdsa_secp384r1_sha384", SignatureScheme::ECDSA_NISTP384_SHA384),
+    ("ecdsa_secp521r1_sha512", SignatureScheme::ECDSA_NISTP521_SHA512),
+    ("ed25519", SignatureScheme::ED25519),
+    ("rsa_pss_rsae_sha256", SignatureScheme::RSA_PSS_SHA256),
+    ("rsa_pss_rsae_sha384", SignatureScheme::RSA_PSS_SHA384),
+    ("rsa_pss_rsae_sha512", SignatureScheme::RSA_PSS_SHA512),
+    ("rsa_pkcs1_sha256", SignatureScheme::RSA_PKCS1_SHA256),
+    ("rsa_pkcs1_sha384", SignatureScheme::RSA_PKCS1_SHA384),
+    ("rsa_pkcs1_sha512", SignatureScheme::RSA_PKCS1_SHA512),
+    ("mldsa44", SignatureScheme::ML_DSA_44),
+    ("mldsa65", SignatureScheme::ML_DSA_65),
+    ("mldsa87", SignatureScheme::ML_DSA_87),
+];
 
 fn parse_version(name: &str) -> Result<&'static SupportedProtocolVersion, String> {
     match name {
@@ -200,10 +291,10 @@ pub struct NegotiatedCounters {
 
 impl Default for NegotiatedCounters {
     fn default() -> Self {
-        let known = aws_lc_rs::default_provider().cipher_suites;
+        let known = lc::ALL_CIPHER_SUITES.to_vec();
         Self {
             cipher_suites: known.into_iter().map(|suite| (suite, Counter::default())).collect(),
-            groups: aws_lc_rs::ALL_KX_GROUPS.iter().map(|group| (*group, Counter::default())).collect(),
+            groups: lc::ALL_KX_GROUPS.iter().map(|group| (*group, Counter::default())).collect(),
         }
     }
 }
@@ -238,7 +329,7 @@ mod tests {
 
     #[test]
     fn every_suite_has_the_name_that_openssl_gives_it() {
-        let ours: Vec<_> = aws_lc_rs::default_provider().cipher_suites.iter().map(openssl_name).collect();
+        let ours: Vec<_> = lc::ALL_CIPHER_SUITES.iter().map(openssl_name).collect();
         let expected = [
             "TLS_AES_256_GCM_SHA384",
             "TLS_AES_128_GCM_SHA256",
@@ -256,7 +347,8 @@ mod tests {
     #[test]
     fn an_unknown_name_is_refused_with_the_known_ones() {
         let names = ["TLS_RSA_WITH_RC4_128_MD5".to_owned()];
-        let error = Policy::parse(&[], &names, &[], true).err().expect("refused");
+        let words = PolicyWords { cipher_suites: &names, ..PolicyWords::default() };
+        let error = Policy::parse(&words).err().expect("refused");
         assert!(
             error.contains("TLS_RSA_WITH_RC4_128_MD5") && error.contains("TLS_AES_128_GCM_SHA256"),
             "{error}"
@@ -266,9 +358,51 @@ mod tests {
     #[test]
     fn names_choose_and_order_what_is_offered() {
         let groups = ["secp384r1".to_owned(), "X25519MLKEM768".to_owned()];
-        let policy = Policy::parse(&["1.3".to_owned()], &[], &groups, true).expect("known names");
+        let versions = ["1.3".to_owned()];
+        let words = PolicyWords { versions: &versions, groups: &groups, ..PolicyWords::default() };
+        let policy = Policy::parse(&words).expect("known names");
         let names: Vec<_> = policy.groups.iter().map(|group| format!("{:?}", group.name())).collect();
         assert_eq!(names, groups);
         assert_eq!(policy.versions, [&TLS13]);
+    }
+    #[test]
+    fn every_scheme_is_one_that_signatures_are_verified_with() {
+        let known = lc::default_provider().signature_verification_algorithms.supported_schemes();
+        assert_eq!(known.len(), SCHEMES.len());
+        for (name, scheme) in SCHEMES {
+            assert!(known.contains(&scheme), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_limited_to_the_schemes_of_the_policy_in_their_order() {
+        let names = ["rsa_pss_rsae_sha512", "ed25519", "rsa_pss_rsae_sha256"].map(str::to_owned);
+        let words = PolicyWords { signature_schemes: &names, ..PolicyWords::default() };
+        let policy = Policy::parse(&words).expect("known names");
+        let of_key = [
+            SignatureScheme::RSA_PSS_SHA256,
+            SignatureScheme::RSA_PSS_SHA512,
+            SignatureScheme::RSA_PKCS1_SHA256,
+        ];
+        assert_eq!(policy.limit(&of_key), [SignatureScheme::RSA_PSS_SHA512, SignatureScheme::RSA_PSS_SHA256]);
+    }
+
+    #[test]
+    fn the_scope_of_tickets_is_another_for_whatever_a_resumption_does_not_agree_on_anew() {
+        let scope = |words: &PolicyWords<'_>, requires_ems| {
+            let policy = Policy { requires_ems, ..Policy::parse(words).expect("known names") };
+            policy.ticket_scope(None)
+        };
+        let all = scope(&PolicyWords::default(), false);
+        assert_eq!(scope(&PolicyWords::default(), false), all);
+        assert_ne!(scope(&PolicyWords::default(), true), all);
+        let [version, group, scheme] = ["1.2", "secp384r1", "ed25519"].map(|word| [word.to_owned()]);
+        for words in [
+            PolicyWords { versions: &version, ..PolicyWords::default() },
+            PolicyWords { groups: &group, ..PolicyWords::default() },
+            PolicyWords { signature_schemes: &scheme, ..PolicyWords::default() },
+        ] {
+            assert_ne!(scope(&words, false), all);
+        }
     }
 }

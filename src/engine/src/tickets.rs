@@ -1,26 +1,28 @@
 //! Owns session tickets: encrypting what rustls wants to remember under keys that every worker shares, and taking them
 //! back. Knows nothing of where the keys come from (the primary, or a token). Called on the I/O thread.
 //!
-//! A ticket is `name(16) || nonce(12) || AES-256-GCM(state) || tag(16)` (RFC 5077 section 4 in spirit). The name tells the
-//! epoch, so a ticket of the previous or the next epoch is accepted too: a clock that is a little off costs no handshake.
+//! A ticket is `name(16) || nonce(12) || AES-256-GCM(issued(8) || state) || tag(16)` (RFC 5077 section 4 in spirit). The name
+//! tells the epoch, so a ticket of the previous or the next epoch is accepted too: a clock that is a little off costs no
+//! handshake. The scope is authenticated and not in the ticket: where another one holds, the ticket does not open.
 
-use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
 use aws_lc_rs::hkdf::{HKDF_SHA256, KeyType, Salt};
-use aws_lc_rs::rand;
 use rustls::server::ProducesTickets;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use zeroize::Zeroizing;
 
 const NAME_BYTES: usize = 16;
 const KEY_BYTES: usize = 32;
 const TAG_BYTES: usize = 16;
+const ISSUED_BYTES: usize = 8;
+const HEAD_BYTES: usize = NAME_BYTES + NONCE_LEN;
 /// RFC 8446 4.6.1: a ticket fits in 2^16 - 1 bytes; ours are far smaller unless a client certificate chain is in them.
 const TICKET_BYTES_MAX: usize = 16 * 1024;
 /// RFC 8446 4.6.1: clients must not keep tickets longer than seven days.
 pub const LIFETIME_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// What a ticket is good for beside its keys: a digest of what its session was agreed on under. Zeros: anything.
+/// What a ticket is good for beside its keys: a digest of what its session may have been agreed on under.
 pub type TicketScope = [u8; 32];
 
 /// The secret of one epoch, from which its name and key are derived.
@@ -34,10 +36,11 @@ pub struct TicketKeys {
 
 struct EpochKey {
     name: [u8; NAME_BYTES],
-    key: LessSafeKey,
+    /// Makes its nonces itself, as SP 800-38D 8.2.2 has it and the FIPS module wants it.
+    key: RandomizedNonceKey,
 }
 
-/// What rustls talks to. Cloned into every listener's configuration; `rotate` reaches them all.
+/// What rustls talks to, one for each listener's configuration; `rotate` reaches them all.
 #[derive(Clone)]
 pub struct Ticketer {
     // None until the first rotate: no tickets are given out then, and none taken.
@@ -48,20 +51,16 @@ pub struct Ticketer {
 }
 
 impl Ticketer {
-    /// `lifetime` (at most `LIFETIME_MAX`) is what clients are told; how long a ticket really works depends on rotation.
+    /// `lifetime` (at most `LIFETIME_MAX`): what clients are told, and how old a ticket may be that is taken back, whoever
+    /// issued it. Its keys may be gone before.
     pub fn new(lifetime: Duration) -> Self {
         let keys = Arc::new(RwLock::new(None));
         Self { keys, lifetime: lifetime.min(LIFETIME_MAX), scope: TicketScope::default() }
     }
 
     /// The same keys, also after later rotations: sessions survive a reload.
-    pub fn with_lifetime(&self, lifetime: Duration) -> Self {
-        Self { lifetime: lifetime.min(LIFETIME_MAX), ..self.clone() }
-    }
-
-    /// The same keys, for sessions that are good nowhere else.
-    pub fn within(&self, scope: TicketScope) -> Self {
-        Self { scope, ..self.clone() }
+    pub fn within(&self, scope: TicketScope, lifetime: Duration) -> Self {
+        Self { keys: self.keys.clone(), lifetime: lifetime.min(LIFETIME_MAX), scope }
     }
 
     /// No tickets any more, until the next `rotate`.
@@ -93,26 +92,35 @@ impl ProducesTickets for Ticketer {
     }
 
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
-        let keys = self.keys.read().ok()?;
-        let EpochKey { name, key } = &keys.as_ref()?.current;
-        let mut nonce = [0; NONCE_LEN];
-        rand::fill(&mut nonce).ok()?;
-        let mut ticket = Vec::with_capacity(NAME_BYTES + NONCE_LEN + plain.len() + TAG_BYTES);
-        ticket.extend_from_slice(name);
-        ticket.extend_from_slice(&nonce);
-        ticket.extend_from_slice(plain);
-        let (head, body) = ticket.split_at_mut(NAME_BYTES + NONCE_LEN);
-        let tag =
-            key.seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), self.aad(head), body).ok()?;
-        ticket.extend_from_slice(tag.as_ref());
-        (ticket.len() <= TICKET_BYTES_MAX).then_some(ticket)
+        self.seal(plain, SystemTime::now())
     }
 
     fn decrypt(&self, ticket: &[u8]) -> Option<Vec<u8>> {
-        if ticket.len() < NAME_BYTES + NONCE_LEN + TAG_BYTES || ticket.len() > TICKET_BYTES_MAX {
+        self.open(ticket, SystemTime::now())
+    }
+}
+
+impl Ticketer {
+    fn seal(&self, plain: &[u8], now: SystemTime) -> Option<Vec<u8>> {
+        let keys = self.keys.read().ok()?;
+        let EpochKey { name, key } = &keys.as_ref()?.current;
+        let mut ticket = Vec::with_capacity(HEAD_BYTES + ISSUED_BYTES + plain.len() + TAG_BYTES);
+        ticket.extend_from_slice(name);
+        ticket.extend_from_slice(&[0; NONCE_LEN]);
+        ticket.extend_from_slice(&milliseconds(now).to_be_bytes());
+        ticket.extend_from_slice(plain);
+        let (head, body) = ticket.split_at_mut(HEAD_BYTES);
+        let (nonce, tag) = key.seal_in_place_separate_tag(self.aad(name), body).ok()?;
+        head.get_mut(NAME_BYTES..)?.copy_from_slice(nonce.as_ref());
+        ticket.extend_from_slice(tag.as_ref());
+        Some(ticket)
+    }
+
+    fn open(&self, ticket: &[u8], now: SystemTime) -> Option<Vec<u8>> {
+        if ticket.len() < HEAD_BYTES + ISSUED_BYTES + TAG_BYTES || ticket.len() > TICKET_BYTES_MAX {
             return None;
         }
-        let (head, body) = ticket.split_at(NAME_BYTES + NONCE_LEN);
+        let (head, body) = ticket.split_at(HEAD_BYTES);
         let (name, nonce) = head.split_at(NAME_BYTES);
         let keys = self.keys.read().ok()?;
         let keys = keys.as_ref()?;
@@ -120,16 +128,22 @@ impl ProducesTickets for Ticketer {
         let epoch = std::iter::once(&keys.current).chain(&keys.others).find(|epoch| epoch.name == name)?;
         let nonce = Nonce::try_assume_unique_for_key(nonce).ok()?;
         let mut body = body.to_vec();
-        let plain_bytes = epoch.key.open_in_place(nonce, self.aad(head), &mut body).ok()?.len();
-        body.truncate(plain_bytes);
-        Some(body)
+        let plain = epoch.key.open_in_place(nonce, self.aad(&epoch.name), &mut body).ok()?;
+        let (issued, state) = plain.split_first_chunk::<ISSUED_BYTES>()?;
+        // One from the future is of another host, whose clock is ahead.
+        let age_ms = milliseconds(now).saturating_sub(u64::from_be_bytes(*issued));
+        (u128::from(age_ms) <= self.lifetime.as_millis()).then(|| state.to_vec())
+    }
+
+    fn aad(&self, name: &[u8; NAME_BYTES]) -> Aad<Vec<u8>> {
+        Aad::from([&name[..], &self.scope].concat())
     }
 }
 
-impl Ticketer {
-    fn aad(&self, head: &[u8]) -> Aad<Vec<u8>> {
-        Aad::from([head, &self.scope].concat())
-    }
+/// Since 1970. A clock before that says that every ticket is new, and the keys that open it still end.
+fn milliseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl EpochKey {
@@ -140,7 +154,7 @@ impl EpochKey {
         prk.expand(&[b"name"], Bytes(NAME_BYTES)).ok()?.fill(&mut name).ok()?;
         let mut key = Zeroizing::new([0; KEY_BYTES]);
         prk.expand(&[b"key"], Bytes(KEY_BYTES)).ok()?.fill(key.as_mut_slice()).ok()?;
-        Some(Self { name, key: LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key.as_slice()).ok()?) })
+        Some(Self { name, key: RandomizedNonceKey::new(&AES_256_GCM, key.as_slice()).ok()? })
     }
 }
 
@@ -189,9 +203,26 @@ mod tests {
     }
 
     #[test]
+    fn a_ticket_is_taken_until_the_lifetime_of_who_takes_it_and_no_longer() {
+        let issuer = ticketer(1, &[]);
+        let strict = issuer.within(TicketScope::default(), Duration::from_secs(60));
+        let issued = SystemTime::now();
+        let ticket = issuer.seal(b"state", issued).expect("a ticket");
+        for (age_s, by_issuer, by_strict) in
+            [(0, true, true), (60, true, true), (61, true, false), (3601, false, false)]
+        {
+            let now = issued + Duration::from_secs(age_s);
+            assert_eq!(issuer.open(&ticket, now).is_some(), by_issuer, "{age_s} s");
+            assert_eq!(strict.open(&ticket, now).is_some(), by_strict, "{age_s} s");
+        }
+        let ahead = issued - Duration::from_secs(5);
+        assert!(issuer.open(&ticket, ahead).is_some(), "the clock of another host is ahead");
+    }
+
+    #[test]
     fn a_ticket_of_another_scope_is_refused() {
         let ticketer = ticketer(1, &[]);
-        let [one, other] = [[1; 32], [2; 32]].map(|scope| ticketer.within(scope));
+        let [one, other] = [[1; 32], [2; 32]].map(|scope| ticketer.within(scope, Duration::from_secs(60)));
         let ticket = one.encrypt(b"state").expect("a ticket");
         assert!(one.decrypt(&ticket).is_some());
         assert!(other.decrypt(&ticket).is_none());

@@ -252,7 +252,7 @@ fn append<Data>(out: &mut Vec<u8>, data: &mut EncodeTlsData<'_, Data>) {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::policy::Policy;
+    use crate::policy::{Policy, PolicyWords};
     use crate::tickets::Ticketer;
     use proptest::prelude::*;
     use rustls::RootCertStore;
@@ -293,8 +293,12 @@ pub(crate) mod tests {
         let mut resolver = ResolvesServerCertUsingSni::new();
         let certified = CertifiedKey::new(vec![certificate.clone()], signing_key);
         resolver.add("localhost", certified).expect("the certificate is for localhost");
-        let policy =
-            Policy::parse(&[version.to_owned()], &[], &[group.to_owned()], true).expect("known names");
+        let (versions, groups) = ([version.to_owned()], [group.to_owned()]);
+        let words = PolicyWords { versions: &versions, groups: &groups, ..PolicyWords::default() };
+        let policy = Policy {
+            ticket_lifetime: Some(Duration::from_secs(60)),
+            ..Policy::parse(&words).expect("known names")
+        };
         let config = policy
             .server_config(Arc::new(resolver), &[], &Ticketer::new(Duration::from_secs(60)), None, None)
             .expect("a server configuration");

@@ -4,7 +4,9 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use keygate_engine::verify::{Answer, Mode, Policy, Roots, ServerVerifier, Standing, VerifyPlan};
+use keygate_engine::verify::{
+    Answer, Mode, PeerSignatures, Policy, Roots, ServerVerifier, Standing, VerifyPlan,
+};
 use rcgen::{CertificateParams, CustomExtension, KeyPair};
 use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -55,11 +57,12 @@ fn world() -> &'static World {
         };
         let by_logs =
             VerifyPlan { pkix: Mode::Report, dane: Mode::Off, transparency: Mode::Enforce, ..plan.clone() };
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let algorithms = rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms;
+        let signatures = PeerSignatures::new(algorithms, &algorithms.supported_schemes());
         World {
             good,
-            by_dane: ServerVerifier::new(plan, &provider),
-            by_logs: ServerVerifier::new(by_logs, &provider),
+            by_dane: ServerVerifier::new(plan, signatures.clone()),
+            by_logs: ServerVerifier::new(by_logs, signatures),
         }
     })
 }

@@ -2,9 +2,8 @@
 //! byte, a ticket that was given out.
 
 use std::sync::OnceLock;
-use std::time::Duration;
 
-use keygate_engine::tickets::{EpochSecret, Ticketer};
+use keygate_engine::tickets::{EpochSecret, LIFETIME_MAX, Ticketer};
 use rustls::server::ProducesTickets;
 
 const STATE: &[u8] = b"the state of a TLS session";
@@ -21,7 +20,7 @@ pub fn fuzz_one(bytes: &[u8]) {
 fn given_out() -> &'static (Ticketer, Vec<u8>) {
     static GIVEN_OUT: OnceLock<(Ticketer, Vec<u8>)> = OnceLock::new();
     GIVEN_OUT.get_or_init(|| {
-        let ticketer = Ticketer::new(Duration::from_secs(60));
+        let ticketer = Ticketer::new(LIFETIME_MAX);
         ticketer.rotate(&EpochSecret::new([1; 32]), &[EpochSecret::new([2; 32])]);
         let good = ticketer.encrypt(STATE).expect("keys are set");
         (ticketer, good)

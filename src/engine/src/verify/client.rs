@@ -10,9 +10,6 @@ use std::sync::Arc;
 
 use aws_lc_rs::digest::{Context, SHA256};
 use rustls::client::danger::HandshakeSignatureValid;
-use rustls::crypto::{
-    CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
-};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
@@ -20,6 +17,7 @@ use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, 
 use super::pins::Pin;
 use super::pkix::{self, Peer, Presented, RevocationLists, Roots};
 use super::reason::Reason;
+use super::signatures::PeerSignatures;
 use super::status::Subject;
 use super::x509::{Certificate, Identity};
 
@@ -101,16 +99,15 @@ pub struct ClientVerifier {
     asks_status: bool,
     digest: [u8; 32],
     hints: Vec<DistinguishedName>,
-    algorithms: WebPkiSupportedAlgorithms,
+    signatures: PeerSignatures,
 }
 
 impl ClientVerifier {
-    pub fn new(plan: ClientVerifyPlan, provider: &CryptoProvider) -> Arc<Self> {
+    pub fn new(plan: ClientVerifyPlan, signatures: PeerSignatures) -> Arc<Self> {
         let ClientVerifyPlan { is_required, roots, lists, allowed, files, asks_status } = plan;
         let digest = digest_of(is_required, &files, &allowed);
         let hints = roots.subjects().map(DistinguishedName::in_sequence).collect();
-        let algorithms = provider.signature_verification_algorithms;
-        Arc::new(Self { is_required, roots, lists, allowed, asks_status, digest, hints, algorithms })
+        Arc::new(Self { is_required, roots, lists, allowed, asks_status, digest, hints, signatures })
     }
 
     /// Two verifiers that let in the same clients have the same.
@@ -144,8 +141,14 @@ impl ClientVerifier {
         now: UnixTime,
     ) -> Result<Client, Error> {
         let parsed = Certificate::parse(leaf).map_err(|_| Reason::Invalid.into_error())?;
-        let presented =
-            Presented { leaf, parsed, intermediates, peer: Peer::Client, now, algorithms: self.algorithms };
+        let presented = Presented {
+            leaf,
+            parsed,
+            intermediates,
+            peer: Peer::Client,
+            now,
+            algorithms: self.signatures.algorithms,
+        };
         let chain = pkix::verify(&presented, &self.roots, &self.lists).map_err(Reason::into_error)?;
         let identity = parsed.identity().map_err(|_| Reason::Invalid.into_error())?;
         if !self.allowed.is_empty() && !self.allowed.include(&identity) {
@@ -220,7 +223,7 @@ impl ClientCertVerifier for ClientVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.algorithms)
+        self.signatures.verify_tls12(message, cert, dss)
     }
 
     fn verify_tls13_signature(
@@ -229,11 +232,11 @@ impl ClientCertVerifier for ClientVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
+        self.signatures.verify_tls13(message, cert, dss)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.signatures.accepted().to_vec()
     }
 }
 

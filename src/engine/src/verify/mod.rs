@@ -20,6 +20,7 @@ mod pins;
 mod pkix;
 mod reason;
 mod sct;
+mod signatures;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -29,9 +30,6 @@ mod x509;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{
-    CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature,
-};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, Error, SignatureScheme};
 
@@ -40,6 +38,7 @@ pub use dane::{Answer, Standing, Tlsa};
 pub use pins::Pin;
 pub use pkix::{RevocationLists, Roots};
 pub use reason::{Check, Findings, Reason};
+pub use signatures::PeerSignatures;
 pub use status::{Status, StatusAnswer, Subject};
 pub use transparency::{Log, Policy};
 pub use x509::Identity;
@@ -78,12 +77,12 @@ pub struct VerifyPlan {
 #[derive(Debug)]
 pub struct ServerVerifier {
     plan: VerifyPlan,
-    algorithms: WebPkiSupportedAlgorithms,
+    signatures: PeerSignatures,
 }
 
 impl ServerVerifier {
-    pub fn new(plan: VerifyPlan, provider: &CryptoProvider) -> Arc<Self> {
-        Arc::new(Self { plan, algorithms: provider.signature_verification_algorithms })
+    pub fn new(plan: VerifyPlan, signatures: PeerSignatures) -> Arc<Self> {
+        Arc::new(Self { plan, signatures })
     }
 
     /// Every check in its order. What is only reported is counted on the way.
@@ -102,7 +101,7 @@ impl ServerVerifier {
             intermediates,
             peer: Peer::Server(&plan.name),
             now,
-            algorithms: self.algorithms,
+            algorithms: self.signatures.algorithms,
         };
         let pkix = pkix::verify(&presented, &plan.roots, &plan.lists);
 
@@ -184,8 +183,7 @@ impl ServerCertVerifier for ServerVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.algorithms)
-            .map_err(|error| self.refuse_signature(cert, error))
+        self.signatures.verify_tls12(message, cert, dss).map_err(|error| self.refuse_signature(cert, error))
     }
 
     fn verify_tls13_signature(
@@ -194,11 +192,10 @@ impl ServerCertVerifier for ServerVerifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.algorithms)
-            .map_err(|error| self.refuse_signature(cert, error))
+        self.signatures.verify_tls13(message, cert, dss).map_err(|error| self.refuse_signature(cert, error))
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
+        self.signatures.accepted().to_vec()
     }
 }

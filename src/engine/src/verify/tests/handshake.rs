@@ -51,7 +51,7 @@ fn shake_hands(
         .with_protocol_versions(versions)
         .expect("versions")
         .dangerous()
-        .with_custom_certificate_verifier(ServerVerifier::new(plan, &provider))
+        .with_custom_certificate_verifier(ServerVerifier::new(plan, every_signature()))
         .with_no_client_auth();
     let name = ServerName::try_from("sni.test").expect("a name");
     let mut client = ClientConnection::new(Arc::new(client), name).expect("a client");

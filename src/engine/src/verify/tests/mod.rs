@@ -14,7 +14,7 @@ use rcgen::{CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, d
 use rustls::pki_types::ServerName;
 
 use super::{Answer, Mode, Policy, Reason, Roots, Standing, VerifyPlan, der, x509};
-use world::{World, ca, judge, key, leaf, list, lists, record, refused, reported, u24};
+use world::{World, ca, every_signature, judge, key, leaf, list, lists, record, refused, reported, u24};
 
 fn pin_of(certificate: &[u8]) -> [u8; 32] {
     let spki = x509::Certificate::parse(certificate).expect("a certificate").spki;

@@ -15,8 +15,8 @@ use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 
 use crate::verify::{
-    Answer, Findings, Log, Mode, Policy, Reason, RevocationLists, Roots, ServerVerifier, Standing,
-    VerifyPlan, der, x509,
+    Answer, Findings, Log, Mode, PeerSignatures, Policy, Reason, RevocationLists, Roots, ServerVerifier,
+    Standing, VerifyPlan, der, x509,
 };
 
 pub const SERIAL: u64 = 4711;
@@ -144,8 +144,14 @@ pub fn record(usage: u8, selector: u8, matching: u8, certificate: &[u8]) -> Reco
     (usage, selector, matching, data)
 }
 
+/// Of all schemes that there are.
+pub fn every_signature() -> PeerSignatures {
+    let algorithms = default_provider().signature_verification_algorithms;
+    PeerSignatures::new(algorithms, &algorithms.supported_schemes())
+}
+
 pub fn judge(plan: VerifyPlan, leaf: &[u8], sent: &[&[u8]], ocsp: &[u8]) -> Result<(), Reason> {
-    let verifier = ServerVerifier::new(plan, &default_provider());
+    let verifier = ServerVerifier::new(plan, every_signature());
     let sent: Vec<_> = sent.iter().map(|der| CertificateDer::from(*der)).collect();
     // SNI may say something else; it does not matter here.
     let sni = ServerName::try_from("sni.test").expect("a name");
