@@ -43,19 +43,25 @@ export interface TappedClient {
   received(): Buffer;
   /** Keeps what the client sends from now on. */
   hold(): void;
-  /** Sends what was kept, in one piece, or what is made of it. */
-  release(change?: (held: Buffer) => Buffer): void;
+  /** Sends what was kept, in one piece. */
+  release(): void;
 }
 
-/** A TLS client, not yet connected, whose ciphertext the test sees and can hold back. */
-export async function tappedClient({ port, ...options }: TlsOptions): Promise<TappedClient> {
+/**
+ * A TLS client, not yet connected, whose ciphertext the test sees and can hold back.
+ * @param change what the client says is sent as this makes of it
+ */
+export async function tappedClient(
+  { port, ...options }: TlsOptions,
+  change: (sent: Buffer) => Buffer = (sent) => sent,
+): Promise<TappedClient> {
   const raw = await rawClient(port);
   const received: Buffer[] = [];
   let held: Buffer[] | undefined;
   const wire = new Duplex({
     read() {},
     write(chunk: Buffer, _encoding, done) {
-      if (held === undefined) raw.write(chunk);
+      if (held === undefined) raw.write(change(chunk));
       else held.push(chunk);
       done();
     },
@@ -74,8 +80,8 @@ export async function tappedClient({ port, ...options }: TlsOptions): Promise<Ta
     hold() {
       held ??= [];
     },
-    release(change = (all) => all) {
-      raw.write(change(Buffer.concat(held ?? [])));
+    release() {
+      raw.write(Buffer.concat(held ?? []));
       held = undefined;
     },
   };

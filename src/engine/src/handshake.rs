@@ -12,7 +12,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::ServerConfig;
+use rustls::{Error, PeerMisbehaved, ServerConfig};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::access_log::Facts;
@@ -20,9 +20,12 @@ use crate::close::Close;
 use crate::relay::Scratch;
 use crate::step::{StepFault, receive, run_step, write_all};
 use crate::stream::Stream;
-use crate::tls::{Tls, TlsPhase, UNPROCESSED_MAX};
+use crate::tls::{RECORD_PLAINTEXT_MAX, Tls, TlsPhase, UNPROCESSED_MAX};
 
 /// Fatal alerts as records of their own (RFC 8446 6.2): for handshakes that fail before any key is in use.
+const ALERT_RECORD_OVERFLOW: [u8; 7] = [21, 3, 3, 0, 2, 2, 22];
+const ALERT_HANDSHAKE_FAILURE: [u8; 7] = [21, 3, 3, 0, 2, 2, 40];
+const ALERT_ILLEGAL_PARAMETER: [u8; 7] = [21, 3, 3, 0, 2, 2, 47];
 const ALERT_DECODE_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 50];
 const ALERT_PROTOCOL_VERSION: [u8; 7] = [21, 3, 1, 0, 2, 2, 70];
 const ALERT_INTERNAL_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 80];
@@ -57,7 +60,7 @@ pub async fn handshake(
     facts: &mut Facts,
 ) -> Result<Established, Close> {
     let mut tls = Tls::server(config).map_err(|_| Close::ProxyInternalPanic)?;
-    let mut is_first = true;
+    let mut is_answered = false;
     loop {
         let received = timeout_at(deadline, receive(client, &mut tls, scratch))
             .await
@@ -66,15 +69,22 @@ pub async fn handshake(
         if received == 0 {
             return Err(Close::ClientHandshakeClosed);
         }
-        let is_first = std::mem::take(&mut is_first);
-        let plain_http = is_first && looks_like_http(tls.unprocessed());
-        let is_outdated = is_first && is_before_tls12(tls.unprocessed());
+        // Until we have answered, everything that came is still there, in plaintext.
+        let first_flight = if is_answered { &[][..] } else { tls.unprocessed() };
+        let plain_http = looks_like_http(first_flight);
+        let is_outdated = is_before_tls12(first_flight);
+        let is_sslv2 = is_sslv2(first_flight);
+        if has_oversized_record(first_flight) {
+            // rustls takes a little more than is allowed, and says decode_error to what is more than that.
+            let close = Close::ClientHandshakeMalformed;
+            return Err(refuse(client, &ALERT_RECORD_OVERFLOW, close, scratch).await);
+        }
 
         let mut step = run_step(tls, client, deadline, Close::ClientHandshakeClosed).await?;
-        let mut refused_name = false;
+        let (mut refused_name, mut unverifiable) = (false, false);
         if let Some(hello) = step.hello {
             facts.server_name = hello.server_name;
-            refused_name = hello.refused_name;
+            (refused_name, unverifiable) = (hello.refused_name, hello.unverifiable);
         }
         facts.signed = step.signed.or(facts.signed.take());
         let to_client = step.tls.take_to_peer();
@@ -91,10 +101,21 @@ pub async fn handshake(
                     StepFault::Tls(_) if refused_name => {
                         (Some(&ALERT_UNRECOGNIZED_NAME[..]), Close::ClientHandshakeUnknownName)
                     }
+                    // rustls has no word for it in TLS 1.2, and no alert.
+                    StepFault::Tls(Error::General(_)) if unverifiable => {
+                        (Some(&ALERT_HANDSHAKE_FAILURE[..]), Close::ClientHandshakeNoSharedSignatureScheme)
+                    }
+                    // Nor to that. The ClientHello after a HelloRetryRequest is in plaintext still.
+                    StepFault::Tls(Error::PeerMisbehaved(PeerMisbehaved::ServerNameDifferedOnRetry)) => {
+                        (Some(&ALERT_ILLEGAL_PARAMETER[..]), Close::ClientHandshakeProtocolError)
+                    }
                     StepFault::Tls(error) => (None, Close::from_tls_error(&error)),
                 };
                 let (alert, close) = match close {
                     _ if plain_http => (alert, Close::ClientHandshakePlainHttp),
+                    _ if is_sslv2 => {
+                        (Some(&ALERT_PROTOCOL_VERSION[..]), Close::ClientHandshakeNoSharedProtocol)
+                    }
                     // rustls misses signature_algorithms, which those versions lack, before it looks at the version.
                     Close::ClientHandshakeNoSharedSignatureScheme if is_outdated => {
                         (Some(&ALERT_PROTOCOL_VERSION[..]), Close::ClientHandshakeNoSharedProtocol)
@@ -104,6 +125,7 @@ pub async fn handshake(
                 return Err(refuse(client, alert.unwrap_or(&to_client), close, scratch).await);
             }
         };
+        is_answered |= !to_client.is_empty();
         timeout_at(deadline, write_all(client, &to_client))
             .await
             .map_err(|_| Close::ClientHandshakeDeadline)?
@@ -153,4 +175,21 @@ fn looks_like_http(bytes: &[u8]) -> bool {
 /// Whether a ClientHello says TLS 1.1 or older in `legacy_version` (RFC 8446 4.1.2), which newer clients never do.
 fn is_before_tls12(bytes: &[u8]) -> bool {
     matches!(bytes, [22, _, _, _, _, 1, _, _, _, major, minor, ..] if (*major, *minor) < (3, 3))
+}
+
+/// Whether a ClientHello is one of SSL 2.0, also where it offers newer versions (RFC 5246 E.2, forbidden by RFC 8446 D.5).
+fn is_sslv2(bytes: &[u8]) -> bool {
+    matches!(bytes, [0x80..=0xff, _, 1, 0 | 3, ..])
+}
+
+/// Whether one of these records is longer than plaintext may be (RFC 8446 5.1).
+fn has_oversized_record(mut bytes: &[u8]) -> bool {
+    while let [20..=23, 3, _, high, low, rest @ ..] = bytes {
+        let length = usize::from(u16::from_be_bytes([*high, *low]));
+        if length > RECORD_PLAINTEXT_MAX {
+            return true;
+        }
+        bytes = rest.get(length..).unwrap_or_default();
+    }
+    false
 }
