@@ -24,6 +24,6 @@ export function fipsProblems(
     code: 'config_unsupported',
     found: policy,
     expected: 'a policy that is not made from fips: this engine is built without a FIPS 140-3 module',
-    hint: 'build it with KEYGATE_ENGINE_FEATURES=fips scripts/bootstrap; README, FIPS 140-3, says what that takes',
+    hint: 'build it with KEYGATE_ENGINE_FEATURES=fips scripts/bootstrap; docs/tls.md says what that takes',
   }));
 }

@@ -20,7 +20,7 @@ export type Policy = Omit<PolicyConfig, 'ticketLifetimeMs' | 'clientCertificates
   readonly clientCertificates: ClientCertificatesDocument | undefined;
 };
 
-/** Mozilla's, Server Side TLS 6.0, as far as rustls goes; README says where it does not. */
+/** Mozilla's, Server Side TLS 6.0, as far as rustls goes; docs/tls.md says where it does not. */
 const intermediate: Policy = {
   name: 'intermediate',
   minVersion: '1.2',

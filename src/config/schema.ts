@@ -557,7 +557,7 @@ export const documentSchema = z.strictObject(
     policies: z
       .record(name(), policy, { error: 'policies by name' })
       .default({})
-      .describe('TLS policies beside the built-in ones: see [Policies](#policies).'),
+      .describe('TLS policies beside the built-in ones: see [docs/tls.md](docs/tls.md#policies).'),
     tickets: tickets.prefault({}).describe('Session tickets.'),
     ocsp: ocsp.prefault({}).describe('How the responses are fetched that `certificates.NAME.ocsp` asks for.'),
     dns: dns.optional(),

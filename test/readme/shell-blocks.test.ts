@@ -13,7 +13,7 @@ import { runSection, shellSections, whyNoOwnNetwork } from '../support/shell-blo
 
 const root = join(import.meta.dirname, '../..');
 
-for (const document of ['README.md', 'docs/modes.md', 'docs/production.md']) {
+for (const document of ['README.md', 'docs/modes.md', 'docs/production.md', 'docs/tls.md']) {
   describe(document, () => {
     const sections = shellSections(join(root, document));
     for (const section of sections) {

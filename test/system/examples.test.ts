@@ -154,6 +154,24 @@ describe('an example that is shipped', { timeout: 110_000 }, () => {
     await deceived.closed('upstream/handshake/unknown_issuer');
   });
 
+  it('policies.yaml says for each listener what it negotiates', async () => {
+    const keygate = await started('policies.yaml', await eachSays({ web: '10.0.0.1:8080' }));
+    const to = (listener: string) => ({ port: keygate.port(listener), servername: 'www.example.org' });
+    assert.equal(await said(keygate, { ...to('public'), maxVersion: 'TLSv1.2' }), 'web');
+    assert.equal(await said(keygate, to('internal')), 'web');
+    for (const [refused, code] of [
+      [{ maxVersion: 'TLSv1.2' }, 'ERR_SSL_TLSV1_ALERT_PROTOCOL_VERSION'],
+      [{ ciphers: 'TLS_AES_128_GCM_SHA256' }, 'ERR_SSL_SSL/TLS_ALERT_HANDSHAKE_FAILURE'],
+      [{ ecdhCurve: 'X25519' }, 'ERR_SSL_SSL/TLS_ALERT_HANDSHAKE_FAILURE'],
+      [{ sigalgs: 'rsa_pss_rsae_sha512' }, 'ERR_SSL_SSL/TLS_ALERT_HANDSHAKE_FAILURE'],
+    ] as const)
+      assert.equal(await refusalOf({ ...to('internal'), ...refused }), code);
+    const partner = await clientOf('spiffe://example.org/ns/partners');
+    assert.equal(await said(keygate, { ...to('partners'), ...partner }), 'web');
+    await said(keygate, to('partners')).catch(() => {});
+    await keygate.closed('client/handshake/certificate_required');
+  });
+
   it('proxy-in.yaml believes what a proxy says, and tells the service', async () => {
     const service = fixtures.use(await proxyUpstream());
     const keygate = await started('proxy-in.yaml', { '10.0.0.1:8080': service.address }, ({ listeners }) => {
@@ -303,15 +321,15 @@ describe('an example that is shipped', { timeout: 110_000 }, () => {
     second.destroy();
   });
 
-  it('is run by a test above, and shown in docs/modes.md or linked from README.md', () => {
+  it('is run by a test above, and shown in docs/ or linked from README.md', () => {
     assert.deepEqual([...run].toSorted(), readdirSync(directory).toSorted());
-    const [modes, readme] = [read('docs/modes.md'), read('README.md')];
+    const [pages, readme] = [read('docs/modes.md') + read('docs/tls.md'), read('README.md')];
     for (const file of run) {
       const shown = `\`\`\`yaml\n${read(`native-config/examples/${file}`).trimEnd()}\n\`\`\``;
       const link = `](native-config/examples/${file})`;
-      assert.ok(modes.includes(shown) || readme.includes(link), `${file} is in neither`);
+      assert.ok(pages.includes(shown) || readme.includes(link), `${file} is in neither`);
     }
-    const shown = [...modes.matchAll(/```yaml\n([^`]*)```/g)].map(([, example]) => example);
+    const shown = [...pages.matchAll(/```yaml\n([^`]*)```/g)].map(([, example]) => example);
     const all = readdirSync(directory).map((file) => read(`native-config/examples/${file}`));
     for (const example of shown) assert.ok(all.includes(example ?? ''), `no example is\n${example}`);
   });
@@ -409,7 +427,7 @@ describe('an example that is shipped', { timeout: 110_000 }, () => {
   }
 
   /** To a client that trusts `certificate`, unless it says otherwise. */
-  async function said(keygate: Keygate, options: Omit<TlsOptions, 'port'>, certificate = 'www'): Promise<string> {
+  async function said(keygate: Keygate, options: Partial<TlsOptions>, certificate = 'www'): Promise<string> {
     const [listener] = Object.keys(keygate.addresses);
     return text(await tlsClient({ port: keygate.port(listener), ca: token.pem(certificate), ...options }));
   }

@@ -1,5 +1,5 @@
 /**
- * Owns: what keeps TLS from being talked down, replayed, confused or flooded, as README's section Protections has it.
+ * Owns: what keeps TLS from being talked down, replayed, confused or flooded, as docs/tls.md has it.
  * Must not know: ordinary bad clients (hostile.test.ts), what good ones agree on (handshake.test.ts).
  * Runs: in a test process, against one keygate with SoftHSM; clients are openssl, gnutls-cli, Node, and bytes of our own making.
  */
