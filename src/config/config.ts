@@ -275,6 +275,8 @@ export interface UpstreamConfig {
   readonly balance: 'round-robin' | 'least-connections';
   /** PROXY protocol version sent to the upstream. */
   readonly proxyProtocol: 'v1' | 'v2' | undefined;
+  /** Whether that tells the client's whole certificate; with `v2`. */
+  readonly proxyClientCertificate: boolean;
   /** Servers see the client's address as the source of its connections. */
   readonly transparent: boolean;
   readonly connectDeadlineMs: number;

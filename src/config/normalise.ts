@@ -187,6 +187,7 @@ function upstreamConfig(name: string, upstream: Document['upstreams'][string], d
     servers: upstream.servers,
     balance: upstream.balance,
     proxyProtocol: upstream.proxyProtocol,
+    proxyClientCertificate: upstream.proxyClientCertificate,
     transparent: upstream.transparent,
     connectDeadlineMs: upstream.connectDeadline,
     attempts: upstream.attempts,

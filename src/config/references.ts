@@ -18,6 +18,7 @@ export function referenceFaults(document: unknown): PlacedFault[] {
     ...repeatedNames(document),
     ...builtInNames(document),
     ...policyFaults(mapping(document)),
+    ...idle(document),
     ...misplacedTls(document),
     ...uncheckable(document),
     ...unknowable(document),
@@ -238,6 +239,19 @@ function* uncheckable(document: unknown): Generator<PlacedFault> {
           ? 'a server with a port: TLSA records are about one'
           : 'a DNS name, here or in `tls.name`: addresses have no TLSA records';
       yield { path, code: 'config_conflict', expected, conflictsWith: [...at, 'dane'] };
+    }
+  }
+}
+
+/** What is said of TLS where none ends would be believed to hold. Both have a default, so only here it is known who said it. */
+function* idle(document: unknown): Generator<PlacedFault> {
+  for (const [name, listener] of Object.entries(mapping(mapping(document)['listeners']))) {
+    const { mode } = mapping(listener);
+    if (mode !== 'encrypt' && mode !== 'passthrough') continue;
+    for (const key of ['policy', 'unknownName']) {
+      if (mapping(listener)[key] === undefined) continue;
+      const path = ['listeners', name, key];
+      yield { path, code: 'config_conflict', expected: `none: mode ${mode} ends no TLS` };
     }
   }
 }

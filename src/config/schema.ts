@@ -316,6 +316,9 @@ const upstreamKeys = z.strictObject({
     .enum(['v1', 'v2'], { error: 'v1 or v2' })
     .optional()
     .describe('Tell the upstream about the client with the PROXY protocol. Default: off.'),
+  proxyClientCertificate: flag(false).describe(
+    "Whether that tells the client's whole certificate too (v2, PP2_SUBTYPE_SSL_CLIENT_CERT), which needs servers that read a header of up to 4096 bytes from several packets.",
+  ),
   transparent: flag(false).describe(
     "Servers see the client's address as the source of its connections. Needs CAP_NET_RAW and rules for the way back.",
   ),
@@ -358,6 +361,11 @@ const upstream = upstreamKeys
       params: { code: 'config_conflict' },
     },
   )
+  .refine(({ proxyProtocol, proxyClientCertificate }) => proxyProtocol === 'v2' || !proxyClientCertificate, {
+    path: ['proxyClientCertificate'],
+    error: 'false without proxyProtocol: v2, which alone has room for it',
+    params: { code: 'config_conflict' },
+  })
   .refine(({ servers, transparent: isTransparent }) => !isTransparent || !servers.some((server) => 'path' in server), {
     path: ['transparent'],
     error: 'false with a unix socket, which has no source address',

@@ -517,6 +517,8 @@ export interface UpstreamSettings {
   connectDeadlineMs: number
   connectAttemptsMax: number
   proxyProtocol?: 'v1' | 'v2'
+  /** Whether its header has the client's whole certificate. */
+  proxyClientCertificate: boolean
   /** The client's address is the source of its connections. */
   transparent: boolean
   health?: HealthSettings

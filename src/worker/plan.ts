@@ -181,6 +181,7 @@ async function upstreamSettings(
     connectDeadlineMs: upstream.connectDeadlineMs,
     connectAttemptsMax: upstream.attempts,
     ...(upstream.proxyProtocol === undefined ? {} : { proxyProtocol: upstream.proxyProtocol }),
+    proxyClientCertificate: upstream.proxyClientCertificate,
     ...(upstream.health === undefined ? {} : { health: upstream.health }),
     passiveFailuresMax: upstream.passive.failures,
     passiveEjectionMs: upstream.passive.ejectionMs,

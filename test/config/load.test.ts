@@ -64,6 +64,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
       web: {
         name: 'web',
         servers: [{ host: '10.0.0.1', port: 80 }],
+        proxyClientCertificate: false,
         balance: 'round-robin',
         connectDeadlineMs: 5000,
         attempts: 3,
@@ -551,6 +552,21 @@ const placed: Record<string, Placed> = {
   'an extended master secret that FIPS 140-3 wants and a policy does not': {
     sections: policy('base: fips, extendedMasterSecret: ▸optional'),
     path: 'policies.p.extendedMasterSecret',
+    code: 'config_conflict',
+  },
+  'a policy where no TLS ends': {
+    sections: listener('mode: passthrough, policy: ▸modern, upstream: web'),
+    path: 'listeners.https.policy',
+    code: 'config_conflict',
+  },
+  'what unknown names get where no TLS ends': {
+    sections: listener('mode: passthrough, unknownName: ▸refuse, upstream: web'),
+    path: 'listeners.https.unknownName',
+    code: 'config_conflict',
+  },
+  "a client's certificate in a header that has no room for it": {
+    sections: upstream('{ servers: ["10.0.0.1:80"], proxyProtocol: v1, proxyClientCertificate: ▸true }'),
+    path: 'upstreams.web.proxyClientCertificate',
     code: 'config_conflict',
   },
   'a proxy network with bits beyond its prefix': {

@@ -104,6 +104,7 @@ function start(sockets: number[]): Engine {
         connectAttemptsMax: 1,
         passiveFailuresMax: 3,
         passiveEjectionMs: 1000,
+        proxyClientCertificate: false,
         transparent: false,
       },
     ],

@@ -27,7 +27,16 @@ export interface ProxySsl {
 }
 
 /** Types of TLVs (section 2.2.7). */
-export const proxyTlv = { alpn: 0x01, authority: 0x02, crc32c: 0x03, noop: 0x04, uniqueId: 0x05, ssl: 0x20 } as const;
+export const proxyTlv = {
+  alpn: 0x01,
+  authority: 0x02,
+  crc32c: 0x03,
+  noop: 0x04,
+  uniqueId: 0x05,
+  ssl: 0x20,
+  /** Keygate's own (section 2.2.8 leaves these to applications). */
+  clientUri: 0xe6,
+} as const;
 /** Types within the SSL TLV (section 2.2.6). */
 export const proxySslTlv = {
   version: 0x21,
@@ -35,6 +44,7 @@ export const proxySslTlv = {
   cipher: 0x23,
   signatureAlgorithm: 0x24,
   keyAlgorithm: 0x25,
+  clientCertificate: 0x28,
 } as const;
 
 /** Undefined while the header is not complete. */

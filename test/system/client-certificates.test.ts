@@ -15,7 +15,7 @@ import { createAuthority, daysFromNow } from '../support/authority.ts';
 import type { Authority, LeafOptions } from '../support/authority.ts';
 import { startKeygate } from '../support/keygate.ts';
 import type { Keygate } from '../support/keygate.ts';
-import { proxySslTlv } from '../support/proxy-header.ts';
+import { proxySslTlv, proxyTlv } from '../support/proxy-header.ts';
 import { ocspAuthority, responderAddress } from '../support/ocsp-authority.ts';
 import type { OcspAuthority, ResponderAddress, Signer } from '../support/ocsp-authority.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
@@ -256,22 +256,27 @@ describe('client certificates', { timeout: 110_000 }, () => {
 
   it('the upstream hears by PROXY v2 who the client is, and the access log has it too', async () => {
     await using told = await proxyUpstream();
-    const upstreams = { web: { servers: [told.address], proxyProtocol: 'v2' } };
-    await using keygate = await started({ mode: 'request' }, { upstreams, log: { access: {} } });
-    for (const [options, client, verify, name] of [
-      [own(good), 0x07, 0, 'Billing'],
-      [{}, 0x01, 1, undefined],
+    const web = { servers: [told.address], proxyProtocol: 'v2' };
+    await using keygate = await started(
+      { mode: 'request' },
+      { upstreams: { web: { ...web, proxyClientCertificate: true } }, log: { access: {} } },
+    );
+    for (const [options, client, verify, name, uri, certificate] of [
+      [own(good), 0x07, 0, 'Billing', spiffeId, good.leaf.raw],
+      [{}, 0x01, 1, undefined, undefined, undefined],
     ] as const) {
       const next = told.nextHeader();
       const socket = connect({ port: keygate.port(), host: '127.0.0.1', rejectUnauthorized: false, ...options });
       socket.on('error', () => {});
       socket.write('x');
-      const { ssl } = await next;
+      const { ssl, tlvs } = await next;
       socket.destroy();
       assert.deepEqual(
         [ssl?.client, ssl?.verify, ssl?.tlvs.get(proxySslTlv.commonName)?.toString()],
         [client, verify, name],
       );
+      assert.equal(tlvs.get(proxyTlv.clientUri)?.toString(), uri);
+      assert.deepEqual(ssl?.tlvs.get(proxySslTlv.clientCertificate), certificate);
     }
     const clientFingerprint = good.leaf.fingerprint256.replaceAll(':', '').toLowerCase();
     await keygate.logged({ event: 'connection', clientName: spiffeId, clientFingerprint });

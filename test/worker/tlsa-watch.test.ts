@@ -109,6 +109,7 @@ describe('what DNS says about a server', { timeout: 110_000 }, () => {
       name,
       servers: ['127.0.0.1:443', '[::1]:8443'],
       balance: 'round-robin' as const,
+      proxyClientCertificate: false,
       transparent: false,
       connectDeadlineMs: 1,
       connectAttemptsMax: 1,

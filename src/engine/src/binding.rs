@@ -212,6 +212,8 @@ pub struct UpstreamSettings {
     pub connect_attempts_max: u32,
     #[napi(ts_type = "'v1' | 'v2'")]
     pub proxy_protocol: Option<String>,
+    /// Whether its header has the client's whole certificate.
+    pub proxy_client_certificate: bool,
     /// The client's address is the source of its connections.
     pub transparent: bool,
     pub health: Option<HealthSettings>,
@@ -1464,6 +1466,7 @@ fn upstream_plan(
         connect_deadline: ms(settings.connect_deadline_ms),
         connect_attempts_max: settings.connect_attempts_max as usize,
         proxy_protocol,
+        proxy_client_certificate: settings.proxy_client_certificate,
         transparent: settings.transparent,
         health: settings.health.map(|health| HealthPlan {
             interval: ms(health.interval_ms),

@@ -26,7 +26,7 @@ use crate::handshake::{Established, Leftover, handshake};
 use crate::listener::{Front, Listener, ListenerClients, ListenerStats, Offer};
 use crate::parties::{Parties, parties};
 use crate::policy::openssl_name;
-use crate::proxy_header::{self, ClientCertificate, Endpoints, ProxyInfo, ProxyVersion, SslInfo};
+use crate::proxy_header::{self, ClientCertificate, Endpoints, ProxyInfo, SslInfo};
 use crate::relay::{End, Meter, RelayDeadlines, Said, relay};
 use crate::routing::{Router, Target};
 use crate::step::write_all;
@@ -243,19 +243,8 @@ fn proxy_header(
     client_tls: Option<&Tls>,
 ) -> io::Result<Vec<u8>> {
     let mut header = Vec::new();
-    if let Some(version) = upstream.plan().proxy_protocol {
-        write_proxy_header(version, life, client, client_tls, &mut header)?;
-    }
-    Ok(header)
-}
-
-fn write_proxy_header(
-    version: ProxyVersion,
-    life: &Life,
-    client: &Stream,
-    client_tls: Option<&Tls>,
-    out: &mut Vec<u8>,
-) -> io::Result<()> {
+    let plan = upstream.plan();
+    let Some(version) = plan.proxy_protocol else { return Ok(header) };
     let mut unique_id = [0; UNIQUE_ID_BYTES];
     let unique_id = rand::fill(&mut unique_id).ok().map(|()| &unique_id[..]);
     let cipher = client_tls.and_then(Tls::cipher_suite).map(|suite| openssl_name(&suite));
@@ -274,14 +263,20 @@ fn write_proxy_header(
             key_algorithm: None,
             client_certificate: life.facts.identity.as_ref().map(|identity| ClientCertificate {
                 common_name: identity.common_name.as_deref(),
+                uri: identity.uris.first().map(String::as_str),
+                der: leaf_of(tls).filter(|_| plan.proxy_client_certificate),
                 verified: true,
                 resumed: tls.is_resumed(),
             }),
         }),
         unique_id,
     };
-    proxy_header::write(version, &info, out);
-    Ok(())
+    proxy_header::write(version, &info, &mut header);
+    Ok(header)
+}
+
+fn leaf_of(tls: &Tls) -> Option<&[u8]> {
+    tls.peer_certificates()?.first().map(|leaf| &leaf[..])
 }
 
 fn close_for(error: &ConnectError) -> Close {

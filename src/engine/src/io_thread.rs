@@ -479,6 +479,7 @@ mod tests {
             connect_deadline: SHORT,
             connect_attempts_max: 1,
             proxy_protocol: None,
+            proxy_client_certificate: false,
             transparent: false,
             health: None,
             passive: PassivePlan { failures_max: 0, ejection: SHORT },

@@ -52,7 +52,7 @@ fn version_2_is_the_bytes_of_the_spec() {
             client_certificate: Some(ClientCertificate {
                 common_name: Some("alice"),
                 verified: true,
-                resumed: false,
+                ..ClientCertificate::default()
             }),
         }),
         ..between("192.0.2.1:256", "198.51.100.7:443")
@@ -100,7 +100,8 @@ fn a_client_without_addresses_is_local_and_keeps_its_values() {
 
 #[test]
 fn a_certificate_is_flagged_by_where_it_was_presented_and_whether_it_was_verified() {
-    let certificate = |verified, resumed| Some(ClientCertificate { common_name: None, verified, resumed });
+    let certificate =
+        |verified, resumed| Some(ClientCertificate { verified, resumed, ..ClientCertificate::default() });
     for (client_certificate, client, verify) in [
         (None, 0b001, 1),
         (certificate(true, false), 0b111, 0),
@@ -155,7 +156,7 @@ fn a_name_with_a_nul_is_left_out_because_c_strings_end_there() {
             client_certificate: Some(ClientCertificate {
                 common_name: Some("admin\0.evil"),
                 verified: true,
-                resumed: false,
+                ..ClientCertificate::default()
             }),
             ..SslInfo::default()
         }),
@@ -180,6 +181,8 @@ fn the_longest_header_fits_into_one_segment_of_an_ethernet() {
             key_algorithm: Some(&name),
             client_certificate: Some(ClientCertificate {
                 common_name: Some(&value),
+                uri: Some("left out"),
+                der: None,
                 verified: true,
                 resumed: true,
             }),
@@ -366,7 +369,7 @@ fn the_judge_understands_what_haproxy_sends_about_tls() {
             client_certificate: Some(ClientCertificate {
                 common_name: Some("alice"),
                 verified: true,
-                resumed: false,
+                ..ClientCertificate::default()
             }),
         }),
     };

@@ -5,8 +5,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use keygate_engine::proxy_header::{
-    self, ClientCertificate, Endpoints, HEADER_BYTES_MAX, NAME_BYTES_MAX, ProxyInfo, ProxyVersion, SslInfo,
-    UNIQUE_ID_BYTES_MAX, VALUE_BYTES_MAX,
+    self, ClientCertificate, Endpoints, HEADER_BYTES_MAX, HEADER_WITH_CERTIFICATE_BYTES_MAX, NAME_BYTES_MAX,
+    ProxyInfo, ProxyVersion, SslInfo, UNIQUE_ID_BYTES_MAX, VALUE_BYTES_MAX,
 };
 
 pub fn fuzz_one(bytes: &[u8]) {
@@ -21,9 +21,36 @@ pub fn check(version: ProxyVersion, info: &ProxyInfo<'_>) {
     let mut out = before.clone();
     proxy_header::write(version, info, &mut out);
     let header = out.strip_prefix(before.as_slice()).expect("what was there before must stay");
-    assert!(header.len() <= HEADER_BYTES_MAX, "{} bytes", header.len());
-    let parsed = parse(header).unwrap_or_else(|problem| panic!("{problem}: {header:02x?}"));
+    assert!(header.len() <= bytes_max(info), "{} bytes", header.len());
+    let mut parsed = parse(header).unwrap_or_else(|problem| panic!("{problem}: {header:02x?}"));
+    // What is optional is there exactly if there was room for it: the URI first, and then the certificate.
+    let mut room = bytes_max(info) - header.len();
+    let certificate = info.ssl.as_ref().and_then(|ssl| ssl.client_certificate.as_ref());
+    let certificate = certificate.filter(|_| version == ProxyVersion::V2);
+    let der = parsed.ssl.as_mut().and_then(|ssl| take(&mut ssl.values, 0x28).expect("once"));
+    match (der, certificate.and_then(|certificate| certificate.der)) {
+        (Some(der), wanted) => {
+            assert_eq!(Some(&der[..]), wanted);
+            room += 3 + der.len();
+        }
+        (None, Some(wanted)) => assert!(3 + wanted.len() > room),
+        (None, None) => {}
+    }
+    let uri = take(&mut parsed.values, 0xe6).expect("once");
+    match (uri, certificate.and_then(|certificate| text(certificate.uri))) {
+        (Some(uri), wanted) => assert_eq!(Some(&uri[..]), wanted),
+        (None, Some(wanted)) => assert!(3 + wanted.len() > room),
+        (None, None) => {}
+    }
     assert_eq!(parsed, expected(version, info));
+}
+
+fn bytes_max(info: &ProxyInfo<'_>) -> usize {
+    let certificate = info.ssl.as_ref().and_then(|ssl| ssl.client_certificate.as_ref());
+    match certificate.and_then(|certificate| certificate.der) {
+        Some(_) => HEADER_WITH_CERTIFICATE_BYTES_MAX,
+        None => HEADER_BYTES_MAX,
+    }
 }
 
 /// A header as a receiver understands it.
@@ -247,6 +274,8 @@ impl<'a> Input<'a> {
                 key_algorithm: self.text(),
                 client_certificate: self.flag().then(|| ClientCertificate {
                     common_name: self.text(),
+                    uri: self.text(),
+                    der: self.long_value(),
                     verified: self.flag(),
                     resumed: self.flag(),
                 }),
@@ -277,6 +306,12 @@ impl<'a> Input<'a> {
 
     fn value(&mut self) -> Option<&'a [u8]> {
         let length = usize::from(self.byte()) + usize::from(self.byte() % 3);
+        self.flag().then(|| self.bytes(length))
+    }
+
+    /// Of a length around the limit, or of what is left.
+    fn long_value(&mut self) -> Option<&'a [u8]> {
+        let length = 2_500 + 16 * usize::from(self.byte());
         self.flag().then(|| self.bytes(length))
     }
 

@@ -10,8 +10,8 @@ use std::net::SocketAddr;
 
 pub use read::{Fault, Fed, HEADER_IN_BYTES_MAX, Header, HeaderReader};
 pub use write::{
-    ClientCertificate, HEADER_BYTES_MAX, NAME_BYTES_MAX, ProxyInfo, SslInfo, UNIQUE_ID_BYTES_MAX,
-    VALUE_BYTES_MAX, write, write_local,
+    ClientCertificate, HEADER_BYTES_MAX, HEADER_WITH_CERTIFICATE_BYTES_MAX, NAME_BYTES_MAX, ProxyInfo,
+    SslInfo, UNIQUE_ID_BYTES_MAX, VALUE_BYTES_MAX, write, write_local,
 };
 
 /// Text or binary. Only version 2 carries anything besides the addresses.
@@ -56,6 +56,10 @@ enum Type {
     SslCipher = 0x23,
     SslSignatureAlgorithm = 0x24,
     SslKeyAlgorithm = 0x25,
+    SslClientCertificate = 0x28,
+    /// Ours, out of the range for applications (spec 2.2.8): the spec has none for a URI of subjectAltName, which is all the name
+    /// that a SPIFFE certificate has.
+    ClientUri = 0xe6,
 }
 
 /// CRC-32C (Castagnoli), RFC 9260 appendix A: reflected, all ones before and after.

@@ -11,7 +11,8 @@ use super::{
 /// What the upstream is told. Version 1 has room for the endpoints alone.
 ///
 /// A value is left out, never shortened, when it is longer than its limit (`VALUE_BYTES_MAX`, `UNIQUE_ID_BYTES_MAX`,
-/// `NAME_BYTES_MAX`) or, being text, holds a NUL: an upstream would otherwise see another name than the verified one.
+/// `NAME_BYTES_MAX`) or, being text, holds a NUL: an upstream would otherwise see another name than the verified one. The same holds
+/// for what a whole header has no more room for: the client's certificate, and then the URI in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ProxyInfo<'a> {
     /// None when the client came over a Unix socket: the upstream then sees keygate as the client.
@@ -45,6 +46,10 @@ pub struct SslInfo<'a> {
 pub struct ClientCertificate<'a> {
     /// The subject's CN.
     pub common_name: Option<&'a str>,
+    /// Of its subjectAltName.
+    pub uri: Option<&'a str>,
+    /// The whole of it, where the upstream wants that.
+    pub der: Option<&'a [u8]>,
     /// False also when nobody looked.
     pub verified: bool,
     /// True when it was presented in an earlier connection of this TLS session and not in this one.
@@ -60,8 +65,14 @@ pub const UNIQUE_ID_BYTES_MAX: usize = 128;
 /// TLS version, cipher and algorithms.
 pub const NAME_BYTES_MAX: usize = 64;
 
+/// Type and length.
+const VALUE_HEAD_BYTES: usize = 3;
+
 /// What `write` appends at most. It fits into one TCP segment, as the spec promises to receivers that read once (2.2).
 pub const HEADER_BYTES_MAX: usize = 1_240;
+
+/// The same with the client's whole certificate, which may need several: what nginx, and keygate itself, read at most.
+pub const HEADER_WITH_CERTIFICATE_BYTES_MAX: usize = 4_096;
 
 /// Appends the header of a relayed connection.
 pub fn write(version: ProxyVersion, info: &ProxyInfo<'_>, out: &mut Vec<u8>) {
@@ -138,7 +149,7 @@ fn write_v2(info: &ProxyInfo<'_>, out: &mut Vec<u8>) {
     write_text(Type::Authority, info.authority, out);
     write_value(Type::UniqueId, info.unique_id, out);
     if let Some(ssl) = &info.ssl {
-        write_ssl(ssl, out);
+        write_ssl(ssl, start, out);
     }
     write_value(Type::Crc32c, Some(&[0; 4]), out);
     close_length(length_at, out);
@@ -146,7 +157,7 @@ fn write_v2(info: &ProxyInfo<'_>, out: &mut Vec<u8>) {
     let checksum = crc32c(&out[start..]);
     let checksum_at = out.len() - 4;
     out[checksum_at..].copy_from_slice(&checksum.to_be_bytes());
-    debug_assert!(out.len() - start <= HEADER_BYTES_MAX, "a header fits into one segment");
+    debug_assert!(out.len() - start <= bytes_max(info.ssl.as_ref()), "a header keeps its limit");
 }
 
 fn write_ports(ports: [u16; 2], out: &mut Vec<u8>) {
@@ -164,13 +175,24 @@ impl Type {
                 NAME_BYTES_MAX
             }
             Type::Crc32c => 4,
+            // Bounded by what the header has room for.
+            Type::ClientUri | Type::SslClientCertificate => HEADER_WITH_CERTIFICATE_BYTES_MAX,
             // Written by its parts, which are bounded each.
             Type::Ssl => 0,
         }
     }
 }
 
-fn write_ssl(ssl: &SslInfo<'_>, out: &mut Vec<u8>) {
+fn bytes_max(ssl: Option<&SslInfo<'_>>) -> usize {
+    let certificate = ssl.and_then(|ssl| ssl.client_certificate.as_ref());
+    match certificate.and_then(|certificate| certificate.der) {
+        Some(_) => HEADER_WITH_CERTIFICATE_BYTES_MAX,
+        None => HEADER_BYTES_MAX,
+    }
+}
+
+/// `start`: of the header. What is optional comes last, as far as there is room; the checksum's place is kept.
+fn write_ssl(ssl: &SslInfo<'_>, start: usize, out: &mut Vec<u8>) {
     const OVER_SSL: u8 = 0x01;
     const CERTIFICATE_IN_CONNECTION: u8 = 0x02;
     const CERTIFICATE_IN_SESSION: u8 = 0x04;
@@ -192,7 +214,20 @@ fn write_ssl(ssl: &SslInfo<'_>, out: &mut Vec<u8>) {
     write_text(Type::SslCipher, ssl.cipher, out);
     write_text(Type::SslSignatureAlgorithm, ssl.signature_algorithm, out);
     write_text(Type::SslKeyAlgorithm, ssl.key_algorithm, out);
+    let mut room = bytes_max(Some(ssl)) - (out.len() - start) - (VALUE_HEAD_BYTES + 4);
+    let mut fits = |value: &[u8]| match room.checked_sub(VALUE_HEAD_BYTES + value.len()) {
+        Some(left) => {
+            room = left;
+            true
+        }
+        None => false,
+    };
+    let uri = certificate.and_then(|certificate| certificate.uri);
+    let uri = uri.filter(|uri| !uri.contains('\0') && fits(uri.as_bytes()));
+    let der = certificate.and_then(|certificate| certificate.der).filter(|der| fits(der));
+    write_value(Type::SslClientCertificate, der, out);
     close_length(length_at, out);
+    write_text(Type::ClientUri, uri, out);
 }
 
 fn write_text(kind: Type, text: Option<&str>, out: &mut Vec<u8>) {

@@ -95,6 +95,8 @@ pub struct UpstreamPlan {
     pub connect_attempts_max: usize,
     /// For the checks' own connections; who relays a client writes the client's header.
     pub proxy_protocol: Option<ProxyVersion>,
+    /// Whether its header has the client's whole certificate.
+    pub proxy_client_certificate: bool,
     /// Servers see the client's address as the source of its connections. Checks come from this host's own.
     pub transparent: bool,
     /// None: only `passive`.

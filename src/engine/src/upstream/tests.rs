@@ -496,6 +496,7 @@ fn plan(servers: &[Peer]) -> UpstreamPlan {
         connect_deadline: Duration::from_secs(5),
         connect_attempts_max: 3,
         proxy_protocol: None,
+        proxy_client_certificate: false,
         transparent: false,
         health: None,
         passive: passive(0, Duration::ZERO),
