@@ -170,6 +170,23 @@ export const relay: Board = {
           thresholds: [[1, 'red']],
         }),
         lines({
+          title: 'What is wrong with certificates of servers',
+          description:
+            'Per second. `refused`: the connection ended for it; `reported`: it was only counted. The reasons are those of `upstream/handshake`. Nothing here: no TLS to servers, or nothing wrong.',
+          unit: units.perSecond,
+          queries: [
+            {
+              expr: sum(
+                rate(ofUpstream('keygate_upstream_certificate_findings_total')),
+                'upstream',
+                'reason',
+                'outcome',
+              ),
+              legend: '{{upstream}} {{reason}}, {{outcome}}',
+            },
+          ],
+        }),
+        lines({
           title: 'Connections to upstreams, by server',
           description: 'One server far from the others: it is slow to end them, or it was down and is filled again.',
           queries: [

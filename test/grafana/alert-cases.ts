@@ -96,6 +96,7 @@ function down(name: string, labels: Labels, description: string): AlertCase {
 
 const token = { token: 'hsm' };
 const upstream = { upstream: 'web', server: '10.0.0.1:80' };
+const finding = { upstream: 'web', reason: 'expired', outcome: 'reported' };
 const signSeconds = { ...token, mechanism: 'ecdsa' };
 const daySeconds = 86_400;
 
@@ -409,6 +410,12 @@ export const alertCases: Readonly<Record<string, AlertCase>> = {
     ],
     labels: { ...a, upstream: 'web' },
     description: 'a: 10% of the connects to upstream web fail.',
+  },
+  KeygateUpstreamCertificateBad: {
+    fires: { [series('keygate_upstream_certificate_findings_total', finding)]: growing(1) },
+    quiet: [{ [series('keygate_upstream_certificate_findings_total', finding)]: steady(7) }],
+    labels: { ...a, upstream: 'web', reason: 'expired', outcome: 'reported' },
+    description: 'a: certificates of upstream web are reported as expired.',
   },
   KeygateUpstreamSlow: {
     fires: latencies('keygate_upstream_connect_seconds', upstream, { '0.25': 0, '1': 98, '5': 100, '+Inf': 100 }),

@@ -75,6 +75,7 @@ function documentOf(
       web: { servers: [upstream.address, gone] },
       api: { servers: [upstream.address], health: { tcp: '1s' } },
       down: { servers: [gone] },
+      secure: { servers: [gone], tls: { roots: join(token.directory, 'www.pem'), name: 'www.example.org' } },
     },
     listeners: {
       known: {
