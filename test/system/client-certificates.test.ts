@@ -254,6 +254,25 @@ describe('client certificates', { timeout: 110_000 }, () => {
     assert.equal((await asked(keygate, { ...own(stranger), port })).body, 'anybody');
   });
 
+  it('clients sign with what the policy has, and one that it is made from says what they need', async () => {
+    await using keygate = await started(
+      {},
+      {
+        policies: {
+          mutual: { clientCertificates: { roots } },
+          strict: { base: 'mutual', signatureSchemes: ['ecdsa_secp256r1_sha256'] },
+        },
+        listeners: { https: { policy: 'strict' } },
+      },
+    );
+    const rsa = await client({}, authority, generateKeyPairSync('rsa', { modulusLength: 2048 }));
+    for (const [, options] of versions) {
+      assert.equal((await asked(keygate, { ...own(good), ...options })).body, 'anybody');
+      assert.equal((await asked(keygate, { ...own(rsa), ...options })).body, '');
+      assert.equal((await asked(keygate, options)).body, '');
+    }
+  });
+
   it('the upstream hears by PROXY v2 who the client is, and the access log has it too', async () => {
     await using told = await proxyUpstream();
     const web = { servers: [told.address], proxyProtocol: 'v2' };
