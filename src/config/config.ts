@@ -167,6 +167,21 @@ export interface PolicyConfig {
   readonly fips: boolean;
 }
 
+/** Over one of these, a client is turned away. All per worker. */
+export interface LimitsConfig {
+  readonly connections: number;
+  readonly handshakes: number;
+  readonly perClient:
+    | {
+        /** Per second. */
+        readonly rate: number;
+        readonly burst: number;
+        readonly ipv4Prefix: number;
+        readonly ipv6Prefix: number;
+      }
+    | undefined;
+}
+
 /** Certificates that clients show. */
 export interface ClientCertificatesConfig {
   readonly mode: 'require' | 'request';
@@ -381,7 +396,7 @@ export interface ListenerConfig {
   readonly transparent: boolean;
   readonly deadlines: ListenerDeadlines;
   /** Per worker. */
-  readonly limits: { readonly connections: number; readonly handshakes: number };
+  readonly limits: LimitsConfig;
   /** Length of the accept queue per worker, listen(2). */
   readonly backlog: number;
 }

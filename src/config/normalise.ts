@@ -221,7 +221,17 @@ function healthConfig({
 }
 
 function listenerConfig(name: string, listener: Document['listeners'][string], directory: string): ListenerConfig {
-  const { deadlines, certificates = [], clientCertificates, routes, upstream, proxyProtocol, ...same } = listener;
+  const {
+    deadlines,
+    limits,
+    certificates = [],
+    clientCertificates,
+    routes,
+    upstream,
+    proxyProtocol,
+    ...same
+  } = listener;
+  const { perClient } = limits;
   return {
     name,
     ...same,
@@ -236,5 +246,6 @@ function listenerConfig(name: string, listener: Document['listeners'][string], d
       lifetimeMs: deadlines.lifetime,
       halfClosedMs: deadlines.halfClosed,
     },
+    limits: { ...limits, perClient: perClient && { ...perClient, burst: perClient.burst ?? perClient.rate } },
   };
 }

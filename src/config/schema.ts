@@ -459,6 +459,23 @@ const listener = z
       .strictObject({
         connections: whole(1, 1_000_000, 20_000).describe('Open connections, per worker.'),
         handshakes: whole(1, 1_000_000, 1024).describe('Handshakes in flight, per worker.'),
+        perClient: z
+          .strictObject({
+            rate: wholeNumber(1, 1_000_000, 'a whole number from 1 to 1000000').describe(
+              'Connections per second on average, per worker.',
+            ),
+            burst: wholeNumber(1, 1_000_000, 'a whole number from 1 to 1000000')
+              .optional()
+              .describe('Connections at once, per worker. Default: `rate`.'),
+            ipv4Prefix: whole(8, 32, 32).describe('Bits of an IPv4 address that tell clients apart.'),
+            ipv6Prefix: whole(16, 128, 64).describe(
+              'Bits of an IPv6 address that tell clients apart: a client has a network of its own.',
+            ),
+          })
+          .optional()
+          .describe(
+            'How often one client may come, by its address, which is the one that a PROXY header says. Default: as it likes.',
+          ),
       })
       .prefault({})
       .describe('Over a limit a client is turned away at once.'),

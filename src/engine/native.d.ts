@@ -47,6 +47,17 @@ export interface ClientCertificateSettings {
   status?: ClientStatusSettings
 }
 
+/** How often a client may come, in one worker. */
+export interface ClientRateSettings {
+  /** Connections per second. */
+  rate: number
+  /** At once. */
+  burst: number
+  /** Of an address that tell clients apart. */
+  ipv4Bits: number
+  ipv6Bits: number
+}
+
 /** Asking OCSP responders about clients' certificates. */
 export interface ClientStatusSettings {
   /** Nobody is let in whose certificate is not said to be good. */
@@ -281,6 +292,7 @@ export interface ListenerSettings {
   transparent: boolean
   connectionsMax: number
   handshakesMax: number
+  perClient?: ClientRateSettings
   /** Inherited listening sockets of this worker's slot. */
   sockets: Array<number>
 }

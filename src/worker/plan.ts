@@ -8,6 +8,7 @@ import type {
   ClientsConfig,
   ClientStatusConfig,
   Config,
+  LimitsConfig,
   ListenerConfig,
   LogConfig,
   PolicyConfig,
@@ -246,8 +247,15 @@ function listenerSettings(
     transparent: listener.transparent,
     connectionsMax: limits.connections,
     handshakesMax: limits.handshakes,
+    ...perClient(limits.perClient),
     sockets: sockets.filter((socket) => socket.listener === listener.name).map(({ fd }) => fd),
   };
+}
+
+function perClient(limit: LimitsConfig['perClient']): Pick<ListenerSettings, 'perClient'> {
+  if (limit === undefined) return {};
+  const { rate, burst, ipv4Prefix: ipv4Bits, ipv6Prefix: ipv6Bits } = limit;
+  return { perClient: { rate, burst, ipv4Bits, ipv6Bits } };
 }
 
 function clientCertificateSettings(

@@ -554,6 +554,11 @@ const placed: Record<string, Placed> = {
     path: 'policies.p.extendedMasterSecret',
     code: 'config_conflict',
   },
+  'a client that may never come': {
+    sections: listener('certificates: [www], upstream: web, limits: { perClient: { rate: ▸0 } }'),
+    path: 'listeners.https.limits.perClient.rate',
+    code: 'config_value',
+  },
   'a policy where no TLS ends': {
     sections: listener('mode: passthrough, policy: ▸modern, upstream: web'),
     path: 'listeners.https.policy',

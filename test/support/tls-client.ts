@@ -16,6 +16,7 @@ import type { ConnectionOptions, TLSSocket } from 'node:tls';
 /** Node's types lack what its OpenSSL 3.5 has. */
 export interface TlsOptions extends ConnectionOptions {
   readonly port: number;
+  readonly localAddress?: string;
 }
 
 /**

@@ -55,6 +55,8 @@ describe('a bad client', { timeout: 60_000 }, () => {
           alpn: { alpn: ['h2'] },
           fewConnections: { limits: { connections: 2 } },
           fewHandshakes: { limits: { handshakes: 1 } },
+          perClient: { limits: { perClient: { rate: 1, burst: 3 } } },
+          behindProxy: { limits: { perClient: { rate: 1, burst: 3 } }, proxyProtocol: { from: ['127.0.0.1'] } },
         },
       }),
     );
@@ -334,6 +336,41 @@ describe('a bad client', { timeout: 60_000 }, () => {
   }
 
   /** No answer and no wait: a reset, which may come before the client knows that it is connected. */
+  it('that comes too often is shed at once, and others are served', async () => {
+    const port = keygate.port('perClient');
+    await untilShed(async () => tlsClient({ port }));
+    await keygate.closed('proxy/accept/client_rate', { before: earlier });
+    const other = await tlsClient({ port, localAddress: '127.0.0.2' });
+    await assertEchoes(other);
+    other.destroy();
+  });
+
+  it('that comes too often over a proxy is told apart from others of the same proxy', async () => {
+    const as = async (client: string) => {
+      const socket = await rawClient(keygate.port('behindProxy'));
+      socket.write(`PROXY TCP4 ${client} 192.0.2.200 4711 443\r\n`);
+      return tlsClient({ port: 0, socket });
+    };
+    await untilShed(async () => as('192.0.2.1'));
+    await keygate.closed('proxy/accept/client_rate', { before: earlier });
+    const other = await as('192.0.2.2');
+    await assertEchoes(other);
+    other.destroy();
+  });
+
+  /** The rate is one in a second, so the burst ends soon, however slow the machine is. */
+  async function untilShed(come: () => Promise<TLSSocket>): Promise<void> {
+    for (let count = 1; count <= 20; count += 1) {
+      try {
+        (await come()).destroy();
+      } catch {
+        assert.ok(count > 3, `only ${count - 1} were let in`);
+        return;
+      }
+    }
+    assert.fail('nobody was shed');
+  }
+
   async function assertShed(port: number): Promise<void> {
     const client = connect({ host: '127.0.0.1', port });
     const shed = Promise.withResolvers<string | undefined>();

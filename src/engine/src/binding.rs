@@ -17,6 +17,7 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::access_log::AccessPlan;
 use crate::capabilities;
 use crate::certificates::{Certificate, Certificates, LeafDigest, UnknownName};
+use crate::client_rate::ClientRatePlan;
 use crate::client_status::{ClientStatus, STATUS_OUTCOMES, StatusPlan};
 use crate::close::CLOSE_REASONS;
 use crate::generation::{self, Generation, LoadFault, Staples};
@@ -282,6 +283,18 @@ pub struct ProxyInSettings {
     pub deadline_ms: u32,
 }
 
+/// How often a client may come, in one worker.
+#[napi(object)]
+pub struct ClientRateSettings {
+    /// Connections per second.
+    pub rate: u32,
+    /// At once.
+    pub burst: u32,
+    /// Of an address that tell clients apart.
+    pub ipv4_bits: u32,
+    pub ipv6_bits: u32,
+}
+
 #[napi(object)]
 pub struct ListenerSettings {
     pub name: String,
@@ -309,6 +322,7 @@ pub struct ListenerSettings {
     pub transparent: bool,
     pub connections_max: u32,
     pub handshakes_max: u32,
+    pub per_client: Option<ClientRateSettings>,
     /// Inherited listening sockets of this worker's slot.
     pub sockets: Vec<i32>,
 }
@@ -1310,6 +1324,7 @@ fn listener_plan(
         transparent: settings.transparent,
         connections_max: settings.connections_max as usize,
         handshakes_max: settings.handshakes_max as usize,
+        per_client: settings.per_client.map(client_rate_plan),
         sockets: settings.sockets,
         name: settings.name,
     };
@@ -1408,6 +1423,16 @@ fn policy(settings: &PolicySettings) -> std::result::Result<Policy, String> {
         fips: settings.fips,
         ..Policy::parse(&words)?
     })
+}
+
+fn client_rate_plan(settings: ClientRateSettings) -> ClientRatePlan {
+    let bits = |bits: u32| u8::try_from(bits).unwrap_or(u8::MAX);
+    ClientRatePlan {
+        rate: settings.rate,
+        burst: settings.burst,
+        ipv4_bits: bits(settings.ipv4_bits),
+        ipv6_bits: bits(settings.ipv6_bits),
+    }
 }
 
 fn access_plan(settings: AccessSettings) -> AccessPlan {

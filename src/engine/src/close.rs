@@ -32,6 +32,7 @@ close_reasons! {
     ClientAcceptReset = "client" / "accept" / "reset": "The client was gone before it was accepted.";
     ProxyAcceptConnectionLimit = "proxy" / "accept" / "connection_limit": "The listener holds `limits.connections` already; shed at once.";
     ProxyAcceptHandshakeLimit = "proxy" / "accept" / "handshake_limit": "`limits.handshakes` are in flight already; shed at once.";
+    ProxyAcceptClientRate = "proxy" / "accept" / "client_rate": "The client comes more often than `limits.perClient` lets it; shed at once.";
 
     ClientProxyHeaderMissing = "client" / "proxy_header" / "missing": "A peer of `proxyProtocol.from` began without a PROXY header: it does not send one, or is no proxy.";
     ClientProxyHeaderMalformed = "client" / "proxy_header" / "malformed": "The PROXY header broke a rule of its version, was longer than 4096 bytes, or its checksum was wrong.";

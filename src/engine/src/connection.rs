@@ -50,6 +50,10 @@ async fn run(life: &mut Life, offer: Offer, client: &Stream) -> Close {
         Ok(parties) => life.identified(parties),
         Err(close) => return close,
     }
+    if life.facts.via.is_some() && listener.is_over_rate(life.source) {
+        client.reset_when_dropped();
+        return Close::ProxyAcceptClientRate;
+    }
     // Boxed so that a relaying connection does not keep the room of its handshakes.
     let (client_tls, said) = match Box::pin(front(life, &offer, client)).await {
         Ok(front) => front,

@@ -17,6 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
 
 use crate::access_log::{AccessCounts, AccessLog, AccessPlan};
+use crate::client_rate::ClientRate;
 use crate::close::CloseCounters;
 use crate::listener::{
     CurrentOffer, Listener, ListenerPlan, ListenerStats, ListenerTls, Offer, accept_from, accept_waiting,
@@ -376,6 +377,7 @@ impl Io {
                 Some(Target { upstream: checked.upstream.clone(), tls: checked.tls.clone() })
             }));
             let listener = Rc::new(Listener {
+                client_rate: plan.per_client.clone().map(ClientRate::new),
                 plan,
                 scratch: self.scratch.clone(),
                 stats,
@@ -470,6 +472,7 @@ mod tests {
             transparent: false,
             connections_max,
             handshakes_max: 1000,
+            per_client: None,
             sockets: Vec::new(),
         };
         let upstream = UpstreamPlan {

@@ -7,6 +7,7 @@ pub mod binding;
 mod capabilities;
 mod certificates;
 mod client_hello;
+mod client_rate;
 mod client_status;
 mod close;
 mod connection;

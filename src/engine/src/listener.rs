@@ -13,9 +13,10 @@ use std::time::{Duration, SystemTime};
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, spawn_local};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::access_log::{AccessLog, Ended, Facts};
+use crate::client_rate::{ClientRate, ClientRatePlan};
 use crate::client_status::{ClientStatus, STATUS_OUTCOMES};
 use crate::close::{Close, CloseCounters};
 use crate::connection::{Life, serve};
@@ -50,6 +51,8 @@ pub struct ListenerPlan {
     pub connections_max: usize,
     /// In this worker.
     pub handshakes_max: usize,
+    /// In this worker. None: a client may come as often as it likes.
+    pub per_client: Option<ClientRatePlan>,
     /// File descriptors of this worker's listening sockets.
     pub sockets: Vec<RawFd>,
 }
@@ -68,6 +71,7 @@ pub enum Front {
 pub struct Listener {
     pub plan: ListenerPlan,
     pub scratch: Rc<Scratch>,
+    pub client_rate: Option<ClientRate>,
     pub stats: Arc<ListenerStats>,
     pub closes: Arc<CloseCounters>,
     pub negotiated: Arc<NegotiatedCounters>,
@@ -185,7 +189,7 @@ fn welcome(offer: &CurrentOffer, client: TcpStream, source: SocketAddr) {
     let offer = offer.borrow().clone();
     let listener = offer.listener.clone();
     listener.stats.accepted.add(1);
-    match listener.over_limit() {
+    match listener.over_limit(source) {
         // Counted now and not when the task first runs, so that a burst meets the limits.
         None => {
             drop(spawn_local(serve(Life::begin(listener, source), offer, Stream::Tcp(client))));
@@ -220,12 +224,20 @@ impl Listener {
         });
     }
 
-    fn over_limit(&self) -> Option<Close> {
+    /// Whether the client comes too often. Of who comes over a proxy this is known only when that has said who it is.
+    pub fn is_over_rate(&self, client: SocketAddr) -> bool {
+        self.client_rate.as_ref().is_some_and(|rate| !rate.admits(client.ip(), Instant::now()))
+    }
+
+    fn over_limit(&self, peer: SocketAddr) -> Option<Close> {
+        let is_proxy = self.plan.proxy_in.as_ref().is_some_and(|proxies| proxies.is_from(peer.ip()));
         let at_least = |gauge: &Gauge, max: usize| usize::try_from(gauge.get()).is_ok_and(|now| now >= max);
         if at_least(&self.stats.connections_open, self.plan.connections_max) {
             Some(Close::ProxyAcceptConnectionLimit)
         } else if at_least(&self.stats.handshakes_in_flight, self.plan.handshakes_max) {
             Some(Close::ProxyAcceptHandshakeLimit)
+        } else if !is_proxy && self.is_over_rate(peer) {
+            Some(Close::ProxyAcceptClientRate)
         } else {
             None
         }

@@ -111,7 +111,7 @@ async fn once_readable(stream: &Stream, mut read: impl FnMut() -> io::Result<usi
 }
 
 impl ProxyIn {
-    fn is_from(&self, peer: IpAddr) -> bool {
+    pub fn is_from(&self, peer: IpAddr) -> bool {
         self.from.iter().any(|network| network.contains(peer))
     }
 }
@@ -132,6 +132,12 @@ impl Network {
         let (other_width, other) = width_and_value(address.to_canonical());
         width == other_width && significant(other, width, self.bits) == value
     }
+}
+
+/// The network that an address is in; the width tells IPv4 and IPv6 apart.
+pub fn network_of(address: IpAddr, ipv4_bits: u8, ipv6_bits: u8) -> (u8, u128) {
+    let (width, value) = width_and_value(address.to_canonical());
+    (width, significant(value, width, if width == 32 { ipv4_bits } else { ipv6_bits }))
 }
 
 fn width_and_value(address: IpAddr) -> (u8, u128) {
