@@ -292,6 +292,8 @@ export interface UpstreamConfig {
   readonly proxyProtocol: 'v1' | 'v2' | undefined;
   /** Whether that tells the client's whole certificate; with `v2`. */
   readonly proxyClientCertificate: boolean;
+  /** 0: none. */
+  readonly slowStartMs: number;
   /** Servers see the client's address as the source of its connections. */
   readonly transparent: boolean;
   readonly connectDeadlineMs: number;

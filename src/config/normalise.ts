@@ -188,6 +188,7 @@ function upstreamConfig(name: string, upstream: Document['upstreams'][string], d
     balance: upstream.balance,
     proxyProtocol: upstream.proxyProtocol,
     proxyClientCertificate: upstream.proxyClientCertificate,
+    slowStartMs: upstream.slowStart,
     transparent: upstream.transparent,
     connectDeadlineMs: upstream.connectDeadline,
     attempts: upstream.attempts,

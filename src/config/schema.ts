@@ -340,6 +340,9 @@ const upstreamKeys = z.strictObject({
     })
     .prefault({})
     .describe('What failed connects of clients say about a server.'),
+  slowStart: duration(100, 3_600_000, 'none', 'none').describe(
+    'How long a server that comes up again gets less than its share of new connections: a tenth at first, then more and more.',
+  ),
 });
 
 const upstream = upstreamKeys

@@ -531,6 +531,8 @@ export interface UpstreamSettings {
   proxyProtocol?: 'v1' | 'v2'
   /** Whether its header has the client's whole certificate. */
   proxyClientCertificate: boolean
+  /** 0: none. */
+  slowStartMs: number
   /** The client's address is the source of its connections. */
   transparent: boolean
   health?: HealthSettings

@@ -183,6 +183,7 @@ async function upstreamSettings(
     connectAttemptsMax: upstream.attempts,
     ...(upstream.proxyProtocol === undefined ? {} : { proxyProtocol: upstream.proxyProtocol }),
     proxyClientCertificate: upstream.proxyClientCertificate,
+    slowStartMs: upstream.slowStartMs,
     ...(upstream.health === undefined ? {} : { health: upstream.health }),
     passiveFailuresMax: upstream.passive.failures,
     passiveEjectionMs: upstream.passive.ejectionMs,

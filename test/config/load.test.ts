@@ -65,6 +65,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
         name: 'web',
         servers: [{ host: '10.0.0.1', port: 80 }],
         proxyClientCertificate: false,
+        slowStartMs: 0,
         balance: 'round-robin',
         connectDeadlineMs: 5000,
         attempts: 3,

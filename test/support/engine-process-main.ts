@@ -105,6 +105,7 @@ function start(sockets: number[]): Engine {
         passiveFailuresMax: 3,
         passiveEjectionMs: 1000,
         proxyClientCertificate: false,
+        slowStartMs: 0,
         transparent: false,
       },
     ],

@@ -110,6 +110,7 @@ describe('what DNS says about a server', { timeout: 110_000 }, () => {
       servers: ['127.0.0.1:443', '[::1]:8443'],
       balance: 'round-robin' as const,
       proxyClientCertificate: false,
+      slowStartMs: 0,
       transparent: false,
       connectDeadlineMs: 1,
       connectAttemptsMax: 1,

@@ -215,6 +215,8 @@ pub struct UpstreamSettings {
     pub proxy_protocol: Option<String>,
     /// Whether its header has the client's whole certificate.
     pub proxy_client_certificate: bool,
+    /// 0: none.
+    pub slow_start_ms: u32,
     /// The client's address is the source of its connections.
     pub transparent: bool,
     pub health: Option<HealthSettings>,
@@ -1492,6 +1494,7 @@ fn upstream_plan(
         connect_attempts_max: settings.connect_attempts_max as usize,
         proxy_protocol,
         proxy_client_certificate: settings.proxy_client_certificate,
+        slow_start: ms(settings.slow_start_ms),
         transparent: settings.transparent,
         health: settings.health.map(|health| HealthPlan {
             interval: ms(health.interval_ms),

@@ -486,6 +486,7 @@ mod tests {
             transparent: false,
             health: None,
             passive: PassivePlan { failures_max: 0, ejection: SHORT },
+            slow_start: Duration::ZERO,
         };
         let (config, client) = configured("1.3", "X25519");
         let access = AccessPlan::default();

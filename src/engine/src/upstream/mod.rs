@@ -102,6 +102,8 @@ pub struct UpstreamPlan {
     /// None: only `passive`.
     pub health: Option<HealthPlan>,
     pub passive: PassivePlan,
+    /// How long a server that has returned gets less than its share. Zero: not at all.
+    pub slow_start: Duration,
 }
 
 /// The service a client's bytes go to: several servers, one of which is chosen for each connection.
@@ -115,7 +117,8 @@ pub struct UpstreamPlan {
 ///
 /// Both machines run for each server. *Down* is a fact, seen by a check a moment ago: a down server is never chosen, and
 /// with all down `connect` fails at once (as HAProxy). *Ejected* is a guess from past connections, and no check
-/// would correct it: an ejected server is the last choice, but it is tried when there is no other.
+/// would correct it: an ejected server is the last choice, but it is tried when there is no other. A server that has *returned*
+/// has cold caches and no connections of its own yet, so for `slow_start` it stands back for others, less and less often.
 pub struct Upstream {
     plan: UpstreamPlan,
     servers: Vec<Rc<Server>>,
@@ -260,7 +263,7 @@ impl Upstream {
         &self.plan
     }
 
-    /// The best candidate: trusted before ejected, then by balance. Begins its search behind the server chosen last.
+    /// The best candidate: trusted before ejected, those that stand back last among them, then by balance. Begins its search behind the server chosen last.
     fn choose(&self, tried: &[usize]) -> Option<Lease> {
         let count = self.servers.len();
         let from = self.next.get();
@@ -268,9 +271,12 @@ impl Upstream {
         let server = in_turn
             .filter(|server| is_candidate(server, tried))
             // The first of equals wins, which makes it round robin.
-            .min_by_key(|server| match self.plan.balance {
-                Balance::RoundRobin => (server.is_ejected(), 0),
-                Balance::LeastConnections => (server.is_ejected(), server.connections()),
+            .min_by_key(|server| {
+                let connections = match self.plan.balance {
+                    Balance::RoundRobin => 0,
+                    Balance::LeastConnections => server.connections(),
+                };
+                (server.is_ejected(), server.stands_back(self.plan.slow_start), connections)
             })?;
         self.next.set((server.index + 1) % count);
         Some(server.lease(&self.plan.passive))

@@ -12,9 +12,15 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 
-use super::{ConnectError, HealthPlan, OnBehalf, PassivePlan, ServerAddress, ServerStats, UpstreamPlan};
+use super::{
+    ConnectError, HealthPlan, OnBehalf, PassivePlan, ServerAddress, ServerStats, UpstreamPlan,
+    random_fraction,
+};
 use crate::stream::Stream;
 use crate::transparent::{bind_as_client, loops};
+
+/// Of its turns, that a server takes at the begin of its slow start: enough to see that it works.
+const SLOW_START_SHARE_MIN: f64 = 0.1;
 
 pub struct Server {
     pub index: usize,
@@ -28,6 +34,8 @@ pub struct Server {
     failures: Cell<u32>,
     /// Invariant: Some exactly while ejected. Once it has passed, one connection may try, which moves it on.
     ejected_until: Cell<Option<Instant>>,
+    /// When it came up again; None: it was never away.
+    returned_at: Cell<Option<Instant>>,
     stats: Arc<ServerStats>,
 }
 
@@ -45,6 +53,7 @@ impl Server {
             contradictions: Cell::new(0),
             failures: Cell::new(former.map_or(0, |former| former.failures.get())),
             ejected_until: Cell::new(former.and_then(|former| former.ejected_until.get())),
+            returned_at: Cell::new(former.and_then(|former| former.returned_at.get())),
             stats,
         };
         server.stats.up.set(i64::from(server.is_up()));
@@ -63,6 +72,16 @@ impl Server {
     /// False again when the ejection is over and nobody has tried yet.
     pub fn is_ejected(&self) -> bool {
         self.ejected_until.get().is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Whether another server should get this connection: often at first, and never when the slow start is over.
+    pub fn stands_back(&self, slow_start: Duration) -> bool {
+        let Some(since) = self.returned_at.get().map(|returned| returned.elapsed()) else { return false };
+        if since >= slow_start {
+            return false;
+        }
+        let share = (since.as_secs_f64() / slow_start.as_secs_f64()).max(SLOW_START_SHARE_MIN);
+        random_fraction() >= share
     }
 
     /// Open or being opened.
@@ -169,6 +188,9 @@ impl Server {
     fn publish(&self, before: bool) -> Option<bool> {
         let up = self.is_up();
         self.stats().up.set(i64::from(up));
+        if up && !before {
+            self.returned_at.set(Some(Instant::now()));
+        }
         (up != before).then_some(up)
     }
 }

@@ -189,6 +189,53 @@ async fn a_server_that_keeps_refusing_is_ejected_and_returns_after_a_connection_
 }
 
 #[tokio::test]
+async fn a_server_that_returns_gets_less_than_its_share_until_its_slow_start_is_over() {
+    let servers = [Peer::stopped(), Peer::listening()];
+    let upstream = Upstream::new(UpstreamPlan {
+        passive: passive(1, Duration::from_millis(10)),
+        slow_start: Duration::from_secs(3600),
+        ..plan(&servers)
+    });
+    upstream.next.set(0);
+    upstream.connect(&[], NOBODY).await.unwrap();
+    assert_eq!(count(&upstream, 0, "refused"), 1);
+    servers[0].start();
+    until(async || upstream.connect(&[], NOBODY).await.unwrap().server == 0).await;
+
+    // A tenth of its turns, of which there are a hundred.
+    let before = count(&upstream, 0, "ok");
+    for _ in 0..200 {
+        upstream.connect(&[], NOBODY).await.unwrap();
+    }
+    let turns = count(&upstream, 0, "ok") - before;
+    assert!((1..=40).contains(&turns), "{turns} of 200");
+
+    let over =
+        Upstream::succeeding(&upstream, UpstreamPlan { slow_start: Duration::ZERO, ..upstream.plan.clone() });
+    let before = count(&over, 0, "ok");
+    for _ in 0..200 {
+        over.connect(&[], NOBODY).await.unwrap();
+    }
+    assert_eq!(count(&over, 0, "ok") - before, 100);
+}
+
+#[tokio::test]
+async fn a_server_in_its_slow_start_is_taken_when_there_is_no_other() {
+    let servers = [Peer::stopped()];
+    let upstream = Upstream::new(UpstreamPlan {
+        passive: passive(1, Duration::from_millis(10)),
+        slow_start: Duration::from_secs(3600),
+        ..plan(&servers)
+    });
+    assert!(upstream.connect(&[], NOBODY).await.is_err());
+    servers[0].start();
+    until(async || upstream.connect(&[], NOBODY).await.is_ok()).await;
+    for _ in 0..50 {
+        upstream.connect(&[], NOBODY).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn one_connection_tries_an_ejected_server_and_its_failure_ejects_again_at_once() {
     let servers = [Peer::stopped(), Peer::listening()];
     let upstream =
@@ -500,6 +547,7 @@ fn plan(servers: &[Peer]) -> UpstreamPlan {
         transparent: false,
         health: None,
         passive: passive(0, Duration::ZERO),
+        slow_start: Duration::ZERO,
     }
 }
 
