@@ -56,6 +56,8 @@ export interface AdminView {
   /** Of the primary and of every worker. */
   setLogLevel(level: LogLevel): void;
   reload(): Promise<ReloadReport>;
+  /** Has a successor take over; its process, or why there is none. */
+  upgrade(): Promise<{ readonly pid: number } | { readonly refused: string }>;
   drain(): void;
 }
 
@@ -66,6 +68,8 @@ export interface Admin {
   announce(): void;
   /** Reads the files of token and TLS again, for a reload. @throws ServiceError `admin_failed` */
   reread(): NextCredentials;
+  /** Accepts nothing any more, so that another may; who has asked is answered. */
+  retire(): void;
   /** Accepts nothing any more and ends every connection within a second. */
   close(): Promise<void>;
 }
@@ -123,6 +127,11 @@ export async function startAdmin(config: AdminConfig, view: AdminView, log: Log)
       const next = readCredentials(config);
       const changes = changedCredentials(credentials, next);
       return { changes, commit: () => (changes.length === 0 ? undefined : commit(next)) };
+    },
+    retire() {
+      feed.end();
+      // The socket is closed at once; what is still answered is not waited for.
+      server.close();
     },
     async close() {
       feed.end();
@@ -191,6 +200,13 @@ function routesOf(view: AdminView, feed: StatusFeed, access: AdminAccess, log: L
     request.socket.setTimeout(idleDeadlineMs);
     return json(statusOf(report), { ...report, changes: shown(report.changes) });
   };
+  const upgrade = async (request: IncomingMessage): Promise<Answer> => {
+    log.info({ event: 'upgrade_requested' }, 'a successor requested through the admin server');
+    // As a reload.
+    request.socket.setTimeout(0);
+    const report = await view.upgrade();
+    return 'pid' in report ? json(200, report) : json(409, report);
+  };
   const setLogLevel = (request: IncomingMessage): Answer => {
     const level = wantedLevel(request);
     if (level === undefined) return text(400, `one level is needed: /log-level?level=, with ${logLevels.join(', ')}`);
@@ -219,6 +235,7 @@ function routesOf(view: AdminView, feed: StatusFeed, access: AdminAccess, log: L
     ['/status/events', { GET: events }],
     ['/log-level', { GET: () => text(200, view.logLevel), POST: change(setLogLevel) }],
     ['/reload', { POST: change(reload) }],
+    ['/upgrade', { POST: change(upgrade) }],
     ['/drain', { POST: change(drain) }],
     ...[...statusFiles()].map(([path, file]): [string, Route] => [
       path,
@@ -401,6 +418,8 @@ async function probe(path: string): Promise<string> {
 
 async function close(server: Server): Promise<void> {
   const { promise, resolve } = Promise.withResolvers<void>();
+  // One that has retired long since waits for nobody.
+  if (!server.listening) server.closeAllConnections();
   server.close(() => resolve());
   const grace = setTimeout(() => server.closeAllConnections(), closeGraceMs);
   await promise;

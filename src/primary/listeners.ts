@@ -49,6 +49,19 @@ export interface NextListeners extends Listeners {
 
 export const noListeners: Listeners = { sockets: [], addresses: {}, passed: [] };
 
+/** What another process had, for whoever goes on with it: in its own slots, which may be more or fewer. */
+export function inheritListeners({ sockets, addresses, passed }: Listeners, slots: number): Listeners {
+  numbered = Math.max(numbered, ...sockets.map(({ socket }) => socket + 1));
+  const groups = Map.groupBy(sockets, identity);
+  return {
+    sockets: [...groups.values()].flatMap((group) =>
+      group.map((socket, index) => ({ ...socket, slots: dealt(index, group.length, slots) })),
+    ),
+    addresses,
+    passed,
+  };
+}
+
 /**
  * Opens what `former` lacks. A socket stays what it is when its address does, even if the listener's name changes: nobody
  * who waits in its queue notices.
@@ -146,7 +159,6 @@ let numbered = 0;
 /** What the configuration says of an address. */
 type Wanted = Pick<ListeningSocket, 'listener' | 'backlog' | 'wanted' | 'transparent'>;
 
-/** Dealt out in turns, until each slot has one and each socket is somebody's. */
 function takePassed(
   use: Wanted,
   listener: ListenerConfig,
@@ -157,12 +169,16 @@ function takePassed(
   const bound = formatAddress(use.wanted);
   const found = passed.filter(({ address }) => address === bound);
   if (found.length === 0) return undefined;
-  const turns = Array.from({ length: Math.max(found.length, slots) }, (_, turn) => turn);
   return found.map(({ fd }, index) => {
     attempt(listener, bound, () => native.setBacklog(fd, use.backlog));
-    const own = turns.filter((turn) => turn % found.length === index).map((turn) => turn % slots);
-    return { ...use, socket: numbered++, fd, slots: own, passed: true, bound };
+    return { ...use, socket: numbered++, fd, slots: dealt(index, found.length, slots), passed: true, bound };
   });
+}
+
+/** The slots of one of so many sockets: dealt out in turns, until each slot has one and each socket is somebody's. */
+function dealt(index: number, sockets: number, slots: number): number[] {
+  const turns = Array.from({ length: Math.max(sockets, slots) }, (_, turn) => turn);
+  return turns.filter((turn) => turn % sockets === index).map((turn) => turn % slots);
 }
 
 function openAddress(

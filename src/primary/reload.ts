@@ -82,7 +82,8 @@ export class Reloads {
   #certificates: readonly CertificateFacts[];
   #generation = 1;
   #since = new Date();
-  #underWay: Promise<ReloadReport> | undefined;
+  /** A reload, or what must not meet one. */
+  #underWay: Promise<unknown> | undefined;
   #wantedAgain = false;
   #last: (ReloadReport & { readonly at: Date }) | undefined;
   readonly #counts: Record<ReloadOutcome, number> = { committed: 0, refused: 0, rolled_back: 0 };
@@ -139,13 +140,23 @@ export class Reloads {
     if (this.#underWay !== undefined) return busyReport;
     const began = performance.now();
     this.#parts.serviceManager.reloading();
-    this.#underWay = this.#try().then((result): ReloadReport => {
-      const report = { ...result, seconds: Math.round(performance.now() - began) / 1000 };
+    return this.#alone(async () => {
+      const report = { ...(await this.#try()), seconds: Math.round(performance.now() - began) / 1000 };
       this.#conclude(report);
       return report;
     });
+  }
+
+  /** Does what no reload may be under way for; undefined: one is, or something else of the kind. */
+  async without<T>(work: () => Promise<T>): Promise<T | undefined> {
+    return this.#underWay === undefined ? this.#alone(work) : undefined;
+  }
+
+  async #alone<T>(work: () => Promise<T>): Promise<T> {
+    const done = work();
+    this.#underWay = done;
     try {
-      return await this.#underWay;
+      return await done;
     } finally {
       this.#underWay = undefined;
       if (this.#wantedAgain) {

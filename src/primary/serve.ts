@@ -16,7 +16,7 @@ import type { Log, Logs } from '../log.ts';
 import { startAdmin } from './admin.ts';
 import type { Admin, AdminView } from './admin.ts';
 import { History } from './history.ts';
-import { noListeners, openListeners, shutSockets } from './listeners.ts';
+import { closeSockets, inheritListeners, noListeners, openListeners, shutSockets } from './listeners.ts';
 import type { Listeners } from './listeners.ts';
 import { LogLosses } from './log-losses.ts';
 import { renderMetrics } from './metrics.ts';
@@ -27,6 +27,7 @@ import { becomeConfigured, demandTransparency, logPrivileges } from './privilege
 import { Reloads } from './reload.ts';
 import { ServiceManager } from './service-manager.ts';
 import { Stapler } from './stapler.ts';
+import { findPredecessor, handOver } from './succession.ts';
 import { TicketEpochs } from './ticket-epochs.ts';
 import type { TicketEpoch } from './ticket-epochs.ts';
 import { version } from '../version.ts';
@@ -66,8 +67,14 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   ];
   if (refused !== undefined) throw new ConfigError([refused, ...others]);
   const slots = config.workers === 'auto' ? availableParallelism() : config.workers;
-  const passed = takePassedSockets(process.env, engine());
-  const listeners = openListeners({ ...noListeners, passed }, config, slots, engine());
+  const predecessor = await findPredecessor(process.env);
+  const former =
+    predecessor === undefined
+      ? { ...noListeners, passed: takePassedSockets(process.env, engine()) }
+      : inheritListeners(predecessor.inheritance.listeners, slots);
+  const listeners = openListeners(former, config, slots, engine());
+  closeSockets(listeners.retired);
+  for (const { fd, backlog } of listeners.resized) engine().setBacklog(fd, backlog);
   const account = becomeConfigured(config);
   demandTransparency(config, engine());
   // As the account that workers have too: a file that root made would be closed to them.
@@ -81,7 +88,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   engine().harden();
   if (config.sandbox.enabled) engine().refuseRings();
 
-  const epochs = new TicketEpochs();
+  const epochs = new TicketEpochs(predecessor?.inheritance.tickets);
   const stapler = new Stapler(config, log);
   const workers = new Workers(config, slots, listeners, epochs, () => stapler.staples, log);
   stapler.on('changed', (staples) => workers.giveStaples(staples));
@@ -112,12 +119,14 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
 
   // Before anything is forked: a signal during the start must end what was started.
   let drainEndsAtMs = Infinity;
+  let isSucceeded = false;
   const drain = (deadlineMs: number): void => {
     const endsAtMs = performance.now() + deadlineMs;
     // Whoever asked before counts on it: a drain only becomes shorter.
     if (endsAtMs >= drainEndsAtMs) return;
     workers.drain(deadlineMs);
-    if (drainEndsAtMs === Infinity) shutSockets(workers.listening.sockets, engine());
+    // Whoever has them now accepts from them.
+    if (drainEndsAtMs === Infinity && !isSucceeded) shutSockets(workers.listening.sockets, engine());
     drainEndsAtMs = endsAtMs;
     serviceManager.stopping();
     log.info({ event: 'drain_started', deadlineMs }, 'draining');
@@ -144,15 +153,51 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   const losses = new LogLosses(log);
   const history = new History(engine().latencyBoundsUs());
   const drainNow = () => drain(reloads.config.drainDeadlineMs);
-  const admin = await openAdmin({ reloads, workers, stapler, epochs, slots, logs, history, drain: drainNow });
-  opened.admin = admin;
+  const upgrade = async (): Promise<{ readonly pid: number } | { readonly refused: string }> => {
+    if (drainEndsAtMs !== Infinity) return { refused: 'keygate drains' };
+    const done = reloads.without(async () => {
+      const pid = await handOver({
+        inheritance: { listeners: workers.listening, tickets: epochs.inheritance },
+        env: serviceManager.env,
+        deadlineMs: reloads.config.reloadDeadlineMs,
+        closeAdmin: () => opened.admin?.retire(),
+        openAdmin: openOwnAdmin,
+      });
+      isSucceeded = true;
+      serviceManager.succeededBy(pid);
+      log.info({ event: 'upgraded', pid }, 'a successor has taken over');
+      drainNow();
+      return { pid };
+    });
+    try {
+      return (await done) ?? { refused: 'a reload or another upgrade is under way' };
+    } catch (error) {
+      log.error({ event: 'upgrade_failed', error }, 'the successor could not take over; nothing has changed');
+      return { refused: error instanceof Error ? error.message : String(error) };
+    }
+  };
+  const openOwnAdmin = async (): Promise<void> => {
+    opened.admin = await openAdmin({
+      reloads,
+      workers,
+      stapler,
+      epochs,
+      slots,
+      logs,
+      history,
+      upgrade,
+      drain: drainNow,
+    });
+  };
+  // A predecessor still has the address.
+  if (predecessor === undefined) await openOwnAdmin();
   const observation = setInterval(() => {
     workers
       .observe()
       .then(({ engine: measured, logs: ofWorkers }) => {
         losses.look([ofWorkers, logs.counts]);
         history.enter(measured, Date.now());
-        admin?.announce();
+        opened.admin?.announce();
       })
       .catch((error: unknown) => {
         // A defect in what is shown must not end what serves.
@@ -166,14 +211,20 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
     clearInterval(observation);
     clearInterval(rotation);
     stapler.stop();
-    await admin?.close();
+    await opened.admin?.close();
     const { engine: measured } = await workers.observe();
     const cut = measured.closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
     log.info({ event: 'ended', cut }, cut === 0 ? 'no worker is left' : 'connections were cut at the deadline');
   });
   await Promise.race([allReady.promise, end]);
+  if (predecessor !== undefined && workers.unreadiness === undefined) {
+    await predecessor.prepared();
+    await openOwnAdmin();
+    predecessor.serving();
+  }
   giveBackMemory(engine());
   const { addresses } = workers.listening;
+  const { admin } = opened;
   if (workers.unreadiness === undefined) {
     log.info({ event: 'ready', addresses, admin: admin?.address }, 'keygate is ready');
     serviceManager.ready();
@@ -189,11 +240,12 @@ interface Parts {
   readonly slots: number;
   readonly logs: Logs;
   readonly history: History;
+  readonly upgrade: AdminView['upgrade'];
   readonly drain: () => void;
 }
 
 async function openAdmin(parts: Parts): Promise<Admin | undefined> {
-  const { reloads, workers, stapler, history, drain } = parts;
+  const { reloads, workers, stapler, history, upgrade, drain } = parts;
   const { log } = parts.logs;
   const { admin } = reloads.config;
   if (admin === undefined) return undefined;
@@ -242,6 +294,7 @@ async function openAdmin(parts: Parts): Promise<Admin | undefined> {
       workers.setLogLevel(level);
     },
     reload: async () => reloads.reload(),
+    upgrade,
     drain,
   };
   return startAdmin(admin, view, log);

@@ -7,6 +7,8 @@ import type { EngineBinding } from '../engine/binding.ts';
 import type { Log } from '../log.ts';
 
 export class ServiceManager {
+  /** What a successor needs to be heard as well. */
+  readonly env: NodeJS.ProcessEnv;
   readonly #socket: string | undefined;
   readonly #native: EngineBinding;
   readonly #log: Log;
@@ -16,6 +18,7 @@ export class ServiceManager {
   /** Takes the socket's name out of the environment: workers have nothing to say there. */
   constructor(env: NodeJS.ProcessEnv, native: EngineBinding, log: Log) {
     this.#socket = env['NOTIFY_SOCKET'];
+    this.env = this.#socket === undefined ? {} : { NOTIFY_SOCKET: this.#socket };
     delete env['NOTIFY_SOCKET'];
     this.#native = native;
     this.#log = log;
@@ -36,6 +39,12 @@ export class ServiceManager {
   /** @param status shown by `systemctl status`: what is served now. */
   reloaded(status: string): void {
     if (this.#state === 'serving') this.#tell('READY=1', `STATUS=${status.replaceAll('\n', ' ')}`);
+  }
+
+  /** Another process is the service from now on, and says itself how it does. */
+  succeededBy(pid: number): void {
+    this.#tell(`MAINPID=${pid}`);
+    this.#state = 'stopping';
   }
 
   stopping(): void {

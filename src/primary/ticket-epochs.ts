@@ -12,15 +12,43 @@ export interface TicketEpoch {
   readonly since: Date;
 }
 
+/** For a successor of this primary; its tickets go on. */
+export interface TicketSecrets {
+  readonly current: Buffer;
+  readonly next: Buffer;
+  readonly previous: Buffer | undefined;
+  readonly number: number;
+  readonly since: Date;
+}
+
 /** The previous, the current and the next epoch; a worker encrypts under the current one and opens all three. */
 export class TicketEpochs {
-  #current = randomBytes(secretBytes);
-  #next = randomBytes(secretBytes);
+  #current: Buffer;
+  #next: Buffer;
   #previous: Buffer | undefined;
-  #number = 1;
-  #since = new Date();
+  #number: number;
+  #since: Date;
 
-  /** Counted from the start of this primary. */
+  constructor(inherited?: TicketSecrets) {
+    this.#current = inherited?.current ?? randomBytes(secretBytes);
+    this.#next = inherited?.next ?? randomBytes(secretBytes);
+    this.#previous = inherited?.previous;
+    this.#number = inherited?.number ?? 1;
+    this.#since = inherited?.since ?? new Date();
+  }
+
+  get inheritance(): TicketSecrets {
+    const [current, next, previous, number, since] = [
+      this.#current,
+      this.#next,
+      this.#previous,
+      this.#number,
+      this.#since,
+    ];
+    return { current, next, previous, number, since };
+  }
+
+  /** Counted from the start of the first primary that had them. */
   get current(): TicketEpoch {
     return { number: this.#number, since: this.#since };
   }

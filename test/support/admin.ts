@@ -48,6 +48,7 @@ export function testView(): TestView {
     async reload() {
       return { outcome: 'committed', seconds: 0.5, changes: ['certificates.www changed'], reasons: [] };
     },
+    upgrade: async () => ({ refused: 'nobody is there' }),
     drain() {
       this.drains += 1;
     },
