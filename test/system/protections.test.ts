@@ -438,8 +438,12 @@ describe('protections', { timeout: 120_000 }, () => {
       });
     }
 
+    /** It is relayed already: what comes with Finished is still the handshake's. */
     async function established(): Promise<Forger> {
-      return forger({ port: keygate.port() });
+      const client = await forger({ port: keygate.port() });
+      client.raw.write(client.record(contentTypes.applicationData, Buffer.from('there')));
+      assert.equal(String(((await once(client.tls, 'data')) as [Buffer])[0]), 'there');
+      return client;
     }
   });
 
