@@ -11,16 +11,16 @@ use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-pub const CONTROL_BYTES: usize = 4096;
+pub const CONTROL_BYTES: usize = 8192;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"KGFAULT1");
-pub const VERSION: u64 = 1;
-/// For `rv_left` and `flip_left`.
+pub const VERSION: u64 = 2;
+/// For everything that counts down.
 pub const FOR_EVER: u64 = u64::MAX;
 
 const WORDS: usize = CONTROL_BYTES / 8;
-const FUNCTIONS_START: usize = 16;
-const FUNCTION_WORDS: usize = 16;
-const DEEDS_START: usize = 448;
+const FUNCTIONS_START: usize = 64;
+const FUNCTION_WORDS: usize = 32;
+const DEEDS_START: usize = 960;
 
 /// The number is the place in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +43,95 @@ pub enum Function {
     GetAttributeValue = 14,
     SignInit = 15,
     Sign = 16,
+    GetSlotInfo = 17,
+    GetMechanismList = 18,
+}
+
+/// What the module counts or is told as a whole; the number is the place in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Word {
+    /// Broken: two threads in one PKCS#11 session at once.
+    SharedSession = 2,
+    /// Broken: a call before C_Initialize or after C_Finalize.
+    NotInitialized = 3,
+    /// Broken: C_Finalize while calls are in flight; refused.
+    FinalizeInFlight = 4,
+    ExitDelayUs = 5,
+    MisbehaveLeft = 6,
+    /// Broken: C_SignInit while an operation is active, or C_Sign without C_SignInit.
+    OperationOrder = 7,
+    /// Broken: a process that was forked uses its parent's C_Initialize.
+    Forked = 8,
+    /// Broken: a call on a thread that must not wait, by its name.
+    IoThread = 9,
+    SessionsOpen = 10,
+    SessionsOpenMax = 11,
+    /// More are CKR_SESSION_COUNT; 0: no limit.
+    SessionLimit = 12,
+    /// Not 0: C_GetSlotList shows none.
+    SlotsHidden = 13,
+    /// Slot ids grow by so much with each C_Initialize of the process.
+    SlotShift = 14,
+    /// What C_FindObjects finds: 0 what there is, 1 nothing, 2 everything twice.
+    Objects = 15,
+    /// Not 0: after every other C_Initialize handles of neighbouring objects are exchanged.
+    HandlesExchanged = 16,
+    /// Not 0: CKA_EXTRACTABLE is true.
+    Extractable = 17,
+    /// Not 0: C_GetSessionInfo says the opposite of whether the user is logged in.
+    SessionInfoLies = 18,
+    /// So many signatures still begin with everybody logged out.
+    LogoutLeft = 19,
+    /// So many signatures still begin with their PKCS#11 session closed.
+    CloseLeft = 20,
+    PinsRefused = 21,
+    /// After so many refused PINs the PIN is locked, and the one before is the final try; 0: the real token decides.
+    PinTries = 22,
+    /// So many signatures still end their process.
+    CrashLeft = 23,
+    /// The signal with which they do.
+    CrashSignal = 24,
+    /// Lost with each signature.
+    LeakBytes = 25,
+    /// What `flip_every` and `flip_left` do to a signature, a `Damage`.
+    Damage = 26,
+    Initializations = 27,
+}
+
+pub const VIOLATIONS: [Word; 6] = [
+    Word::SharedSession,
+    Word::NotInitialized,
+    Word::FinalizeInFlight,
+    Word::OperationOrder,
+    Word::Forked,
+    Word::IoThread,
+];
+
+/// How a signature comes to be wrong, or odd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Damage {
+    Flip = 0,
+    Truncate = 1,
+    /// CKR_OK, and no byte.
+    Empty = 2,
+    /// Right, with r or s beginning with a zero byte.
+    LeadingZero = 3,
+    OtherKey = 4,
+}
+
+/// What ends an injected error that is meant to last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Heal {
+    Never = 0,
+    /// For PKCS#11 sessions opened since.
+    Reopen = 1,
+    /// For processes that have logged in since.
+    Login = 2,
+    /// For processes that have initialised the module since.
+    Initialize = 3,
 }
 
 /// What a module may try that has turned against its host; the order is the place in the file.
@@ -112,6 +201,26 @@ pub struct FunctionControl<'a> {
     pub in_flight_max: &'a AtomicU64,
     pub injected: &'a AtomicU64,
     pub flipped: &'a AtomicU64,
+    /// Milliseconds of CLOCK_MONOTONIC; 0: no end.
+    pub rv_until_ms: &'a AtomicU64,
+    /// Of a million calls; 0: each.
+    pub rv_per_million: &'a AtomicU64,
+    pub rv_heal: &'a AtomicU64,
+    /// When it was switched on, microseconds of CLOCK_MONOTONIC; for `rv_heal`.
+    pub rv_since_us: &'a AtomicU64,
+    /// Faults concern these alone; 0: all.
+    pub only_pid: &'a AtomicU64,
+    pub only_session: &'a AtomicU64,
+    /// The first eight bytes of a token's label.
+    pub only_token: &'a AtomicU64,
+    /// Sigma of a log-normal distribution around `delay_us`, in thousandths.
+    pub delay_sigma: &'a AtomicU64,
+    pub spike_us: &'a AtomicU64,
+    pub spike_every: &'a AtomicU64,
+    /// Calls per second, all processes together; 0: no cap.
+    pub rate: &'a AtomicU64,
+    /// When the next call may begin, microseconds of CLOCK_MONOTONIC.
+    pub rate_next_us: &'a AtomicU64,
 }
 
 impl Control {
@@ -154,28 +263,36 @@ impl Control {
             in_flight_max: field(10),
             injected: field(11),
             flipped: field(12),
+            rv_until_ms: field(13),
+            rv_per_million: field(14),
+            rv_heal: field(15),
+            rv_since_us: field(16),
+            only_pid: field(17),
+            only_session: field(18),
+            only_token: field(19),
+            delay_sigma: field(20),
+            spike_us: field(21),
+            spike_every: field(22),
+            rate: field(23),
+            rate_next_us: field(24),
         }
     }
 
-    pub fn shared_session(&self) -> &AtomicU64 {
-        &self.words[2]
+    pub fn word(&self, word: Word) -> &AtomicU64 {
+        &self.words[word as usize]
     }
 
-    pub fn not_initialized(&self) -> &AtomicU64 {
-        &self.words[3]
+    pub fn read(&self, word: Word) -> u64 {
+        self.word(word).load(SeqCst)
     }
 
-    pub fn finalize_in_flight(&self) -> &AtomicU64 {
-        &self.words[4]
+    pub fn count(&self, word: Word) {
+        self.word(word).fetch_add(1, SeqCst);
     }
 
-    pub fn exit_delay_us(&self) -> &AtomicU64 {
-        &self.words[5]
-    }
-
-    /// So many signatures still begin with every deed of `DEEDS`.
-    pub fn misbehave_left(&self) -> &AtomicU64 {
-        &self.words[6]
+    /// Whether there is one left; uses it up.
+    pub fn takes(&self, word: Word) -> bool {
+        take(self.word(word))
     }
 
     /// What became of a deed: 0 while it has not been tried, 1 when it was done, else errno in the upper half.
@@ -185,10 +302,7 @@ impl Control {
 
     /// All broken contracts together.
     pub fn violations(&self) -> u64 {
-        [self.shared_session(), self.not_initialized(), self.finalize_in_flight()]
-            .iter()
-            .map(|counter| counter.load(SeqCst))
-            .sum()
+        VIOLATIONS.iter().map(|word| self.read(*word)).sum()
     }
 
     fn map(file: &File) -> io::Result<Control> {
@@ -210,20 +324,36 @@ impl FunctionControl<'_> {
     /// For tests: the next `times` calls return `rv`.
     pub fn fail(&self, rv: u64, times: u64) {
         self.rv_every.store(1, SeqCst);
+        self.rv_since_us.store(now_us(), SeqCst);
         self.rv.store(rv, SeqCst);
         self.rv_left.store(times, SeqCst);
     }
 
+    /// For tests: as `fail`, until the user of the module does what heals it.
+    pub fn fail_until(&self, rv: u64, heal: Heal) {
+        self.rv_heal.store(heal as u64, SeqCst);
+        self.fail(rv, FOR_EVER);
+    }
+
     /// Whether this call, the `call`th, is one of those that `every` and `left` select; uses one up.
     pub fn selects(call: u64, every: &AtomicU64, left: &AtomicU64) -> bool {
-        let every = every.load(SeqCst).max(1);
-        call.is_multiple_of(every)
-            && left
-                .fetch_update(SeqCst, SeqCst, |left| match left {
-                    0 => None,
-                    FOR_EVER => Some(FOR_EVER),
-                    some => Some(some - 1),
-                })
-                .is_ok()
+        call.is_multiple_of(every.load(SeqCst).max(1)) && take(left)
     }
+}
+
+fn take(left: &AtomicU64) -> bool {
+    let less = |left| match left {
+        0 => None,
+        FOR_EVER => Some(FOR_EVER),
+        some => Some(some - 1),
+    };
+    left.fetch_update(SeqCst, SeqCst, less).is_ok()
+}
+
+/// CLOCK_MONOTONIC, which is the same for all processes of a machine; never 0.
+pub fn now_us() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes a timespec that lives through the call; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    (time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000).max(1)
 }
