@@ -32,7 +32,10 @@ export const logEvents = {
   token_warning: 'something about a token or key that works and should not stay so',
   token_down: 'a worker cannot sign with a token any more, and why',
   token_up: 'it can again',
-  token_repaired: 'PKCS#11 sessions were reopened, a login repeated, or keys found again',
+  lanes_lost: 'signing threads of a worker are lost in the module of a token, and others have taken their places',
+  worker_stuck: 'calls into a module do not return in a worker: another takes its place, and it keeps its connections',
+  worker_replaced: 'a worker that was stuck accepts nothing any more; its connections may end until the drain deadline',
+  token_repaired: 'PKCS#11 sessions were reopened, a login repeated, keys found again, or the module initialised again',
   server_down: 'a worker holds a server of an upstream for unhealthy',
   server_up: 'it does not any more',
   server_certificate:

@@ -81,6 +81,8 @@ export type WorkerMessage =
   /** The worker goes on with what it has. */
   | { readonly type: 'refused'; readonly reload: number; readonly failure: WorkerFailure }
   | { readonly type: 'committed'; readonly reload: number }
+  /** Said each second while it is so: it cannot mend a token that it needs, because calls into the module do not return. */
+  | { readonly type: 'stuck'; readonly why: string }
   /** Every connection has ended; the worker waits for `leave`. */
   | { readonly type: 'ended'; readonly snapshot: WorkerSnapshot }
   | { readonly type: 'snapshot'; readonly id: number; readonly snapshot: WorkerSnapshot };

@@ -242,15 +242,23 @@ export const signing: Board = {
         lines({
           title: 'Repairs',
           description:
-            'Sessions opened again, logins repeated, keys found again. Handshakes pay for each: something between keygate and the token ends sessions.',
+            'Sessions opened again, logins repeated, keys found again, modules initialised again. Handshakes pay for each: something between keygate and the token ends sessions.',
           unit: units.perSecond,
           queries: [{ expr: sum(rate(own('keygate_pkcs11_recoveries_total')), 'repair'), legend: '{{repair}}' }],
         }),
         lines({
           title: 'Incidents',
           description:
-            'In the time that is shown up to each moment: how often a token went down for a worker, and logins that did not wait for the lock.',
+            'In the time that is shown up to each moment: how often a token went down for a worker, lanes that were lost in a module, requests that another token had to sign, and logins that did not wait for the lock.',
           queries: [
+            {
+              expr: sum(increase(own('keygate_lanes_written_off_total')), 'token'),
+              legend: '{{token}} lanes lost',
+            },
+            {
+              expr: sum(increase(own('keygate_sign_failovers_total')), 'token'),
+              legend: '{{token}} failed over',
+            },
             { expr: sum(increase(own('keygate_token_went_down_total')), 'token'), legend: '{{token}} went down' },
             {
               expr: sum(increase(own('keygate_login_lock_timeouts_total')), 'token'),

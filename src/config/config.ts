@@ -115,6 +115,10 @@ export interface TokenConfig {
   readonly pin: PinSource;
   /** 1..256 signing threads per worker, each with a PKCS#11 session of its own. */
   readonly lanes: number;
+  /** PKCS#11 sessions that all workers together may open; at least 3 for each worker. */
+  readonly sessions: number | undefined;
+  /** How much more it is asked than others with the same key; 0: only when none of those is up. */
+  readonly weight: number;
   /** Signatures that wait for a lane: how many, and for how long. */
   readonly queue: { readonly max: number; readonly ageMs: number };
   readonly signDeadlineMs: number;

@@ -100,6 +100,8 @@ function tokenConfig(name: string, token: Document['tokens'][string], directory:
     uri: token.uri,
     pin: secretPlace(token.pin, directory),
     lanes: token.lanes,
+    sessions: token.sessions,
+    weight: token.weight,
     queue: { max: token.queue.max, ageMs: token.queue.age },
     signDeadlineMs: token.signDeadline,
     verify: token.verify,

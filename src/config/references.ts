@@ -4,6 +4,7 @@
  * Runs: at start, on the main thread.
  */
 import { isIP, isIPv6 } from 'node:net';
+import { availableParallelism } from 'node:os';
 import { isLocal, parseAdminAddress, parseBindAddress, parseServerAddress } from './address.ts';
 import { listenerModes } from './config.ts';
 import type { TcpAddress, UnixAddress } from './config.ts';
@@ -22,6 +23,7 @@ export function referenceFaults(document: unknown): PlacedFault[] {
     ...misplacedTls(document),
     ...uncheckable(document),
     ...unknowable(document),
+    ...scarceSessions(document),
     ...sharedBinds(document),
     ...destinationless(document),
     ...openAdmin(document),
@@ -213,6 +215,22 @@ function* targets(document: unknown): Generator<[Path, Readonly<Record<string, u
 }
 
 /** What an upstream wants checked needs a section that says how, and DANE a name and a port to ask for. */
+/** An anchor that keeps the login, a lane, and one that keys are looked for in: less is no worker's life. */
+function* scarceSessions(document: unknown): Generator<PlacedFault> {
+  const { workers, tokens } = mapping(document);
+  const count = typeof workers === 'number' ? workers : availableParallelism();
+  for (const [name, token] of Object.entries(mapping(tokens))) {
+    const { sessions } = mapping(token);
+    if (typeof sessions !== 'number' || sessions >= 3 * count) continue;
+    yield {
+      path: ['tokens', name, 'sessions'],
+      code: 'config_conflict',
+      expected: `at least ${3 * count}: 3 for each of ${count} workers`,
+      hint: 'allow keygate more sessions of the token, or run fewer `workers`',
+    };
+  }
+}
+
 function* uncheckable(document: unknown): Generator<PlacedFault> {
   for (const [at, tls] of nested(document, 'upstreams', 'tls')) {
     const { dane, transparency, name } = mapping(tls);

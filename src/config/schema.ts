@@ -37,6 +37,14 @@ const token = z.strictObject({
   ),
   pin: secretPlace('PIN').describe('Where the PIN is kept, never the PIN itself: exactly one of these.'),
   lanes: whole(1, 256, 8).describe('Signing threads per worker, each with a PKCS#11 session of its own.'),
+  sessions: wholeNumber(3, 1_000_000, 'a whole number from 3 to 1000000')
+    .optional()
+    .describe(
+      'PKCS#11 sessions that all workers together may open on the token, at least 3 for each. Default: as many as `lanes` need, and as many again for lanes that are lost in the module.',
+    ),
+  weight: whole(0, 1000, 1).describe(
+    'How much more this token is asked than others that hold the same key, when all are as fast; 0: only while none of the others is up.',
+  ),
   queue: z
     .strictObject({
       max: whole(1, 1_000_000, 1024).describe('Signatures that may wait for a lane, per worker and kind of key.'),
@@ -45,7 +53,7 @@ const token = z.strictObject({
     .prefault({})
     .describe('What waits for a lane.'),
   signDeadline: duration(10, 600_000, '5s').describe(
-    'A signature that takes longer fails its handshake; its lane stays busy until the module returns.',
+    'A signature that takes longer fails its handshake. A lane that is in the module for twice as long is lost, and another takes its place.',
   ),
   verify: z
     .strictObject({

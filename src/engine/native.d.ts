@@ -134,6 +134,11 @@ export declare class Engine {
   discard(): void
   /** Frees what no handshake uses any more of former configurations. To be called now and then. */
   letGo(): void
+  /**
+   * Writes off signing threads that are lost in their modules and starts others. To be called now and then. Returns why this
+   * process should be replaced, if it should: calls into a module that the certificate needs do not return.
+   */
+  look(): string | null
   /** Accepts also from a socket of a sibling that is gone. An unknown listener is ignored. */
   accept(listener: string, socket: number): void
   /** Leaves a socket to the sibling that is back. */
@@ -332,6 +337,16 @@ export interface MechanismSnapshot {
   latency: LatencySnapshot
 }
 
+/** Somebody else in this process who uses a PKCS#11 module: as long as it lasts, the engine does not initialise it again. */
+export declare class ModuleVisit {
+  /**
+   * Loads the module before anybody else does, with symbols of its own if `isolate`; it stays loaded. Blocks while the
+   * engine initialises it again. Throws when it cannot be loaded, or that takes too long.
+   */
+  static begin(path: string, isolate: boolean): ModuleVisit
+  end(): void
+}
+
 export interface OpenedListener {
   /** The caller's to close. */
   fd: number
@@ -464,6 +479,10 @@ export interface TokenSettings {
   pin: Buffer
   /** Signing threads, each with a PKCS#11 session: 1 to 256. */
   lanes: number
+  /** Lanes that are lost in the module included: at least `lanes`. */
+  threadsMax: number
+  /** How much more it is asked than others with the same keys; 0: only when none of those is up. */
+  weight: number
   queueMax: number
   queueAgeMs: number
   signDeadlineMs: number
@@ -488,10 +507,13 @@ export interface TokenSnapshot {
   lanesIdle: number
   lanesBusy: number
   lanesLost: number
+  lanesWrittenOff: number
   sessionsOpen: number
   reopened: number
   loggedIn: number
   refound: number
+  reinitialized: number
+  failedOver: number
   shedQueueFull: number
   shedQueueAged: number
   shedTokenDown: number
@@ -633,9 +655,6 @@ export declare function openHandover(): HandoverChannel
  * Throws with the code of bind(2) first in the message: EADDRINUSE, EACCES, …
  */
 export declare function openListener(address: string, backlog: number, transparent: boolean): OpenedListener
-
-/** Loads a PKCS#11 module before anybody else does, with symbols of its own if `isolate`. It stays loaded. */
-export declare function preloadModule(path: string, isolate: boolean): void
 
 /** Throws if somebody already listens at the address, or if it cannot be bound. */
 export declare function probeAddress(address: string): void

@@ -18,9 +18,10 @@ import { ckrName, failureReason, tokenFailure } from './failure.ts';
 export interface NativeModuleGuard {
   /**
    * Loads the module for the life of the process, before graphene does: bound to its own libcrypto when `isolate`,
-   * and never unloaded when graphene's object is collected.
+   * and never unloaded when graphene's object is collected. Until what it returns is called, the engine does not finalise
+   * the module to initialise it again: a call of graphene's that is running would crash.
    */
-  preload(modulePath: string, isolate: boolean): void;
+  enter(modulePath: string, isolate: boolean): () => void;
   /**
    * Waits at most `waitMs` for the machine-wide login lock of the module and returns its release.
    * SoftHSM 2.6 rewrites the token file in C_Login and unlocks it before the flush: whoever calls C_Initialize or
@@ -68,15 +69,21 @@ export interface OpenModule {
  * @throws TokenError `token_module`, or what the guard throws of its own.
  */
 export function openModule(path: string, isolate: boolean, guard: NativeModuleGuard): OpenModule {
+  let leave = () => {};
   try {
-    let module = loadedModules.get(path);
-    if (module === undefined) {
-      guard.preload(path, isolate);
-      module = Module.load(path);
-      loadedModules.set(path, module);
-    }
-    return { module, close: initialise(module) ? () => finalise(module) : () => {} };
+    leave = guard.enter(path, isolate);
+    const module = loadedModules.get(path) ?? Module.load(path);
+    loadedModules.set(path, module);
+    const isOurs = initialise(module);
+    return {
+      module,
+      close() {
+        if (isOurs) finalise(module);
+        leave();
+      },
+    };
   } catch (error) {
+    leave();
     throw moduleFailure(error, path);
   }
 }

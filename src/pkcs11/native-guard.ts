@@ -7,8 +7,11 @@ import { engine } from '../engine/binding.ts';
 import type { NativeModuleGuard } from './module.ts';
 
 export const nativeGuard: NativeModuleGuard = {
-  preload(modulePath, isolate) {
-    engine().preloadModule(modulePath, isolate);
+  enter(modulePath, isolate) {
+    const visit = engine().ModuleVisit.begin(modulePath, isolate);
+    return () => {
+      visit.end();
+    };
   },
   lockLogin(modulePath, waitMs) {
     const lock = engine().LoginLock.acquire(modulePath, waitMs);

@@ -353,11 +353,14 @@ function proofOf({ token, key, proofs }: SharedKey, spki: Buffer): KeygateError 
   return proofs.get(owner);
 }
 
-function warnOfSessionLimit({ config: { name, lanes }, open, warnings }: TokenState, { workers }: PlanConfig): void {
+function warnOfSessionLimit(
+  { config: { name, lanes, sessions }, open, warnings }: TokenState,
+  { workers }: PlanConfig,
+): void {
   const max = open?.token.sessions.max;
   const count = workers === 'auto' ? availableParallelism() : workers;
   // Beside its lanes each worker holds one session that keeps the login alive.
-  const wanted = count * (lanes + 1);
+  const wanted = Math.min(count * (lanes + 1), sessions ?? Number.POSITIVE_INFINITY);
   if (max !== undefined && wanted > max) {
     warnings.push(
       `token ${name}: ${count} workers with ${lanes} lanes want ${wanted} sessions, the token allows ${max}`,

@@ -158,6 +158,18 @@ const families: readonly Family[] = [
     ['token'],
     (measurements) => measurements.snapshot.tokens.map(({ name, up }) => [[name], upForAll(up, measurements)]),
   ),
+  counter(
+    'lanes_written_off_total',
+    'Lanes that were lost in the module for longer than anybody waits, and replaced.',
+    ['token'],
+    ({ snapshot }) => snapshot.tokens.map(({ name, lanesWrittenOff }) => [[name], lanesWrittenOff]),
+  ),
+  counter(
+    'sign_failovers_total',
+    'Requests that went on to another token, because this one failed or took too long.',
+    ['token'],
+    ({ snapshot }) => snapshot.tokens.map(({ name, failedOver }) => [[name], failedOver]),
+  ),
   counter('token_went_down_total', 'How often the token went down for a worker.', ['token'], ({ snapshot }) =>
     snapshot.tokens.map(({ name, wentDown }) => [[name], wentDown]),
   ),
@@ -238,13 +250,14 @@ const families: readonly Family[] = [
   ),
   counter(
     'pkcs11_recoveries_total',
-    'Repairs: a PKCS#11 session reopened, a login repeated, a key found again.',
+    'Repairs: a PKCS#11 session reopened, a login repeated, a key found again, the module initialised again.',
     ['token', 'repair'],
     ({ snapshot }) =>
-      snapshot.tokens.flatMap(({ name, reopened, loggedIn, refound }) => [
+      snapshot.tokens.flatMap(({ name, reopened, loggedIn, refound, reinitialized }) => [
         [[name, 'session_reopened'], reopened] as const,
         [[name, 'logged_in'], loggedIn] as const,
         [[name, 'key_refound'], refound] as const,
+        [[name, 'module_reinitialised'], reinitialized] as const,
       ]),
   ),
   counter(
@@ -313,6 +326,12 @@ const families: readonly Family[] = [
   gauge('ready', '1 while /ready says so.', [], ({ ready }) => [[[], Number(ready)]]),
   gauge('worker_up', '1 while the worker is ready and answers.', ['worker'], ({ workers }) =>
     workers.map(({ slot, state, answers }) => [[String(slot)], Number(state === 'ready' && answers)]),
+  ),
+  gauge(
+    'worker_stuck',
+    '1 while calls into a module do not return in the worker and it waits for another in its place.',
+    ['worker'],
+    ({ workers }) => workers.map(({ slot, stuck }) => [[String(slot)], Number(stuck !== undefined)]),
   ),
   counter('worker_restarts_total', 'How often the worker was replaced.', ['worker'], ({ workers }) =>
     workers.map(({ slot, restarts }) => [[String(slot)], restarts]),

@@ -64,11 +64,30 @@ export class SnapshotBook {
     return answeredAt === undefined ? undefined : performance.now() - answeredAt;
   }
 
-  /** The worker is gone: its counts stay, its gauges go with it. */
-  retire(slot: number): void {
+  /** Another worker has the slot from now on. @returns where this one is entered until it is gone */
+  move(slot: number): number {
+    let page = pagesBeyond;
+    while (this.#living.has(page)) page += 1;
     const last = this.#living.get(slot);
-    this.#answeredAt.delete(slot);
+    if (last !== undefined) this.#living.set(page, last);
     this.#living.delete(slot);
+    this.#answeredAt.delete(slot);
+    return page;
+  }
+
+  /** Why no full handshake can succeed: none of these workers has a token that is up. */
+  tokensDown(pages: readonly number[]): string | undefined {
+    const tokens = pages.map((page) => this.#living.get(page)?.engine.tokens ?? []);
+    if (!tokens.every((own) => own.length > 0 && own.every(({ up }) => !up))) return undefined;
+    const whys = (tokens[0] ?? []).map(({ name, downReason = 'down' }) => `token ${name}: ${downReason}`);
+    return `no token is up: ${whys.join('; ')}`;
+  }
+
+  /** The worker is gone: its counts stay, its gauges go with it. */
+  retire(page: number, slot = page): void {
+    const last = this.#living.get(page);
+    this.#answeredAt.delete(page);
+    this.#living.delete(page);
     if (last === undefined) return;
     const { engine, logs } = this.#retired ?? nothing;
     this.#retired = { engine: sum(engine, withoutGauges(last.engine)), logs: sumLogs(logs, last.logs) };
@@ -95,17 +114,21 @@ export class SnapshotBook {
   total(): Observation {
     const living = [...this.#living.values()];
     const retired = this.#retired ?? nothing;
+    const inSlots = [...this.#living].filter(([page]) => page < pagesBeyond);
     return {
       engine: living.map(({ engine }) => engine).reduce(sum, retired.engine),
       logs: living.map(({ logs }) => logs).reduce(sumLogs, retired.logs),
-      processes: new Map([...this.#living].map(([slot, { process }]) => [slot, process])),
+      processes: new Map(inSlots.map(([slot, { process }]) => [slot, process])),
       cpu: new Map([
         ...this.#retiredCpu,
-        ...[...this.#living].map(([slot, own]) => [slot, sumCpu(this.#retiredCpu.get(slot), own)] as const),
+        ...inSlots.map(([slot, own]) => [slot, sumCpu(this.#retiredCpu.get(slot), own)] as const),
       ]),
     };
   }
 }
+
+/** Beyond any slot: where workers are entered that have none any more. */
+const pagesBeyond = 100_000;
 
 /** What a name has resolved to is the workers' to know: with one among the servers, all are kept. */
 function serversOf(snapshots: ServerSnapshot[], upstream: UpstreamConfig | undefined): ServerSnapshot[] {

@@ -10,6 +10,10 @@
  *    └──delay── waiting <──exit─────────┘        a refused PIN halts: no slot is forked any more
  * ```
  *
+ * A worker that is ready and stuck (a PKCS#11 module does not return) serves on, for what needs no key, while a successor
+ * starts beside it, one at a time for all slots. Once that is ready it has the slot; the former one is retired: it accepts
+ * nothing any more and leaves with its last connection, or at the drain deadline.
+ *
  * While the PIN is not known to be good (at start, and after any loss) at most one worker is starting: a PIN that became
  * wrong is tried once, not once per worker.
  */
@@ -49,6 +53,8 @@ const commitDeadlineMs = 15_000;
 /** What a worker inherits before its sockets: three standard descriptors, the channel for messages, that for sockets. */
 const handoverFd = 4;
 const firstSocketFd = 5;
+/** A worker that has not said so again for this long is not stuck any more. */
+const stuckMsMax = 3_000;
 /** No observation has this number. */
 const unasked = 0;
 
@@ -74,6 +80,16 @@ interface Slot {
   killTimer: NodeJS.Timeout | undefined;
   /** Slot of the sibling that serves this slot's accept queue. */
   adoptedBy: Slot | undefined;
+  /** Its worker cannot sign any more and will not again: why, and when it said so last. */
+  stuck: { readonly why: string; readonly saidAtMs: number } | undefined;
+  /** Starts beside a worker that is stuck, to take its place. */
+  successor: Slot | undefined;
+  /** The other way round. */
+  replaces: Slot | undefined;
+  /** No successor before. */
+  successorAtMs: number;
+  /** In the book of snapshots: the slot's number, but of a worker that is retired. */
+  page: number;
 }
 
 export interface SlotStatus {
@@ -84,6 +100,8 @@ export interface SlotStatus {
   /** When its process was forked; undefined while there is none. */
   readonly startedAt: Date | undefined;
   readonly failure: string | undefined;
+  /** Why it waits for another in its place. */
+  readonly stuck: string | undefined;
   /** False when it is ready and says nothing any more: its JavaScript thread hangs, or the process was stopped. */
   readonly answers: boolean;
   /** What holds in the worker that is ready; `landlockAbi` is 0 without Landlock. */
@@ -130,6 +148,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
   readonly #staples: () => readonly Staple[];
   readonly #log: Log;
   readonly #slots: Slot[];
+  /** Workers that have lost their slots to successors and end with their connections. */
+  readonly #retired = new Set<Slot>();
   readonly #book = new SnapshotBook();
   #observation = 0;
   #reloads = 0;
@@ -175,13 +195,14 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   get status(): readonly SlotStatus[] {
-    return this.#slots.map(({ index, state, worker, startedAt, restarts, failure, sandbox }) => ({
+    return this.#slots.map(({ index, state, worker, startedAt, restarts, failure, stuck, sandbox }) => ({
       slot: index,
       state,
       pid: worker?.process.pid,
       restarts,
       startedAt: worker === undefined ? undefined : startedAt,
       failure: failure?.message,
+      stuck: isStuck(stuck) ? stuck.why : undefined,
       answers: (this.#book.silenceMs(index) ?? 0) < silenceMsMax,
       sandbox: state === 'ready' ? sandboxStatus(sandbox) : undefined,
     }));
@@ -192,20 +213,22 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (this.#draining) return 'draining';
     if (this.#halted !== undefined) return `no worker may be forked any more: ${this.#halted.message}`;
     const looping = this.#slots.find(
-      ({ state, failuresInRow }) => state !== 'ready' && failuresInRow >= crashLoopFailures,
+      ({ state, stuck, failuresInRow }) => (state !== 'ready' || isStuck(stuck)) && failuresInRow >= crashLoopFailures,
     );
     if (looping !== undefined) return `worker ${looping.index} has failed ${looping.failuresInRow} times in a row`;
-    if (!this.#slots.some(({ state }) => state === 'ready')) return 'no worker is ready';
-    return undefined;
+    const ready = this.#slots.filter(({ state }) => state === 'ready');
+    if (ready.length === 0) return 'no worker is ready';
+    // Full handshakes fail; a load balancer should know a better place.
+    return this.#book.tokensDown(ready.map(({ page }) => page));
   }
 
   /** What all workers measured, living and dead, as one; a worker that does not answer in time counts with its last answer. */
   async observe(): Promise<Observation> {
     const id = ++this.#observation;
-    const asked = this.#slots.filter(({ state }) => state === 'ready');
+    const asked = [...this.#slots.filter(({ state }) => state === 'ready'), ...this.#retired];
     const answers = this.#book.expect(
       id,
-      asked.map(({ index }) => index),
+      asked.map(({ page }) => page),
     );
     for (const slot of asked) this.#tell(slot, { type: 'observe', id });
     const deadline = Promise.withResolvers<void>();
@@ -297,24 +320,24 @@ export class Workers extends EventEmitter<WorkersEvents> {
 
   rotateTickets(): void {
     this.#epochs.rotate();
-    for (const slot of this.#slots) {
+    for (const slot of this.#all) {
       if (slot.state === 'ready') this.#tell(slot, { type: 'tickets', ticketSecrets: this.#epochs.secrets });
     }
   }
 
   /** Also those who are starting: they have been given what there was when they were forked. */
   giveStaples(staples: readonly Staple[]): void {
-    for (const slot of this.#slots) this.#tell(slot, { type: 'staples', staples });
+    for (const slot of this.#all) this.#tell(slot, { type: 'staples', staples });
   }
 
   reopenLogs(): void {
-    for (const slot of this.#slots) this.#tell(slot, { type: 'reopen-logs' });
+    for (const slot of this.#all) this.#tell(slot, { type: 'reopen-logs' });
   }
 
   /** Of every worker there is or will be, until a reload commits its own. */
   setLogLevel(level: LogLevel): void {
     this.#config = { ...this.#config, log: { ...this.#config.log, level } };
-    for (const slot of this.#slots) this.#tell(slot, { type: 'log-level', level });
+    for (const slot of this.#all) this.#tell(slot, { type: 'log-level', level });
   }
 
   /**
@@ -324,15 +347,28 @@ export class Workers extends EventEmitter<WorkersEvents> {
   drain(deadlineMs: number): void {
     this.#draining = true;
     if (this.#reload !== undefined) this.#refuse(this.#reload, undefined, 'keygate drains');
-    for (const slot of this.#slots) {
+    for (const slot of this.#all) {
       if (slot.state === 'waiting') clearTimeout(slot.timer);
-      const { worker } = slot;
-      if (worker === undefined) continue;
-      this.#tell(slot, { type: 'drain', deadlineMs });
-      clearTimeout(slot.killTimer);
-      slot.killTimer = setTimeout(() => worker.process.kill('SIGKILL'), deadlineMs + killGraceMs);
+      this.#drain(slot, deadlineMs);
     }
     this.#sayWhatCameToPass();
+  }
+
+  #drain(slot: Slot, deadlineMs: number): void {
+    const { worker } = slot;
+    if (worker === undefined) return;
+    this.#tell(slot, { type: 'drain', deadlineMs });
+    clearTimeout(slot.killTimer);
+    slot.killTimer = setTimeout(() => worker.process.kill('SIGKILL'), deadlineMs + killGraceMs);
+  }
+
+  /** Whose process may be there: in a slot, about to have one, or no longer. */
+  get #all(): readonly Slot[] {
+    return [...this.#slots.flatMap((slot) => slot.successor ?? []), ...this.#slots, ...this.#retired];
+  }
+
+  get #isStarting(): boolean {
+    return this.#all.some(({ state }) => state === 'starting');
   }
 
   async #ask(reload: Reload, slot: Slot): Promise<void> {
@@ -376,7 +412,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
 
   /** Nobody is starting: whoever runs is ready. */
   async #whenSettled(): Promise<void> {
-    if (!this.#slots.some(({ state }) => state === 'starting')) return;
+    if (!this.#isStarting) return;
     const { promise, resolve } = Promise.withResolvers<void>();
     this.#settled = resolve;
     await promise;
@@ -392,7 +428,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     for (const slot of this.#slots) {
       if (this.#draining || this.#halted !== undefined || this.#reload !== undefined) return;
       if (slot.state !== 'due') continue;
-      if (!this.#proved && this.#slots.some(({ state }) => state === 'starting')) return;
+      if (!this.#proved && this.#isStarting) return;
       this.#fork(slot);
     }
   }
@@ -436,8 +472,11 @@ export class Workers extends EventEmitter<WorkersEvents> {
         case 'failed':
           failure = message.failure;
           return;
+        case 'stuck':
+          this.#stuck(slot, message.why);
+          return;
         case 'ended':
-          this.#book.enter(unasked, slot.index, message.snapshot);
+          this.#book.enter(unasked, slot.page, message.snapshot);
           this.#tell(slot, { type: 'leave' });
           return;
         case 'prepared':
@@ -452,7 +491,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
           if (this.#reload?.number === message.reload) hasCommitted(this.#reload, slot);
           return;
         case 'snapshot':
-          this.#book.enter(message.id, slot.index, message.snapshot);
+          this.#book.enter(message.id, slot.page, message.snapshot);
           return;
       }
     });
@@ -480,6 +519,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     clearTimeout(slot.timer);
     slot.state = 'ready';
     slot.failure = undefined;
+    if (slot.replaces !== undefined) this.#succeed(slot.replaces, slot);
     slot.timer = setTimeout(() => {
       slot.failuresInRow = 0;
     }, stableAfterMs).unref();
@@ -499,6 +539,42 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#adoptOrphans();
     this.#forkDue();
     this.#sayWhatCameToPass();
+  }
+
+  /** A worker serves on, and another is started beside it, unless one that was failed a moment ago. */
+  #stuck(slot: Slot, why: string): void {
+    slot.stuck = { why, saidAtMs: performance.now() };
+    const isInOrder = !this.#draining && this.#halted === undefined && this.#reload === undefined;
+    const isInTime = !this.#isStarting && performance.now() >= slot.successorAtMs;
+    if (!isInOrder || !isInTime || this.#slots[slot.index] !== slot) return;
+    this.#log.error({ event: 'worker_stuck', worker: slot.index, workerPid: slot.worker?.process.pid }, why);
+    slot.successor = {
+      ...newSlot(slot.index),
+      replaces: slot,
+      restarts: slot.restarts + 1,
+      failuresInRow: slot.failuresInRow,
+    };
+    this.#fork(slot.successor);
+  }
+
+  #succeed(former: Slot, successor: Slot): void {
+    this.#takeSlot(former, successor);
+    clearTimeout(former.timer);
+    former.page = this.#book.move(former.page);
+    this.#retired.add(former);
+    this.#drain(former, this.#config.drainDeadlineMs);
+    const { index, worker } = former;
+    this.#log.warn(
+      { event: 'worker_replaced', worker: index, workerPid: worker?.process.pid, by: successor.worker?.process.pid },
+      'a worker that was stuck has a successor, and ends with its connections',
+    );
+  }
+
+  #takeSlot(former: Slot, successor: Slot): void {
+    former.successor = undefined;
+    successor.replaces = undefined;
+    this.#slots[former.index] = successor;
+    for (const orphaned of this.#slots) if (orphaned.adoptedBy === former) orphaned.adoptedBy = undefined;
   }
 
   /** When it is not what was said last: as a rule every worker's is the same. */
@@ -522,11 +598,17 @@ export class Workers extends EventEmitter<WorkersEvents> {
     slot.state = 'waiting';
     if (slot.handover !== undefined) closeSync(slot.handover);
     slot.handover = undefined;
+    if (slot.replaces !== undefined) return this.#neverSucceeded(slot.replaces, worker, failure);
+    if (this.#retired.delete(slot)) {
+      this.#book.retire(slot.page, slot.index);
+      this.#log.info({ event: 'worker_ended', worker: slot.index }, 'worker ended');
+      return this.#sayWhatCameToPass();
+    }
     if (this.#reload?.asked.has(slot) === true) {
       this.#refuse(this.#reload, slot, failure);
       hasCommitted(this.#reload, slot);
     }
-    this.#book.retire(slot.index);
+    this.#book.retire(slot.page, slot.index);
     if (this.#draining) {
       this.#log.info({ event: 'worker_ended', worker: slot.index }, 'worker ended');
       this.#sayWhatCameToPass();
@@ -537,28 +619,45 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#proved = false;
     if (failure.haltsForking) this.#halted = failure;
     if (this.#everReady) {
-      const { index, failuresInRow } = slot;
-      const details = {
-        event: 'worker_lost',
-        worker: index,
-        workerPid: worker.process.pid,
-        code: failure.code,
-        failuresInRow,
-      } as const;
-      this.#log.error(details, failure.message);
+      this.#logLoss(slot, worker, failure);
+      const { successor } = slot;
       for (const orphaned of this.#slots) if (orphaned.adoptedBy === slot) orphaned.adoptedBy = undefined;
+      // The one that was to take its place is on its way.
+      if (successor !== undefined) this.#takeSlot(slot, successor);
       this.#adoptOrphans();
-      this.#replaceLater(slot);
+      if (successor === undefined) this.#replaceLater(slot);
     }
+    this.#sayWhatCameToPass();
+  }
+
+  #logLoss({ index, failuresInRow }: Slot, worker: Worker, failure: WorkerFailure): void {
+    const details = {
+      event: 'worker_lost',
+      worker: index,
+      workerPid: worker.process.pid,
+      code: failure.code,
+      failuresInRow,
+    } as const;
+    this.#log.error(details, failure.message);
+  }
+
+  /** The worker that is stuck serves on as well as it can, and waits longer for the next. */
+  #neverSucceeded(former: Slot, worker: Worker, failure: WorkerFailure): void {
+    former.successor = undefined;
+    former.failure = failure;
+    former.failuresInRow += 1;
+    former.successorAtMs = performance.now() + backoffMs(former);
+    if (failure.haltsForking) this.#halted = failure;
+    this.#logLoss(former, worker, failure);
+    this.#forkDue();
     this.#sayWhatCameToPass();
   }
 
   #replaceLater(slot: Slot): void {
     if (this.#halted !== undefined) return;
-    const delayMs = Math.min(backoffMinMs * 2 ** (slot.failuresInRow - 1), backoffMaxMs);
     slot.timer = setTimeout(() => {
       this.#replaceNow(slot);
-    }, delayMs);
+    }, backoffMs(slot));
     // Who waited for this one to prove the PIN is next.
     this.#forkDue();
   }
@@ -604,12 +703,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   #sayWhatCameToPass(): void {
-    if (!this.#slots.some(({ state }) => state === 'starting')) this.#settled?.();
+    if (!this.#isStarting) this.#settled?.();
     if (!this.#allReadySaid && this.#slots.every(({ state }) => state === 'ready')) {
       this.#allReadySaid = true;
       this.emit('allReady');
     }
-    if (this.#slots.some(({ worker }) => worker !== undefined)) return;
+    if (this.#all.some(({ worker }) => worker !== undefined)) return;
     const failure =
       this.#halted ??
       (this.#everReady ? undefined : this.#slots.find(({ failure: found }) => found !== undefined)?.failure);
@@ -637,7 +736,20 @@ function newSlot(index: number): Slot {
     timer: undefined,
     killTimer: undefined,
     adoptedBy: undefined,
+    stuck: undefined,
+    successor: undefined,
+    replaces: undefined,
+    successorAtMs: 0,
+    page: index,
   };
+}
+
+function backoffMs({ failuresInRow }: Slot): number {
+  return Math.min(backoffMinMs * 2 ** (failuresInRow - 1), backoffMaxMs);
+}
+
+function isStuck(stuck: Slot['stuck']): stuck is NonNullable<Slot['stuck']> {
+  return stuck !== undefined && performance.now() - stuck.saidAtMs < stuckMsMax;
 }
 
 /** Or has gone, and its replacement will have. */

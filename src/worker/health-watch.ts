@@ -11,6 +11,7 @@ export class HealthWatch {
   readonly #log: Log;
   readonly #down = new Set<string>();
   readonly #repairs = new Map<string, number>();
+  readonly #lost = new Map<string, number>();
 
   constructor(log: Log) {
     this.#log = log;
@@ -21,6 +22,7 @@ export class HealthWatch {
     for (const token of tokens) {
       seen.add(this.#notice('token', token.name, token.up, token.downReason));
       this.#noticeRepairs(token);
+      this.#noticeLost(token);
     }
     for (const { name, servers } of upstreams) {
       for (const { address, up } of servers) seen.add(this.#notice('server', `${name} ${address}`, up));
@@ -29,13 +31,21 @@ export class HealthWatch {
     for (const key of this.#down) if (!seen.has(key)) this.#down.delete(key);
   }
 
-  #noticeRepairs({ name, reopened, loggedIn, refound }: TokenSnapshot): void {
-    const repairs = reopened + loggedIn + refound;
+  #noticeLost({ name, lanesWrittenOff, lanesLost }: TokenSnapshot): void {
+    const known = this.#lost.get(name) ?? 0;
+    this.#lost.set(name, lanesWrittenOff);
+    if (lanesWrittenOff <= known) return;
+    const sums = { lost: lanesLost, writtenOff: lanesWrittenOff };
+    this.#log.warn({ event: 'lanes_lost', token: name, ...sums }, `token ${name}: calls into its module do not return`);
+  }
+
+  #noticeRepairs({ name, reopened, loggedIn, refound, reinitialized }: TokenSnapshot): void {
+    const repairs = reopened + loggedIn + refound + reinitialized;
     const known = this.#repairs.get(name);
     this.#repairs.set(name, repairs);
     // The login of the start repairs nothing.
     if (known === undefined || repairs <= known) return;
-    const sums = { reopened, loggedIn, refound };
+    const sums = { reopened, loggedIn, refound, reinitialized };
     this.#log.info({ event: 'token_repaired', token: name, ...sums }, `token ${name} was repaired`);
   }
 

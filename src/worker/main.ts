@@ -254,6 +254,8 @@ function watch(running: Engine, { log }: Logs): void {
     findings.look(snapshot);
     if (tickets !== undefined) ticketWatch.look(running, snapshot.tickets, tickets.rotationMs);
     running.letGo();
+    const why = running.look();
+    if (why !== null && !draining) tell({ type: 'stuck', why });
   }, watchIntervalMs).unref();
 }
 

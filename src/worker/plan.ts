@@ -3,6 +3,7 @@
  * Must not know: PKCS#11 calls, the primary.
  * Runs: main thread of a worker, once per start and per reload.
  */
+import { availableParallelism } from 'node:os';
 import { formatAddress } from '../config/address.ts';
 import type {
   ClientsConfig,
@@ -69,7 +70,7 @@ export async function engineSettings(
   const settings: EngineSettings = {
     tokens: proved.tokens.flatMap(({ name, label, serial }) => {
       const token = config.tokens[name];
-      return token === undefined ? [] : [tokenSettings(token, label, serial)];
+      return token === undefined ? [] : [tokenSettings(token, config, label, serial)];
     }),
     certificates: proved.certificates.map(certificateSettings),
     upstreams,
@@ -126,14 +127,15 @@ export function assertNumbersFit(value: unknown, place = 'settings'): void {
   }
 }
 
-function tokenSettings(token: TokenConfig, label: string, serial: string): TokenSettings {
+function tokenSettings(token: TokenConfig, config: Config, label: string, serial: string): TokenSettings {
   return {
     name: token.name,
     module: token.module,
     label,
     serial,
     pin: readPin(token.pin, `tokens.${token.name}.pin`),
-    lanes: token.lanes,
+    ...lanesOf(token, config),
+    weight: token.weight,
     queueMax: token.queue.max,
     queueAgeMs: token.queue.ageMs,
     signDeadlineMs: token.signDeadlineMs,
@@ -142,6 +144,18 @@ function tokenSettings(token: TokenConfig, label: string, serial: string): Token
     verifyRsaEvery: everyNth(token.verify.rsa),
     verifyEcEvery: everyNth(token.verify.ec),
   };
+}
+
+/** What a worker may have of a token's sessions. One keeps the login, and in one keys are looked for. */
+function lanesOf(
+  { lanes, sessions }: TokenConfig,
+  { workers }: Pick<Config, 'workers'>,
+): Pick<TokenSettings, 'lanes' | 'threadsMax'> {
+  const withSpares = 2 * lanes;
+  if (sessions === undefined) return { lanes, threadsMax: withSpares };
+  const count = workers === 'auto' ? availableParallelism() : workers;
+  const share = Math.max(1, Math.floor(sessions / count) - 2);
+  return { lanes: Math.min(lanes, share), threadsMax: Math.min(withSpares, share) };
 }
 
 function everyNth(rate: VerifyRate): number {

@@ -29,6 +29,7 @@ const worker: SlotStatus = {
   startedAt: new Date(0),
   restarts: 0,
   failure: undefined,
+  stuck: undefined,
   answers: true,
   sandbox: undefined,
 };

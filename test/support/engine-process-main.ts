@@ -77,6 +77,8 @@ function start(sockets: number[]): Engine {
         label: parameters.label,
         pin: Buffer.from(parameters.pin),
         lanes: parameters.lanes,
+        threadsMax: 2 * parameters.lanes,
+        weight: 1,
         queueMax: 1024,
         queueAgeMs: 3000,
         signDeadlineMs: 5000,

@@ -34,6 +34,8 @@ export function tokenConfig(
     uri: { token: disposable.label },
     pin: { file: disposable.pinFile },
     lanes: 2,
+    sessions: undefined,
+    weight: 1,
     queue: { max: 100, ageMs: 1000 },
     signDeadlineMs: 5000,
     verify: { rsa: 'always', ec: 100 },

@@ -87,7 +87,7 @@ export function openDisposableToken(test: TestContext): {
 }
 
 /** For processes that have the token directory to themselves: nobody to keep out, and Node's OpenSSL does for SoftHSM. */
-export const unguarded: NativeModuleGuard = { preload: () => {}, lockLogin: () => () => {} };
+export const unguarded: NativeModuleGuard = { enter: () => () => {}, lockLogin: () => () => {} };
 
 /** Easy to find in any output it leaks to. */
 const userPin = '73190264';

@@ -4,8 +4,7 @@
  * Runs: against a real `keygate serve` on SoftHSM behind the fault module. Every other system test runs in the sandbox too.
  */
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync, readdirSync, readlinkSync, statSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, readdirSync, readlinkSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { it } from 'node:test';
 import type { TestContext } from 'node:test';
@@ -14,6 +13,7 @@ import { generateKeyPair } from '../../src/pkcs11/provision.ts';
 import { FaultModule } from '../support/fault-module.ts';
 import { startKeygate } from '../support/keygate.ts';
 import type { Keygate, KeygateDocument } from '../support/keygate.ts';
+import { P11KitServer } from '../support/p11-kit.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
 import { assertEchoes, tlsClient } from '../support/tls-client.ts';
@@ -205,23 +205,15 @@ it('a path that a module should be able to write, and that is not there, is a wa
 it('a token behind the socket of p11-kit is served from', async (test) => {
   using token = await provisionedToken({ www: { kind: 'p256' } });
   const upstream = await echoUpstream();
-  const socket = join(token.directory, 'p11-kit.sock');
-  const uri = `pkcs11:token=${token.label}`;
-  const server = spawn('p11-kit', ['server', '--foreground', '--name', socket, '--provider', token.module, uri], {
-    env: { ...process.env, ...token.env },
-    stdio: ['ignore', 'ignore', 'inherit'],
-  });
-  test.after(async () => {
-    server.kill('SIGKILL');
-    await upstream.close();
-  });
-  await until('socket of p11-kit', () => existsSync(socket));
+  const server = new P11KitServer(test, token);
+  test.after(async () => upstream.close());
+  await server.start();
   const document = {
-    tokens: { hsm: { ...token.settings, module: p11KitClient } },
+    tokens: { hsm: { ...token.settings, module: server.module } },
     upstreams: { echo: { servers: [upstream.address] } },
     listeners: { https: {} },
   };
-  await using keygate = await startKeygate(token, document, { env: { P11_KIT_SERVER_ADDRESS: `unix:path=${socket}` } });
+  await using keygate = await startKeygate(token, document, { env: server.env });
   assert.deepEqual((await keygate.logged({ event: 'sandbox_entered' }))['writable'], []);
   for (let client = 0; client < 5; client++) await assertServes(keygate);
 
@@ -246,12 +238,6 @@ it('the sandbox cannot be changed by a reload, nor where log lines go', async (t
   }
   await assertServes(keygate);
 });
-
-/** Debian's and Fedora's places. */
-const p11KitClient =
-  ['x86_64-linux-gnu', 'aarch64-linux-gnu', '../lib64']
-    .map((directory) => `/usr/lib/${directory}/pkcs11/p11-kit-client.so`)
-    .find(existsSync) ?? 'p11-kit-client.so';
 
 /** Nothing else may be written: not even the token directory. */
 const onlyControl = ({ control }: { readonly control: string }) => ({ sandbox: { writable: [control] } });

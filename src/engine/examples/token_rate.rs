@@ -60,6 +60,9 @@ fn token_plan(flags: &Flags) -> TokenPlan {
         serial: None,
         pin: pin.trim_ascii().to_vec().into(),
         lanes: 1,
+        threads_max: 1,
+        lost_after: Duration::from_secs(60),
+        weight: 1,
         queue_max: 1,
         queue_age_max: Duration::from_secs(60),
         login_lock_wait: Duration::from_secs(5),
@@ -72,7 +75,7 @@ fn token_plan(flags: &Flags) -> TokenPlan {
 fn signer(module: &Arc<Module>, flags: &Flags) -> (Session, u64) {
     let labelled = |slot: &_| module.token_info(*slot).is_ok_and(|info| info.label == flags.text("token"));
     let slot = module.slots().expect("slots").into_iter().find(labelled).expect("the token");
-    let session = Session::open(module, slot).expect("a session");
+    let session = Session::open(module, slot, module.incarnation()).expect("a session");
     let Matches::One(key) = session.find_private_keys(None, Some(flags.text("key"))).expect("a search")
     else {
         panic!("--key {}: expected one private key of this label", flags.text("key"));

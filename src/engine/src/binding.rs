@@ -33,8 +33,8 @@ use crate::proxy_header::ProxyVersion;
 use crate::routing::{RoutePlan, RoutesPlan};
 use crate::sandbox;
 use crate::signing::login_lock;
-use crate::signing::pkcs11::Module;
-use crate::signing::token::{Token, TokenPlan};
+use crate::signing::pkcs11::{Module, Visit};
+use crate::signing::token::{LOST_AFTER_DEADLINES, Token, TokenPlan};
 use crate::signing::token_error::TokenError;
 use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
 use crate::ticket_keys::{TicketRotation, TicketStanding};
@@ -60,6 +60,10 @@ pub struct TokenSettings {
     pub pin: Buffer,
     /// Signing threads, each with a PKCS#11 session: 1 to 256.
     pub lanes: u32,
+    /// Lanes that are lost in the module included: at least `lanes`.
+    pub threads_max: u32,
+    /// How much more it is asked than others with the same keys; 0: only when none of those is up.
+    pub weight: u32,
     pub queue_max: u32,
     pub queue_age_ms: u32,
     pub sign_deadline_ms: u32,
@@ -537,10 +541,13 @@ pub struct TokenSnapshot {
     pub lanes_idle: i64,
     pub lanes_busy: i64,
     pub lanes_lost: i64,
+    pub lanes_written_off: i64,
     pub sessions_open: i64,
     pub reopened: i64,
     pub logged_in: i64,
     pub refound: i64,
+    pub reinitialized: i64,
+    pub failed_over: i64,
     pub shed_queue_full: i64,
     pub shed_queue_aged: i64,
     pub shed_token_down: i64,
@@ -682,6 +689,14 @@ impl Engine {
         for generation in &unused {
             self.stop_tokens_of(generation);
         }
+    }
+
+    /// Writes off signing threads that are lost in their modules and starts others. To be called now and then. Returns why this
+    /// process should be replaced, if it should: calls into a module that the certificate needs do not return.
+    #[napi(catch_unwind)]
+    pub fn look(&self) -> Option<String> {
+        let certificate = self.current.look()?;
+        Some(format!("no token signs for certificate {certificate}, and calls into a module do not return"))
     }
 
     /// Accepts also from a socket of a sibling that is gone. An unknown listener is ignored.
@@ -1124,12 +1139,31 @@ pub fn end_with_parent() -> Result<()> {
     process::end_with_parent().map_err(|error| invalid(format!("prctl: {error}")))
 }
 
-/// Loads a PKCS#11 module before anybody else does, with symbols of its own if `isolate`. It stays loaded.
-#[napi(catch_unwind)]
-pub fn preload_module(path: String, isolate: bool) -> Result<()> {
-    Module::load(&PathBuf::from(&path), isolate)
-        .map(drop)
-        .map_err(|error| Error::new(Status::GenericFailure, format!("{path}: {error}")))
+/// Somebody else in this process who uses a PKCS#11 module: as long as it lasts, the engine does not initialise it again.
+#[napi]
+pub struct ModuleVisit {
+    visit: Option<Visit>,
+}
+
+#[napi]
+impl ModuleVisit {
+    /// Loads the module before anybody else does, with symbols of its own if `isolate`; it stays loaded. Blocks while the
+    /// engine initialises it again. Throws when it cannot be loaded, or that takes too long.
+    #[napi(factory, catch_unwind)]
+    pub fn begin(path: String, isolate: bool) -> Result<Self> {
+        let failed = |why: String| Error::new(Status::GenericFailure, format!("{path}: {why}"));
+        let module =
+            Module::load(&PathBuf::from(&path), isolate).map_err(|error| failed(error.to_string()))?;
+        match module.visit() {
+            Some(visit) => Ok(Self { visit: Some(visit) }),
+            None => Err(failed("it is being initialised again, and that does not end".into())),
+        }
+    }
+
+    #[napi(catch_unwind)]
+    pub fn end(&mut self) {
+        self.visit = None;
+    }
 }
 
 /// A log: lines go into a bounded queue, and a thread of its own writes them. Nobody who says something waits.
@@ -1228,6 +1262,9 @@ fn token_plan(mut settings: TokenSettings) -> (TokenPlan, Duration) {
         serial: settings.serial,
         pin,
         lanes: settings.lanes as usize,
+        threads_max: settings.threads_max as usize,
+        lost_after: ms(settings.sign_deadline_ms) * LOST_AFTER_DEADLINES,
+        weight: settings.weight,
         queue_max: settings.queue_max as usize,
         queue_age_max: ms(settings.queue_age_ms),
         login_lock_wait: ms(settings.login_lock_wait_ms),
@@ -1706,10 +1743,13 @@ fn token_snapshot(token: &Token) -> TokenSnapshot {
         lanes_idle: stats.lanes_idle.get(),
         lanes_busy: stats.lanes_busy.get(),
         lanes_lost: stats.lanes_lost.get(),
+        lanes_written_off: signed(stats.written_off.get()),
         sessions_open: stats.sessions_open.get(),
         reopened: signed(stats.reopened.get()),
         logged_in: signed(stats.logged_in.get()),
         refound: signed(stats.refound.get()),
+        reinitialized: signed(stats.reinitialized.get()),
+        failed_over: signed(stats.failed_over.get()),
         shed_queue_full: signed(stats.shed_queue_full.get()),
         shed_queue_aged: signed(stats.shed_queue_aged.get()),
         shed_token_down: signed(stats.shed_token_down.get()),

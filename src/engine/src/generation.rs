@@ -26,6 +26,8 @@ pub struct Generation {
     certificates: HashMap<String, Arc<Certificate>>,
     /// By name and signature schemes: for policies that do not allow all that a key can sign with, or prefer others.
     limited: HashMap<(String, Vec<u16>), Arc<Certificate>>,
+    /// By the certificate's name.
+    keys: Vec<(String, Arc<PrivateKey>)>,
     /// What a token makes session tickets' secrets of, with those of the epoch in which it was proved; taken when it begins to
     /// serve, so that no secret is here longer than it is used.
     pub ticket_key: Option<(Arc<TicketKey>, EpochSecrets)>,
@@ -112,6 +114,7 @@ impl Generation {
         }
         let key = PrivateKey::new(keys)
             .map_err(|error| LoadFault::Settings(format!("certificate {name}: {error}")))?;
+        self.keys.push((name.clone(), key.clone()));
         let certificate = make(key, sign_deadline);
         certificate.staple(staples.get(certificate.leaf()).cloned());
         self.certificates.insert(name, Arc::new(certificate));
@@ -178,6 +181,15 @@ impl Generation {
 
     pub fn tokens(&self) -> impl Iterator<Item = &Arc<Token>> {
         self.tokens.iter().map(|started| &started.token)
+    }
+
+    /// Writes off what is lost in the tokens' modules. A certificate that no token signs for any more and that only a new
+    /// process can help, if there is one.
+    pub fn look(&self) -> Option<&str> {
+        for token in self.tokens() {
+            token.look();
+        }
+        self.keys.iter().find(|(_, key)| key.is_stuck()).map(|(certificate, _)| certificate.as_str())
     }
 
     /// Whether a handshake may still want a signature by its keys.

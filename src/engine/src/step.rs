@@ -5,7 +5,7 @@
 use std::future::poll_fn;
 use std::io;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::access_log::SignedBy;
 use crate::certificates::{HelloSeen, take_hello_seen};
@@ -84,16 +84,9 @@ async fn signature(
     deadline: Instant,
     gone: Close,
 ) -> Result<Result<Signed, SignError>, Close> {
-    let pending = match wanted.key.sign(wanted.scheme, wanted.message) {
-        Ok(pending) => pending,
-        Err(error) => return Ok(Err(error)),
-    };
     tokio::select! {
         biased;
-        signed = timeout_at(deadline, pending) => Ok(match signed {
-            Ok(signed) => signed,
-            Err(_) => Err(SignError::Deadline),
-        }),
+        signed = wanted.key.signature(wanted.scheme, wanted.message, deadline) => Ok(signed),
         () = closed_by(peer) => Err(gone),
     }
 }

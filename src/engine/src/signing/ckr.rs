@@ -20,21 +20,32 @@ pub enum Repair {
     Relogin,
     /// Find the private key again.
     Refind,
-    /// The device or the module is gone: no lane can help until it is back.
-    DeviceGone,
+    /// The device is gone, or the module has forgotten that it was initialised: initialise it again, and find the slot anew.
+    Reinitialize,
     /// The PIN does not open the token. Never repeated: each try brings the token closer to being locked.
     PinRefused,
     /// Wrong configuration of this key or a fault of ours: repeating cannot help and other keys are not concerned.
     Hopeless,
 }
 
+/// What a lane does about a token before it tries whether it can sign again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rung {
+    Login,
+    Reset,
+}
+
 impl Ckr {
     pub const OK: Ckr = Ckr(sys::CKR_OK);
+    pub const DEVICE_ERROR: Ckr = Ckr(sys::CKR_DEVICE_ERROR);
+    pub const FUNCTION_FAILED: Ckr = Ckr(sys::CKR_FUNCTION_FAILED);
     pub const FUNCTION_NOT_SUPPORTED: Ckr = Ckr(sys::CKR_FUNCTION_NOT_SUPPORTED);
     pub const NOT_INITIALIZED: Ckr = Ckr(sys::CKR_CRYPTOKI_NOT_INITIALIZED);
     pub const ALREADY_INITIALIZED: Ckr = Ckr(sys::CKR_CRYPTOKI_ALREADY_INITIALIZED);
     pub const USER_NOT_LOGGED_IN: Ckr = Ckr(sys::CKR_USER_NOT_LOGGED_IN);
     pub const USER_ALREADY_LOGGED_IN: Ckr = Ckr(sys::CKR_USER_ALREADY_LOGGED_IN);
+    pub const SESSION_HANDLE_INVALID: Ckr = Ckr(sys::CKR_SESSION_HANDLE_INVALID);
+    pub const TOKEN_NOT_PRESENT: Ckr = Ckr(sys::CKR_TOKEN_NOT_PRESENT);
     pub const SESSION_COUNT: Ckr = Ckr(sys::CKR_SESSION_COUNT);
 
     /// CKR_OK is `Ok`, all else is `Err`.
@@ -67,13 +78,22 @@ impl Ckr {
             | sys::CKR_TOKEN_NOT_RECOGNIZED
             | sys::CKR_SLOT_ID_INVALID
             // No PIN was tried: SoftHSM says this while another process rewrites the token file.
-            | sys::CKR_USER_PIN_NOT_INITIALIZED => Repair::DeviceGone,
+            | sys::CKR_USER_PIN_NOT_INITIALIZED => Repair::Reinitialize,
             sys::CKR_PIN_INCORRECT
             | sys::CKR_PIN_INVALID
             | sys::CKR_PIN_LEN_RANGE
             | sys::CKR_PIN_LOCKED
             | sys::CKR_PIN_EXPIRED => Repair::PinRefused,
             _ => Repair::Hopeless,
+        }
+    }
+
+    /// Whether a token that answers with it may sign after that.
+    pub fn is_helped_by(self, rung: Rung) -> bool {
+        match self.repair() {
+            Repair::Reopen | Repair::Relogin | Repair::Refind => true,
+            Repair::Retry | Repair::Reinitialize => rung == Rung::Reset,
+            Repair::PinRefused | Repair::Hopeless => false,
         }
     }
 
@@ -157,7 +177,7 @@ mod tests {
             (&[0xB3, 0xB0, 0x90, 0x91, 0xB1, 0x150], Repair::Reopen),
             (&[0x101], Repair::Relogin),
             (&[0x82, 0x60], Repair::Refind),
-            (&[0x190, 0x32, 0xE0, 0xE1, 0x3, 0x102], Repair::DeviceGone),
+            (&[0x190, 0x32, 0xE0, 0xE1, 0x3, 0x102], Repair::Reinitialize),
         ];
         for (codes, repair) in table {
             for code in codes {

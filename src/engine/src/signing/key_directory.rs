@@ -17,8 +17,8 @@ pub(super) struct KeyDirectory {
 }
 
 struct Listed {
-    /// Of the login: handles are not used in another one.
-    epoch: u64,
+    /// Of the login and of the module's incarnation: handles are not used in others.
+    epoch: (u64, u64),
     keys: Vec<(CK_OBJECT_HANDLE, KeyNames)>,
     /// Places in `keys`.
     by_label: HashMap<Vec<u8>, Vec<usize>>,
@@ -39,6 +39,7 @@ impl KeyDirectory {
         id: Option<&[u8]>,
         label: Option<&str>,
     ) -> Option<CK_OBJECT_HANDLE> {
+        let epoch = (epoch, session.incarnation());
         if self.listed.as_ref().is_some_and(|listed| listed.epoch != epoch) {
             *self = Self::default();
         }
@@ -57,7 +58,7 @@ impl KeyDirectory {
 }
 
 impl Listed {
-    fn read(session: &Session, epoch: u64) -> Result<Option<Listed>, Ckr> {
+    fn read(session: &Session, epoch: (u64, u64)) -> Result<Option<Listed>, Ckr> {
         let Some(handles) = session.private_keys(KEYS_MAX)? else { return Ok(None) };
         let mut listed = Listed { epoch, keys: Vec::new(), by_label: HashMap::new(), by_id: HashMap::new() };
         for handle in handles {

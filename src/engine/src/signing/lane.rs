@@ -6,19 +6,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::ckr::{Ckr, Repair};
-use super::desk::{DownReason, Job, Work};
-use super::pkcs11::Session;
+use super::ckr::{Ckr, Repair, Rung};
+use super::desk::{DownReason, Job, Probed, Seat, Work};
+use super::login::LoginFault;
+use super::pkcs11::{ResetFault, Session};
 use super::public_key::KeyAlgorithm;
-use super::queue::Class;
+use super::queue::{Class, Request};
 use super::token::Token;
 use super::token_error::Problem;
 use super::token_key::{Fault, TokenKey};
 use super::{SignError, Signed};
 
-/// The life of a lane, until the token stops.
-pub(super) fn run(token: &Arc<Token>) {
-    let _ended = Ended(token);
+/// The life of a lane, until the token stops or another one has taken its place.
+pub(super) fn run(token: &Arc<Token>, number: usize) {
+    let _ended = Ended(token, number);
     let mut lane = Lane { token, session: None, proofs: HashMap::new() };
     // Before the first job, so that a token that allows fewer PKCS#11 sessions shrinks the pool and fails nobody.
     if let Err(Ckr::SESSION_COUNT) = lane.session()
@@ -26,52 +27,21 @@ pub(super) fn run(token: &Arc<Token>) {
     {
         return;
     }
-    let seat = Arc::default();
+    let seat = Seat::new(number);
     while let Some(work) = token.desk().next(&seat) {
         match work {
-            Work::Sign(class, job) => {
-                let _done = Done { token, class };
-                lane.answer(class, job);
-            }
-            Work::Probe(suspect) => {
-                let panicked = Err(Some(DownReason::Call("the probe panicked".into())));
-                let mut probed = Probed { token, result: panicked };
-                probed.result = lane.probe(suspect.as_ref());
-            }
+            Work::Sign(class, job) => lane.answer(class, job),
+            Work::Probe(suspect) => token.desk().probed(number, lane.probe(suspect.as_ref())),
         }
     }
 }
 
-/// Gives back what a request occupied, also when the lane panics.
-struct Done<'a> {
-    token: &'a Token,
-    class: Class,
-}
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.token.desk().done(self.class);
-    }
-}
-
-/// Reports the probe also when the lane panics: no other lane probes until it is reported.
-struct Probed<'a> {
-    token: &'a Token,
-    result: Result<(), Option<DownReason>>,
-}
-
-impl Drop for Probed<'_> {
-    fn drop(&mut self) {
-        self.token.desk().probed(std::mem::replace(&mut self.result, Ok(())));
-    }
-}
-
 /// Counts the lane out also when it panics; the last one out lets go of the token.
-struct Ended<'a>(&'a Token);
+struct Ended<'a>(&'a Token, usize);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        if self.0.desk().lane_ended() {
+        if self.0.desk().lane_ended(self.1) {
             self.0.release();
         }
     }
@@ -87,6 +57,20 @@ struct Lane<'a> {
 struct Proof {
     generation: u64,
     since_verified: u32,
+}
+
+/// Why a lane gives up on a request.
+enum Trouble {
+    /// It is to blame.
+    Request(SignError),
+    /// The token is, or its module.
+    Token(Ckr),
+}
+
+impl From<SignError> for Trouble {
+    fn from(error: SignError) -> Trouble {
+        Trouble::Request(error)
+    }
 }
 
 /// Keys come and go with reloads; forgetting them all costs one verification each.
@@ -119,7 +103,19 @@ impl Lane<'_> {
             return;
         };
         stats.sign_wait.observe(waited);
-        let result = self.sign(&job);
+        let result = match self.sign(&job) {
+            Ok(signature) => Ok(signature),
+            Err(Trouble::Request(error)) => Err(error),
+            Err(Trouble::Token(ckr)) => {
+                let reason = DownReason::Call(format!("signing with key {} returned {ckr}", job.key.name));
+                let suspect = Arc::downgrade(&job.key);
+                if !job.has_failed {
+                    return self.token.desk().mend(reason, &suspect, Some((class, job)));
+                }
+                self.token.desk().mend(reason, &suspect, None);
+                Err(SignError::Failed(ckr))
+            }
+        };
         let signing = taken.elapsed();
 
         let outcomes = stats.of(mechanism);
@@ -131,19 +127,16 @@ impl Lane<'_> {
             Err(SignError::Wrong) => outcomes.wrong.add(1),
             Err(_) => outcomes.failed.add(1),
         }
-        match class {
-            Class::Ec => self.token.service_ec.measured(signing),
-            Class::Rsa => self.token.service_rsa.measured(signing),
-        }
+        self.token.took(class, signing);
         let token = self.token.name().clone();
         // The caller may have gone away while the token was busy.
         let _ = job.reply.send(result.map(|signature| Signed { signature, waited, signing, token }));
     }
 
-    fn sign(&mut self, job: &Job) -> Result<Vec<u8>, SignError> {
+    fn sign(&mut self, job: &Job) -> Result<Vec<u8>, Trouble> {
         let mut tried = Tried::default();
         loop {
-            let epoch = self.token.epoch();
+            let (epoch, incarnation) = (self.token.epoch(), self.token.incarnation());
             let fault = match self.attempt(job, epoch, tried.stale) {
                 Ok(signature) => {
                     self.token.signature_succeeded();
@@ -155,12 +148,19 @@ impl Lane<'_> {
                 }
             };
             match fault {
+                // Nobody waits: whoever is next finds out what helps, in a PKCS#11 session without a past.
+                Fault::Call(ckr) if job.is_cancelled() => {
+                    self.close_session(ckr);
+                    return Err(SignError::Failed(ckr).into());
+                }
+                // Another token had the module initialised again under this request: it begins anew, and so rarely that it ends.
+                Fault::Call(_) if self.token.incarnation() != incarnation => tried = Tried::default(),
                 Fault::Call(ckr) => self.repair(ckr, epoch, &mut tried, &job.key)?,
                 // Other keys of the token are not concerned.
-                Fault::KeyMissing | Fault::KeyAmbiguous => return Err(SignError::KeyLost),
+                Fault::KeyMissing | Fault::KeyAmbiguous => return Err(SignError::KeyLost.into()),
                 Fault::Wrong(wrong) => {
                     self.down(DownReason::WrongSignature(wrong.0), &job.key, true);
-                    return Err(SignError::Wrong);
+                    return Err(SignError::Wrong.into());
                 }
             }
         }
@@ -192,7 +192,7 @@ impl Lane<'_> {
         epoch: u64,
         tried: &mut Tried,
         key: &Arc<TokenKey>,
-    ) -> Result<(), SignError> {
+    ) -> Result<(), Trouble> {
         let rung = match ckr.repair() {
             // Two in a row: a new PKCS#11 session may reach another device behind the same slot.
             Repair::Retry if tried.retry => Repair::Reopen,
@@ -207,65 +207,88 @@ impl Lane<'_> {
             }
             Repair::Relogin if !tried.relogin => {
                 tried.relogin = true;
-                if let Err(problem) = self.token.login_again(epoch) {
-                    let (reason, probe) = login_failure(&problem);
-                    self.down(reason, key, probe);
-                    return Err(SignError::Failed(problem.ckr().unwrap_or(ckr)));
+                match self.token.login_again(epoch, None) {
+                    Ok(()) => {}
+                    Err(LoginFault::Problem(problem)) if problem.is_pin() => {
+                        let (reason, probe) = pin_trouble(&problem);
+                        self.down(reason, key, probe);
+                        return Err(SignError::Failed(problem.ckr().unwrap_or(ckr)).into());
+                    }
+                    Err(_) => return Err(Trouble::Token(ckr)),
                 }
             }
             Repair::Refind if !tried.refind => tried.refind = true,
-            Repair::Hopeless => return Err(SignError::Failed(ckr)),
-            // Re-initialising the module belongs here, when all lanes can be brought out of it.
-            Repair::DeviceGone | Repair::PinRefused => {
-                self.down(
-                    DownReason::Call(format!("signing with key {} returned {ckr}", key.name)),
-                    key,
-                    true,
-                );
-                return Err(SignError::Failed(ckr));
+            Repair::Hopeless => return Err(SignError::Failed(ckr).into()),
+            Repair::Reinitialize => return Err(Trouble::Token(ckr)),
+            Repair::PinRefused => {
+                let what = format!("signing with key {} returned {ckr}", key.name);
+                self.down(DownReason::Call(what), key, true);
+                return Err(SignError::Failed(ckr).into());
             }
+            // What is said of a device that is gone in so many words is not said of one request.
             Repair::Reopen | Repair::Relogin | Repair::Refind => {
-                if self.token.signature_failed() {
-                    self.down(
-                        DownReason::Call(format!("signing with key {} returned {ckr}", key.name)),
-                        key,
-                        true,
-                    );
-                }
-                return Err(SignError::Failed(ckr));
+                return match ckr == Ckr::DEVICE_ERROR || self.token.signature_failed() {
+                    true => Err(Trouble::Token(ckr)),
+                    false => Err(SignError::Failed(ckr).into()),
+                };
             }
         }
         Ok(())
     }
 
-    /// Tries the whole way to a signature from the start. `Err(None)`: trying again cannot help.
-    fn probe(&mut self, suspect: Option<&Arc<TokenKey>>) -> Result<(), Option<DownReason>> {
-        self.close_session(Ckr::OK);
+    /// Tries the whole way to a signature from the start: as things are, after another login, after another C_Initialize.
+    fn probe(&mut self, suspect: Option<&Arc<TokenKey>>) -> Probed {
         let key = suspect.cloned().or_else(|| self.token.any_key());
-        let mut result = self.try_probe(key.as_ref());
-        let epoch = self.token.epoch();
-        if let Err(Fault::Call(ckr)) = &result
-            && matches!(ckr.repair(), Repair::Relogin | Repair::Reopen | Repair::Refind)
-        {
-            self.close_session(*ckr);
-            if let Err(problem) = self.token.login_again(epoch) {
-                let (reason, probe) = login_failure(&problem);
-                return Err(probe.then_some(reason));
-            }
-            result = self.try_probe(key.as_ref());
-        }
-        result.map_err(|fault| {
-            self.close_session(if let Fault::Call(ckr) = fault { ckr } else { Ckr::OK });
-            Some(match fault {
-                Fault::Call(ckr) => DownReason::Call(format!("a probe got {ckr}")),
-                Fault::KeyMissing | Fault::KeyAmbiguous => {
-                    DownReason::Call("a probe did not find its private key".into())
+        let mut ended_with = Ckr::OK;
+        let mut fault = None;
+        for rung in [None, Some(Rung::Login), Some(Rung::Reset)] {
+            if let Some(rung) = rung {
+                match fault {
+                    Some(Fault::Call(ckr)) if ckr.is_helped_by(rung) => ended_with = ckr,
+                    Some(Fault::Call(_)) if rung == Rung::Login => continue,
+                    _ => break,
                 }
-                Fault::Wrong(wrong) => DownReason::WrongSignature(wrong.0),
-            })
-        })?;
-        self.token.signature_succeeded();
-        Ok(())
+            }
+            self.close_session(ended_with);
+            let (epoch, incarnation) = (self.token.epoch(), self.token.incarnation());
+            let reset = (rung == Some(Rung::Reset)).then_some(incarnation);
+            if rung.is_some()
+                && let Err(failed) = self.token.login_again(epoch, reset)
+            {
+                match failed {
+                    LoginFault::Problem(problem) if problem.is_pin() => {
+                        return match pin_trouble(&problem) {
+                            (reason, true) => Probed::Still(reason, None),
+                            (reason, false) => Probed::Never(reason),
+                        };
+                    }
+                    // The module may have to be initialised again for that, too.
+                    LoginFault::Problem(problem) if reset.is_none() => {
+                        fault = Some(Fault::Call(problem.ckr().unwrap_or(Ckr::TOKEN_NOT_PRESENT)));
+                        continue;
+                    }
+                    LoginFault::Problem(problem) => return Probed::Still(login_trouble(&problem), None),
+                    LoginFault::NotReset(ResetFault::TooSoon(at)) => {
+                        return Probed::Still(probe_trouble(fault), Some(at));
+                    }
+                    LoginFault::NotReset(ResetFault::ThreadsInside(_)) => {
+                        return Probed::Still(probe_trouble(fault), None);
+                    }
+                    LoginFault::NotReset(ResetFault::Call { function, ckr }) => {
+                        return Probed::Still(DownReason::Call(format!("{function} returned {ckr}")), None);
+                    }
+                }
+            }
+            match self.try_probe(key.as_ref()) {
+                Ok(()) => {
+                    self.token.signature_succeeded();
+                    return Probed::Up;
+                }
+                Err(failed) => fault = Some(failed),
+            }
+        }
+        self.close_session(ended_with);
+        Probed::Still(probe_trouble(fault), None)
     }
 
     fn try_probe(&mut self, key: Option<&Arc<TokenKey>>) -> Result<(), Fault> {
@@ -284,6 +307,10 @@ impl Lane<'_> {
     }
 
     fn session(&mut self) -> Result<&Session, Ckr> {
+        let incarnation = self.token.incarnation();
+        if self.session.as_ref().is_some_and(|session| session.incarnation() != incarnation) {
+            self.close_session(Ckr::SESSION_HANDLE_INVALID);
+        }
         match &mut self.session {
             Some(session) => Ok(session),
             none => {
@@ -329,14 +356,28 @@ fn must_verify(proofs: &mut HashMap<u64, Proof>, token: &Token, key: &TokenKey, 
     true
 }
 
-/// Why the token is down after a failed login, and whether trying again may help. It may when somebody else can change
-/// the answer without us presenting the PIN: the flags are read before each try.
-fn login_failure(problem: &Problem) -> (DownReason, bool) {
+/// Why the token is down for its PIN, and whether looking again may help. It may when somebody else can change the answer
+/// without us presenting the PIN: the flags are read before each try.
+fn pin_trouble(problem: &Problem) -> (DownReason, bool) {
     match problem {
         Problem::PinRefused(ckr) => (DownReason::Pin(format!("C_Login returned {ckr}")), false),
         Problem::PinLocked => (DownReason::Pin("the PIN is locked".into()), true),
-        Problem::PinFinalTry => (DownReason::Pin("one more wrong PIN would lock the token".into()), true),
-        Problem::Call { function, ckr } => (DownReason::Call(format!("{function} returned {ckr}")), true),
-        other => (DownReason::Call(other.code().into()), true),
+        _ => (DownReason::Pin("one more wrong PIN would lock the token".into()), true),
+    }
+}
+
+fn login_trouble(problem: &Problem) -> DownReason {
+    DownReason::Call(match problem {
+        Problem::Call { function, ckr } => format!("{function} returned {ckr}"),
+        Problem::TokenMissing { .. } => "its module shows no such token".into(),
+        other => other.code().into(),
+    })
+}
+
+fn probe_trouble(fault: Option<Fault>) -> DownReason {
+    match fault {
+        Some(Fault::Call(ckr)) => DownReason::Call(format!("a probe got {ckr}")),
+        Some(Fault::Wrong(wrong)) => DownReason::WrongSignature(wrong.0),
+        _ => DownReason::Call("a probe did not find its private key".into()),
     }
 }

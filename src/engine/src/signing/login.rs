@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use super::ckr::{Ckr, Repair};
 use super::login_lock::LoginLock;
-use super::pkcs11::{Module, Session, TokenInfo};
+use super::pkcs11::{Module, ResetFault, Session, TokenInfo};
 use super::token_error::Problem;
 use super::token_stats::TokenStats;
 
@@ -20,37 +20,62 @@ use super::token_stats::TokenStats;
 /// anchor is a session that is only ever held, so lanes may close theirs. C_Logout is never called.
 pub struct Login {
     module: Arc<Module>,
-    slot: CK_SLOT_ID,
-    /// Which token, for the memory of refused PINs: a slot id does not survive a restart of the module.
+    place: Place,
+    /// Which token, as it calls itself: slot ids change when a module is initialised again.
+    label: String,
     serial: String,
     pin: Zeroizing<Vec<u8>>,
     lock_wait: Duration,
     anchor: Option<Session>,
 }
 
+/// The slot of a token, and in which C_Initialize it was that.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    pub slot: CK_SLOT_ID,
+    pub incarnation: u64,
+}
+
 impl Login {
-    /// Opens the anchor and logs in, unless this process is logged in already. The caller holds the login lock.
+    /// Finds the token, opens the anchor and logs in, unless this process is logged in already. The caller holds the login
+    /// lock.
     pub fn start(
         module: &Arc<Module>,
-        slot: CK_SLOT_ID,
-        token: &TokenInfo,
+        label: &str,
+        serial: Option<&str>,
         pin: Zeroizing<Vec<u8>>,
         lock_wait: Duration,
         stats: &TokenStats,
     ) -> Result<Login, Problem> {
-        let anchor = Session::open(module, slot).map_err(Problem::call("C_OpenSession"))?;
+        let (place, token) = find_slot(module, label, serial)?;
+        let anchor = open_anchor(module, place)?;
         let logged_in = anchor.is_logged_in().map_err(Problem::call("C_GetSessionInfo"))?;
-        let serial = token.serial.clone();
-        let login = Login { module: module.clone(), slot, serial, pin, lock_wait, anchor: Some(anchor) };
+        let (label, serial) = (token.label.clone(), token.serial.clone());
+        let login =
+            Login { module: module.clone(), place, label, serial, pin, lock_wait, anchor: Some(anchor) };
         if !logged_in {
-            refuse_risk(token)?;
+            refuse_risk(&token)?;
             login.present_pin(stats)?;
         }
         Ok(login)
     }
 
-    /// Logs in after the token forgot us. The caller makes sure that one lane does it for all.
-    pub fn again(&mut self, stats: &TokenStats) -> Result<(), Problem> {
+    /// Logs in after the token forgot us, having initialised the module again if it is still in `reset`. The caller makes
+    /// sure that one lane does it for all.
+    pub fn again(&mut self, reset: Option<u64>, stats: &TokenStats) -> Result<(), LoginFault> {
+        // For all of it: SoftHSM does not see a token that another process is writing.
+        let _lock = take_lock(self.module.path(), self.lock_wait, stats);
+        if let Some(incarnation) = reset
+            && self.module.incarnation() == incarnation
+        {
+            self.module.reinitialize(incarnation).map_err(LoginFault::NotReset)?;
+            stats.reinitialized.add(1);
+        }
+        if self.place.incarnation != self.module.incarnation() {
+            // The module does not know it any more, and is not told that it is closed.
+            self.anchor = None;
+            (self.place, _) = find_slot(&self.module, &self.label, Some(&self.serial))?;
+        }
         if let Some(anchor) = self.anchor.take() {
             match anchor.is_logged_in() {
                 Ok(_) => self.anchor = Some(anchor),
@@ -58,15 +83,13 @@ impl Login {
             }
         }
         if self.anchor.is_none() {
-            self.anchor =
-                Some(Session::open(&self.module, self.slot).map_err(Problem::call("C_OpenSession"))?);
+            self.anchor = Some(open_anchor(&self.module, self.place)?);
         }
         // SoftHSM cannot read its flags any more after a login when its files are read-only. This PIN was right once.
-        if let Ok(token) = self.module.token_info(self.slot) {
+        if let Ok(token) = self.module.token_info(self.place.slot) {
             refuse_risk(&token)?;
         }
-        let _lock = take_lock(self.module.path(), self.lock_wait, stats);
-        self.present_pin(stats)
+        Ok(self.present_pin(stats)?)
     }
 
     /// Ends the login, when no other PKCS#11 session of this process is open.
@@ -74,8 +97,8 @@ impl Login {
         self.anchor = None;
     }
 
-    pub fn slot(&self) -> CK_SLOT_ID {
-        self.slot
+    pub fn place(&self) -> Place {
+        self.place
     }
 
     fn present_pin(&self, stats: &TokenStats) -> Result<(), Problem> {
@@ -97,6 +120,50 @@ impl Login {
             }
             Err(ckr) => Err(Problem::call("C_Login")(ckr)),
         }
+    }
+}
+
+/// Why nobody is logged in again.
+#[derive(Debug)]
+pub enum LoginFault {
+    NotReset(ResetFault),
+    Problem(Problem),
+}
+
+impl From<Problem> for LoginFault {
+    fn from(problem: Problem) -> LoginFault {
+        LoginFault::Problem(problem)
+    }
+}
+
+fn open_anchor(module: &Arc<Module>, Place { slot, incarnation }: Place) -> Result<Session, Problem> {
+    Session::open(module, slot, incarnation).map_err(Problem::call("C_OpenSession"))
+}
+
+fn find_slot(module: &Module, label: &str, serial: Option<&str>) -> Result<(Place, TokenInfo), Problem> {
+    let incarnation = module.incarnation();
+    let slots = module.slots().map_err(Problem::call("C_GetSlotList"))?;
+    // A slot that cannot tell its token is none of ours; one broken reader must not hide the others.
+    let tokens: Vec<(CK_SLOT_ID, TokenInfo)> =
+        slots.into_iter().filter_map(|slot| Some((slot, module.token_info(slot).ok()?))).collect();
+    let matches = |info: &TokenInfo| info.label == label && serial.is_none_or(|serial| info.serial == serial);
+    let matching: Vec<_> = tokens.iter().filter(|(_, info)| matches(info)).collect();
+    match matching[..] {
+        [(slot, info)] => Ok((Place { slot: *slot, incarnation }, info.clone())),
+        [] => Err(Problem::TokenMissing {
+            label: label.to_owned(),
+            serial: serial.map(str::to_owned),
+            // A slot that waits for C_InitToken has no label.
+            present: tokens
+                .into_iter()
+                .map(|(_, info)| info.label)
+                .filter(|label| !label.is_empty())
+                .collect(),
+        }),
+        _ => Err(Problem::TokenAmbiguous {
+            label: label.to_owned(),
+            serials: matching.iter().map(|(_, info)| info.serial.clone()).collect(),
+        }),
     }
 }
 

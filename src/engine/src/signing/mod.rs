@@ -31,15 +31,17 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustls::SignatureScheme;
 use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout_at};
 
 use ckr::Ckr;
-use desk::Job;
+use desk::{Health, Job};
 use public_key::KeyAlgorithm;
 use queue::Class;
+use token::Token;
 use token_key::TokenKey;
 
 /// A certificate's private key, held by one or more tokens.
@@ -123,30 +125,73 @@ impl PrivateKey {
         self.keys.iter().any(|key| key.token.is_up())
     }
 
-    /// Asks the healthy token with the shortest expected wait; the next one when that one is full. Never blocks.
+    /// No token that holds the key is up, and one of them only a new process can help.
+    pub fn is_stuck(&self) -> bool {
+        !self.is_up() && self.keys.iter().any(|key| key.token.is_stuck())
+    }
+
+    /// A signature by whichever token makes one before the deadline: one that fails, or takes more than its share of the
+    /// time, is followed by the next. A token that is being mended is waited for when there is no other. I/O thread.
+    pub async fn signature(
+        self: &Arc<Self>,
+        scheme: SignatureScheme,
+        message: Vec<u8>,
+        deadline: Instant,
+    ) -> Result<Signed, SignError> {
+        let mut asked = Asked::default();
+        loop {
+            let pending = self.ask(scheme, message.clone(), &mut asked)?;
+            let token = pending.token.clone();
+            let tokens = self.others_up(&asked) + 1;
+            let share = deadline.saturating_duration_since(Instant::now()) / tokens;
+            let error = match timeout_at(Instant::now() + share, pending).await {
+                Ok(Ok(signed)) => return Ok(signed),
+                Ok(Err(error)) => error,
+                Err(_) => {
+                    // What is not measured costs nothing, and would be asked first again.
+                    token.took(self.algorithm().class(), share);
+                    SignError::Deadline
+                }
+            };
+            if deadline <= Instant::now() || self.candidates(&asked).next().is_none() {
+                return Err(error);
+            }
+            token.stats().failed_over.add(1);
+        }
+    }
+
+    /// Asks the token that costs least; the next one when that one is full. Never blocks.
     /// `Err` at once: `SchemeUnsupported`, `QueueFull`, or `TokenDown` when no token is up.
     pub fn sign(
         self: &Arc<Self>,
         scheme: SignatureScheme,
         message: Vec<u8>,
     ) -> Result<PendingSignature, SignError> {
+        self.ask(scheme, message, &mut Asked::default())
+    }
+
+    fn ask(
+        &self,
+        scheme: SignatureScheme,
+        message: Vec<u8>,
+        asked: &mut Asked,
+    ) -> Result<PendingSignature, SignError> {
         if !self.schemes().contains(&scheme) {
             return Err(SignError::SchemeUnsupported);
         }
         let class = self.algorithm().class();
-        let submitted = Instant::now();
+        let submitted = std::time::Instant::now();
         let (reply, answer) = oneshot::channel();
         let mut payload = (message, reply);
         let mut error = SignError::TokenDown;
-        // Bit i: token i was asked. More tokens than bits are never asked twice, only not at all.
-        let mut asked = 0_u64;
-        while let Some(index) = self.best(class, asked) {
-            asked |= 1 << index;
-            let key = self.keys[index].clone();
-            let token = key.token.clone();
+        while let Some((index, key)) = self.cheapest(class, asked) {
+            asked.0 |= 1 << index;
+            let (key, token) = (key.clone(), key.token.clone());
+            let is_alone = self.others_up(asked) == 0;
             let (message, reply) = payload;
-            match token.submit(class, Job { key, scheme, message, submitted, reply }) {
-                Ok(()) => return Ok(PendingSignature { answer }),
+            let job = Job { key, scheme, message, submitted, is_alone, has_failed: false, reply };
+            match token.submit(class, job) {
+                Ok(()) => return Ok(PendingSignature { token, answer }),
                 Err((job, refused)) => {
                     payload = (job.message, job.reply);
                     error = refused;
@@ -156,26 +201,38 @@ impl PrivateKey {
         Err(error)
     }
 
-    fn best(&self, class: Class, asked: u64) -> Option<usize> {
-        let healthy = |(index, key): &(usize, &Arc<TokenKey>)| {
-            asked & (1 << index) == 0 && key.token.is_up() && !key.is_lost()
-        };
-        let mut candidates = self.keys.iter().enumerate().take(u64::BITS as usize).filter(healthy);
+    fn cheapest(&self, class: Class, asked: &Asked) -> Option<(usize, &Arc<TokenKey>)> {
+        let mut candidates = self.candidates(asked);
         let first = candidates.next()?;
         // The common case is one token: no estimate needed.
-        let Some(second) = candidates.next() else { return Some(first.0) };
-        [first, second]
-            .into_iter()
-            .chain(candidates)
-            .min_by_key(|(_, key)| key.token.expected(class))
-            .map(|(index, _)| index)
+        let Some(second) = candidates.next() else { return Some(first) };
+        [first, second].into_iter().chain(candidates).min_by_key(|(_, key)| key.token.cost(class))
+    }
+
+    /// How many could sign at once if those that were asked do not.
+    fn others_up(&self, asked: &Asked) -> u32 {
+        self.candidates(asked).map(|(_, key)| u32::from(key.token.health() == Health::Up)).sum()
+    }
+
+    /// Where the key may be signed with.
+    fn candidates(&self, asked: &Asked) -> impl Iterator<Item = (usize, &Arc<TokenKey>)> {
+        let asked = asked.0;
+        self.keys.iter().enumerate().take(u64::BITS as usize).filter(move |(index, key)| {
+            asked & (1 << index) == 0 && key.token.health() != Health::Down && !key.is_lost()
+        })
     }
 }
+
+/// The tokens that were tried for one signature, by their place among the keys. More than there are bits are never tried.
+#[derive(Default)]
+struct Asked(u64);
 
 /// A signature on its way. Dropping it cancels the request: a lane that comes to it afterwards does not sign.
 /// The caller enforces the deadline of the handshake.
 #[must_use]
 pub struct PendingSignature {
+    /// That is asked.
+    token: Arc<Token>,
     answer: oneshot::Receiver<Result<Signed, SignError>>,
 }
 

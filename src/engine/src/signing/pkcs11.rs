@@ -4,12 +4,14 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_void};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::marker::PhantomData;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use cryptoki_sys as sys;
 use cryptoki_sys::{CK_ATTRIBUTE, CK_MECHANISM, CK_OBJECT_HANDLE, CK_SESSION_HANDLE, CK_SLOT_ID, CK_ULONG};
@@ -19,13 +21,24 @@ use crate::process::guard_exit;
 
 /// A loaded module. One per file and process, for the life of the process: vendors' libraries leave threads and
 /// exit handlers behind, so it is never unloaded.
+///
+/// ```text
+///  closed ──initialize──> open ──last release──> closed
+///                         │  ^
+///          reinitialize   v  │   refused when a thread does not leave in time
+///                        resetting: nobody enters, and who is inside is waited for
+/// ```
 pub struct Module {
     path: PathBuf,
     functions: &'static sys::CK_FUNCTION_LIST,
-    /// How many threads are inside, and the `CLOSED` bit. C_Finalize closes the gate only when it counts nobody:
-    /// finalising under a running call crashes the process.
+    /// How many threads are inside, and the bits `CLOSED` and `RESETTING`. C_Finalize closes the gate only when it counts
+    /// nobody: finalising under a running call crashes the process.
     gate: AtomicU64,
+    /// Counts C_Initialize. What was opened or found in another one means nothing, or something else, in this one.
+    incarnation: AtomicU64,
     life: Mutex<Life>,
+    /// A change of `life` has ended, the gate has opened, or the last one has left a gate that is to close.
+    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -36,9 +49,42 @@ struct Life {
     ours: bool,
     /// For the rest of the process' life.
     exit_guarded: bool,
+    /// A thread is about to call C_Initialize or C_Finalize, without the mutex: either may hang.
+    changing: bool,
+    resets: Resets,
 }
 
+/// Resets follow each other ever more slowly, whichever tokens of the module want them.
+#[derive(Default)]
+struct Resets {
+    last: Option<Instant>,
+    pause: Duration,
+}
+
+const RESET_PAUSE_MIN: Duration = Duration::from_millis(10);
+const RESET_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A module that was well for so long begins anew with the shortest pause.
+const RESET_FORGOTTEN: Duration = Duration::from_secs(10);
+/// How long those inside are waited for before a reset is given up; others wait outside meanwhile.
+const RESET_WAIT: Duration = Duration::from_millis(500);
+/// How long somebody waits for a change of the module's life before it goes away with an error.
+const CHANGE_WAIT: Duration = Duration::from_secs(5);
+
 const CLOSED: u64 = 1 << 63;
+const RESETTING: u64 = 1 << 62;
+
+/// Why a module was not initialised again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResetFault {
+    /// It was done a moment ago; not again before this.
+    TooSoon(Instant),
+    /// So many threads are inside and do not come out; C_Finalize would crash the process.
+    ThreadsInside(usize),
+    Call {
+        function: &'static str,
+        ckr: Ckr,
+    },
+}
 
 /// What became of the module when a user let go of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +149,9 @@ impl Module {
             path: path.to_owned(),
             functions: function_list(handle).map_err(failed)?,
             gate: AtomicU64::new(CLOSED),
+            incarnation: AtomicU64::new(0),
             life: Mutex::default(),
+            changed: Condvar::new(),
         });
         loaded.push((handle as usize, module.clone()));
         Ok(module)
@@ -113,41 +161,30 @@ impl Module {
         &self.path
     }
 
+    /// Which C_Initialize holds.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation.load(Ordering::Acquire)
+    }
+
     /// C_Initialize with CKF_OS_LOCKING_OK (PKCS#11 v3.0 5.4); without the flag SoftHSM uses no locks at all.
     /// An already initialised module is fine. Pair each success with one `release`.
     pub fn initialize(&self) -> Result<(), Ckr> {
-        let mut life = lock(&self.life);
-        if life.users == 0 {
-            let mut arguments = sys::CK_C_INITIALIZE_ARGS {
-                CreateMutex: None,
-                DestroyMutex: None,
-                LockMutex: None,
-                UnlockMutex: None,
-                flags: sys::CKF_OS_LOCKING_OK,
-                pReserved: ptr::null_mut(),
-            };
-            let initialize = self.functions.C_Initialize.ok_or(Ckr::FUNCTION_NOT_SUPPORTED)?;
-            let _inside = Inside::count();
-            // SAFETY: the function comes from the module's own list; `arguments` lives through the call.
-            match Ckr::check(unsafe { initialize(ptr::from_mut(&mut arguments).cast()) }) {
-                Ok(()) => life.ours = true,
-                Err(Ckr::ALREADY_INITIALIZED) => {}
-                Err(ckr) => return Err(ckr),
-            }
-            self.gate.fetch_and(!CLOSED, Ordering::AcqRel);
-            if !life.exit_guarded {
-                // Not at load: libraries beneath the module, such as libcrypto, register theirs in C_Initialize.
-                guard_exit();
-                life.exit_guarded = true;
-            }
+        let mut change = self.change(CHANGE_WAIT).ok_or(Ckr::FUNCTION_FAILED)?;
+        if change.life().users == 0 {
+            self.call_initialize()?;
+            change.open();
         }
-        life.users += 1;
+        change.life().users += 1;
         Ok(())
     }
 
     /// Ends one user's interest; the last one finalises the module, if it is ours and nobody is inside.
     pub fn release(&self) -> Release {
-        let mut life = lock(&self.life);
+        let Some(mut change) = self.change(CHANGE_WAIT) else {
+            lock(&self.life).users -= 1;
+            return Release::ThreadsInside(self.inside());
+        };
+        let mut life = change.life();
         life.users = life.users.saturating_sub(1);
         if life.users > 0 {
             return Release::StillUsed;
@@ -155,19 +192,112 @@ impl Module {
         if !life.ours {
             return Release::LeftToOthers;
         }
-        if let Err(inside) = self.gate.compare_exchange(0, CLOSED, Ordering::AcqRel, Ordering::Acquire) {
-            return Release::ThreadsInside((inside & !CLOSED) as usize);
+        if self.gate.compare_exchange(0, CLOSED, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            return Release::ThreadsInside(self.inside());
         }
         life.ours = false;
-        let Some(finalize) = self.functions.C_Finalize else {
-            return Release::Failed(Ckr::FUNCTION_NOT_SUPPORTED);
-        };
-        let _inside = Inside::count();
-        // SAFETY: the argument must be NULL (v3.0 5.4); the closed gate proves that no call of ours is running.
-        match Ckr::check(unsafe { finalize(ptr::null_mut()) }) {
+        drop(life);
+        match self.call_finalize() {
             Ok(()) => Release::Finalized,
             Err(ckr) => Release::Failed(ckr),
         }
+    }
+
+    /// C_Finalize and C_Initialize, once for all who ask for another than `incarnation`. The caller holds the login lock,
+    /// finds its slot again and logs in again; so does everybody else who is told that a session is unknown.
+    pub fn reinitialize(&self, incarnation: u64) -> Result<(), ResetFault> {
+        let mut change = self.change(CHANGE_WAIT).ok_or(ResetFault::ThreadsInside(self.inside()))?;
+        if self.incarnation() != incarnation {
+            return Ok(());
+        }
+        change.life().resets.may_begin().map_err(ResetFault::TooSoon)?;
+        let was_open = change.close(RESET_WAIT).map_err(ResetFault::ThreadsInside)?;
+        change.life().resets.begin();
+        let call = |function| move |ckr| ResetFault::Call { function, ckr };
+        match if was_open { self.call_finalize() } else { Ok(()) } {
+            Ok(()) | Err(Ckr::NOT_INITIALIZED) => {}
+            // It may have been done half: nothing of before can be relied on.
+            Err(ckr) => {
+                change.open();
+                return Err(call("C_Finalize")(ckr));
+            }
+        }
+        self.call_initialize().map_err(call("C_Initialize"))?;
+        change.open();
+        Ok(())
+    }
+
+    /// Keeps the module from being initialised again or finalised while somebody else in this process uses it without this
+    /// file: graphene, on the JavaScript thread. None: a reset does not end.
+    pub fn visit(self: &Arc<Self>) -> Option<Visit> {
+        loop {
+            let before = self.gate.fetch_add(1, Ordering::AcqRel);
+            let visit = Visit(self.clone());
+            if before & RESETTING == 0 {
+                return Some(visit);
+            }
+            drop(visit);
+            if !self.wait_until_reset() {
+                return None;
+            }
+        }
+    }
+
+    fn inside(&self) -> usize {
+        (self.gate.load(Ordering::Acquire) & !(CLOSED | RESETTING)) as usize
+    }
+
+    /// The right to call C_Initialize and C_Finalize, for one thread at a time.
+    fn change(&self, wait: Duration) -> Option<Change<'_>> {
+        let (mut life, timeout) = self
+            .changed
+            .wait_timeout_while(lock(&self.life), wait, |life| life.changing)
+            .unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            return None;
+        }
+        life.changing = true;
+        Some(Change { module: self })
+    }
+
+    /// False: it takes too long.
+    fn wait_until_reset(&self) -> bool {
+        let resetting = |_: &mut Life| self.gate.load(Ordering::Acquire) & RESETTING != 0;
+        let waited = self.changed.wait_timeout_while(lock(&self.life), CHANGE_WAIT, resetting);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
+    }
+
+    fn call_initialize(&self) -> Result<(), Ckr> {
+        let mut arguments = sys::CK_C_INITIALIZE_ARGS {
+            CreateMutex: None,
+            DestroyMutex: None,
+            LockMutex: None,
+            UnlockMutex: None,
+            flags: sys::CKF_OS_LOCKING_OK,
+            pReserved: ptr::null_mut(),
+        };
+        let initialize = self.functions.C_Initialize.ok_or(Ckr::FUNCTION_NOT_SUPPORTED)?;
+        let _inside = Inside::count();
+        // SAFETY: the function comes from the module's own list; `arguments` lives through the call.
+        match Ckr::check(unsafe { initialize(ptr::from_mut(&mut arguments).cast()) }) {
+            Ok(()) => lock(&self.life).ours = true,
+            Err(Ckr::ALREADY_INITIALIZED) => {}
+            Err(ckr) => return Err(ckr),
+        }
+        let mut life = lock(&self.life);
+        if !life.exit_guarded {
+            // Not at load: libraries beneath the module, such as libcrypto, register theirs in C_Initialize.
+            guard_exit();
+            life.exit_guarded = true;
+        }
+        Ok(())
+    }
+
+    fn call_finalize(&self) -> Result<(), Ckr> {
+        let finalize = self.functions.C_Finalize.ok_or(Ckr::FUNCTION_NOT_SUPPORTED)?;
+        let _inside = Inside::count();
+        // SAFETY: the argument must be NULL (v3.0 5.4); the closed gate proves that no call of ours is running.
+        Ckr::check(unsafe { finalize(ptr::null_mut()) })
     }
 
     /// The slots that hold a token.
@@ -206,16 +336,110 @@ impl Module {
         }
     }
 
-    /// The one way into the module: refused once the gate is closed, counted while inside.
+    /// The one way into the module: refused once the gate is closed, counted while inside. Waits outside while the module
+    /// is initialised again, which cannot begin as long as anybody is inside.
     fn enter<F>(&self, function: Option<F>) -> Result<(F, Inside<'_>), Ckr> {
         let function = function.ok_or(Ckr::FUNCTION_NOT_SUPPORTED)?;
-        let mut inside = Inside::count();
-        let before = self.gate.fetch_add(1, Ordering::AcqRel);
-        inside.gate = Some(&self.gate);
-        if before & CLOSED != 0 {
-            return Err(Ckr::NOT_INITIALIZED);
+        loop {
+            let mut inside = Inside::count();
+            let before = self.gate.fetch_add(1, Ordering::AcqRel);
+            inside.module = Some(self);
+            if before & (CLOSED | RESETTING) == 0 {
+                return Ok((function, inside));
+            }
+            drop(inside);
+            if before & RESETTING == 0 || !self.wait_until_reset() {
+                return Err(Ckr::NOT_INITIALIZED);
+            }
         }
-        Ok((function, inside))
+    }
+
+    /// One has left.
+    fn left(&self) {
+        let before = self.gate.fetch_sub(1, Ordering::AcqRel);
+        if before & RESETTING != 0 {
+            // With the mutex: who waits for this must not look just before and sleep just after.
+            drop(lock(&self.life));
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// One thread's right to change the module's life.
+struct Change<'a> {
+    module: &'a Module,
+}
+
+impl Change<'_> {
+    fn life(&mut self) -> MutexGuard<'_, Life> {
+        lock(&self.module.life)
+    }
+
+    /// Nobody enters any more and nobody is inside; whether the module was initialised until now. `Err`: so many are inside,
+    /// and the gate is as it was.
+    fn close(&mut self, wait: Duration) -> Result<bool, usize> {
+        let Module { gate, changed, .. } = self.module;
+        let was_open = gate.fetch_or(RESETTING, Ordering::AcqRel) & CLOSED == 0;
+        // Who is turned away counts for a moment, too; but only who came in before can be inside once nobody has been.
+        let is_busy = |_: &mut Life| self.module.inside() > 0;
+        let waited = changed.wait_timeout_while(lock(&self.module.life), wait, is_busy);
+        if !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
+            return Ok(was_open);
+        }
+        let inside = self.module.inside();
+        gate.fetch_and(!RESETTING, Ordering::AcqRel);
+        Err(inside)
+    }
+
+    /// Another incarnation.
+    fn open(&mut self) {
+        self.module.incarnation.fetch_add(1, Ordering::AcqRel);
+        self.module.gate.fetch_and(!(CLOSED | RESETTING), Ordering::AcqRel);
+    }
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        // A reset that failed half-way leaves the module closed, until the next one opens it.
+        let before = self.module.gate.fetch_and(!RESETTING, Ordering::AcqRel);
+        if before & RESETTING != 0 {
+            self.module.gate.fetch_or(CLOSED, Ordering::AcqRel);
+        }
+        lock(&self.module.life).changing = false;
+        self.module.changed.notify_all();
+    }
+}
+
+impl Resets {
+    fn may_begin(&mut self) -> Result<(), Instant> {
+        let Some(last) = self.last else { return Ok(()) };
+        if last.elapsed() > RESET_FORGOTTEN.max(2 * self.pause) {
+            self.pause = Duration::ZERO;
+        }
+        match last + self.pause {
+            at if at <= Instant::now() => Ok(()),
+            at => Err(at),
+        }
+    }
+
+    fn begin(&mut self) {
+        self.last = Some(Instant::now());
+        self.pause = jittered((self.pause * 2).clamp(RESET_PAUSE_MIN, RESET_PAUSE_MAX));
+    }
+}
+
+/// Between a half and the whole of it, so that processes that failed together do not try again together.
+pub(super) fn jittered(pause: Duration) -> Duration {
+    let random = RandomState::new().build_hasher().finish();
+    pause / 2 + pause.mul_f64(random as f64 / u64::MAX as f64 / 2.0)
+}
+
+/// As long as it lives, the module is not initialised again.
+pub struct Visit(Arc<Module>);
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        self.0.left();
     }
 }
 
@@ -234,20 +458,20 @@ pub struct TokenInfo {
 
 /// A thread inside the module, for as long as this lives.
 struct Inside<'a> {
-    gate: Option<&'a AtomicU64>,
+    module: Option<&'a Module>,
 }
 
 impl Inside<'_> {
     fn count() -> Inside<'static> {
         THREADS_IN_MODULES.fetch_add(1, Ordering::SeqCst);
-        Inside { gate: None }
+        Inside { module: None }
     }
 }
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
-        if let Some(gate) = self.gate {
-            gate.fetch_sub(1, Ordering::AcqRel);
+        if let Some(module) = self.module {
+            module.left();
         }
         THREADS_IN_MODULES.fetch_sub(1, Ordering::SeqCst);
     }
@@ -257,6 +481,8 @@ impl Drop for Inside<'_> {
 /// because a PKCS#11 session carries one operation at a time (v3.0 5.1) and two threads in it corrupt each other.
 pub struct Session {
     module: Arc<Module>,
+    /// In another one the handle is unknown, or somebody else's: no call goes through then.
+    incarnation: u64,
     handle: CK_SESSION_HANDLE,
     slot: CK_SLOT_ID,
     close_on_drop: bool,
@@ -298,17 +524,41 @@ pub enum PssHash {
 }
 
 impl Session {
-    /// A read-only PKCS#11 session; it is logged in when another one of this process on the same token is.
-    pub fn open(module: &Arc<Module>, slot: CK_SLOT_ID) -> Result<Session, Ckr> {
+    /// A read-only PKCS#11 session; it is logged in when another one of this process on the same token is. `slot` is as of
+    /// `incarnation`: in another one nobody is logged in who has not found the slot again.
+    pub fn open(module: &Arc<Module>, slot: CK_SLOT_ID, incarnation: u64) -> Result<Session, Ckr> {
         let (open, _inside) = module.enter(module.functions.C_OpenSession)?;
+        if module.incarnation() != incarnation {
+            return Err(Ckr::USER_NOT_LOGGED_IN);
+        }
         let mut handle: CK_SESSION_HANDLE = 0;
         // SAFETY: no callback and so no callback argument; `handle` lives through the call.
         Ckr::check(unsafe { open(slot, sys::CKF_SERIAL_SESSION, ptr::null_mut(), None, &mut handle) })?;
-        Ok(Session { module: module.clone(), handle, slot, close_on_drop: true, _not_sync: PhantomData })
+        Ok(Session {
+            module: module.clone(),
+            incarnation,
+            handle,
+            slot,
+            close_on_drop: true,
+            _not_sync: PhantomData,
+        })
     }
 
     pub fn slot(&self) -> CK_SLOT_ID {
         self.slot
+    }
+
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
+    }
+
+    /// Into the module in which the session was opened; once that was initialised again, it knows no such session.
+    fn enter<F>(&self, function: Option<F>) -> Result<(F, Inside<'_>), Ckr> {
+        let entered = self.module.enter(function)?;
+        match self.module.incarnation() == self.incarnation {
+            true => Ok(entered),
+            false => Err(Ckr(sys::CKR_SESSION_HANDLE_INVALID)),
+        }
     }
 
     /// Ends a session that a call failed in. When the module said that it does not know it any more, it is not closed:
@@ -319,7 +569,7 @@ impl Session {
 
     /// C_Login as CKU_USER. Holds for all PKCS#11 sessions of the process on this token.
     pub fn login(&self, pin: &[u8]) -> Result<(), Ckr> {
-        let (login, _inside) = self.module.enter(self.module.functions.C_Login)?;
+        let (login, _inside) = self.enter(self.module.functions.C_Login)?;
         // SAFETY: `pin` is readable for its length through the call; the standard makes the module only read it.
         Ckr::check(unsafe {
             login(self.handle, sys::CKU_USER, pin.as_ptr().cast_mut(), pin.len() as CK_ULONG)
@@ -328,7 +578,7 @@ impl Session {
 
     /// Whether the user is logged in, by C_GetSessionInfo; also proves that the PKCS#11 session is alive.
     pub fn is_logged_in(&self) -> Result<bool, Ckr> {
-        let (get, _inside) = self.module.enter(self.module.functions.C_GetSessionInfo)?;
+        let (get, _inside) = self.enter(self.module.functions.C_GetSessionInfo)?;
         let mut info = sys::CK_SESSION_INFO::default();
         // SAFETY: `info` is a CK_SESSION_INFO that lives through the call.
         Ckr::check(unsafe { get(self.handle, &mut info) })?;
@@ -372,7 +622,7 @@ impl Session {
 
     /// What the key is called; None when a name is longer than any keygate can be told.
     pub fn key_names(&self, key: CK_OBJECT_HANDLE) -> Result<Option<KeyNames>, Ckr> {
-        let (get, _inside) = self.module.enter(self.module.functions.C_GetAttributeValue)?;
+        let (get, _inside) = self.enter(self.module.functions.C_GetAttributeValue)?;
         let (mut id, mut label) = ([0_u8; NAME_BYTES_MAX], [0_u8; NAME_BYTES_MAX]);
         let mut template = [
             attribute(sys::CKA_ID, id.as_mut_ptr().cast(), id.len()),
@@ -396,7 +646,7 @@ impl Session {
 
     /// Whether each use of the key needs a login of its own. A token that does not know the attribute says no.
     pub fn always_authenticates(&self, key: CK_OBJECT_HANDLE) -> Result<bool, Ckr> {
-        let (get, _inside) = self.module.enter(self.module.functions.C_GetAttributeValue)?;
+        let (get, _inside) = self.enter(self.module.functions.C_GetAttributeValue)?;
         let mut value: sys::CK_BBOOL = sys::CK_FALSE;
         let mut template = [CK_ATTRIBUTE {
             type_: sys::CKA_ALWAYS_AUTHENTICATE,
@@ -451,7 +701,7 @@ impl Session {
         room: &mut [u8],
     ) -> Result<usize, Ckr> {
         self.sign_start(mechanism, key)?;
-        let (sign, _inside) = self.module.enter(self.module.functions.C_Sign)?;
+        let (sign, _inside) = self.enter(self.module.functions.C_Sign)?;
         let mut length = room.len() as CK_ULONG;
         // SAFETY: `input` is only read, `room` has room for `length` bytes; all live through the call.
         Ckr::check(unsafe {
@@ -471,19 +721,19 @@ impl Session {
     }
 
     fn sign_start(&self, mechanism: &mut CK_MECHANISM, key: CK_OBJECT_HANDLE) -> Result<(), Ckr> {
-        let (start, _inside) = self.module.enter(self.module.functions.C_SignInit)?;
+        let (start, _inside) = self.enter(self.module.functions.C_SignInit)?;
         // SAFETY: the mechanism and the parameter it points to live through the call; the module copies what it keeps.
         Ckr::check(unsafe { start(self.handle, mechanism, key) })
     }
 
     fn find_start(&self, template: &mut [CK_ATTRIBUTE]) -> Result<(), Ckr> {
-        let (start, _inside) = self.module.enter(self.module.functions.C_FindObjectsInit)?;
+        let (start, _inside) = self.enter(self.module.functions.C_FindObjectsInit)?;
         // SAFETY: the template and the values it points to live through the call, and are only read (v3.0 5.7).
         Ckr::check(unsafe { start(self.handle, template.as_mut_ptr(), template.len() as CK_ULONG) })
     }
 
     fn find_some(&self) -> Result<Matches, Ckr> {
-        let (find, _inside) = self.module.enter(self.module.functions.C_FindObjects)?;
+        let (find, _inside) = self.enter(self.module.functions.C_FindObjects)?;
         let mut handles: [CK_OBJECT_HANDLE; 2] = [0; 2];
         let mut count: CK_ULONG = 0;
         // SAFETY: `handles` has room for the two handles asked for; both live through the call.
@@ -498,7 +748,7 @@ impl Session {
     fn find_all(&self, max: usize) -> Result<Option<Vec<CK_OBJECT_HANDLE>>, Ckr> {
         let mut found = Vec::new();
         loop {
-            let (find, _inside) = self.module.enter(self.module.functions.C_FindObjects)?;
+            let (find, _inside) = self.enter(self.module.functions.C_FindObjects)?;
             let mut handles: [CK_OBJECT_HANDLE; 256] = [0; 256];
             let mut count: CK_ULONG = 0;
             // SAFETY: `handles` has room for as many handles as are asked for; both live through the call.
@@ -516,7 +766,7 @@ impl Session {
     }
 
     fn find_end(&self) -> Result<(), Ckr> {
-        let (end, _inside) = self.module.enter(self.module.functions.C_FindObjectsFinal)?;
+        let (end, _inside) = self.enter(self.module.functions.C_FindObjectsFinal)?;
         // SAFETY: takes no pointer.
         Ckr::check(unsafe { end(self.handle) })
     }
@@ -527,7 +777,7 @@ impl Drop for Session {
         if !self.close_on_drop {
             return;
         }
-        let Ok((close, _inside)) = self.module.enter(self.module.functions.C_CloseSession) else { return };
+        let Ok((close, _inside)) = self.enter(self.module.functions.C_CloseSession) else { return };
         // SAFETY: takes no pointer. The result does not matter: a session that cannot be closed is gone already.
         let _ = unsafe { close(self.handle) };
     }

@@ -90,6 +90,23 @@ impl<R: Request> Queue<R> {
         None
     }
 
+    /// Gives a request that was taken back its place, in front; also when its class is full.
+    pub fn put_back(&mut self, class: Class, request: R, since: Instant) {
+        self.of(class).push_front(Waiting { since, request });
+    }
+
+    /// Everything of which `leaves` is true.
+    pub fn remove(&mut self, leaves: impl Fn(&R) -> bool) -> Vec<R> {
+        let mut left = Vec::new();
+        for queue in [&mut self.ec, &mut self.rsa] {
+            let (leaving, staying) =
+                queue.drain(..).partition(|waiting: &Waiting<R>| leaves(&waiting.request));
+            *queue = staying;
+            left.extend(Vec::from(leaving).into_iter().map(|waiting: Waiting<R>| waiting.request));
+        }
+        left
+    }
+
     /// The next request to sign. The lane that takes it says `done` afterwards.
     pub fn take(&mut self) -> Option<(Class, R)> {
         let rsa_may_run = !self.rsa.is_empty() && self.rsa_running < self.rsa_running_max;

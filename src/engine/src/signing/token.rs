@@ -9,15 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
-use cryptoki_sys::CK_SLOT_ID;
 use zeroize::Zeroizing;
 
 use super::ckr::Ckr;
-use super::desk::{Desk, DownReason, Job, LaneWanted};
+use super::desk::{Desk, DeskPlan, DownReason, Health, Job, LaneWanted};
 use super::key_directory::KeyDirectory;
 use super::lane;
-use super::login::{self, Login};
-use super::pkcs11::{Matches, Module, Release, Session, TokenInfo};
+use super::login::{self, Login, LoginFault, Place};
+use super::pkcs11::{Matches, Module, Release, Session};
 use super::public_key::PublicKey;
 use super::service_time::ServiceTime;
 use super::token_error::{Problem, TokenError};
@@ -37,6 +36,12 @@ pub struct TokenPlan {
     pub pin: Zeroizing<Vec<u8>>,
     /// 1..=256. Threads are started when they are needed first.
     pub lanes: usize,
+    /// Lanes, those that are lost in the module included: each holds a PKCS#11 session. At least `lanes`.
+    pub threads_max: usize,
+    /// A lane that has been in the module for so long is lost, and another one takes its place.
+    pub lost_after: Duration,
+    /// How much more this token is asked than others with the same keys; 0: only when none of those is up.
+    pub weight: u32,
     /// Waiting requests per class (EC, RSA), 1..; one more is answered `QueueFull`.
     pub queue_max: usize,
     /// A request that waited longer is answered `QueueAged`, not signed.
@@ -52,13 +57,16 @@ pub struct TokenPlan {
 }
 
 pub const LANES_MAX: usize = 256;
+/// So many deadlines of a signature after which nobody waits for its lane any more either.
+pub const LOST_AFTER_DEADLINES: u32 = 2;
 
 /// Lanes hold it, so it ends with `stop`, not with the last handle.
 pub struct Token {
     name: Arc<str>,
     module: Arc<Module>,
-    slot: CK_SLOT_ID,
     login: Mutex<Login>,
+    /// Where the token is, as of the last login. Apart from `login`, which is held across calls.
+    place: Mutex<Place>,
     /// Counts logins. A handle found in an older epoch is not used.
     epoch: AtomicU64,
     keys: Mutex<HashMap<KeyIdentity, Weak<TokenKey>>>,
@@ -67,10 +75,12 @@ pub struct Token {
     /// Signatures that failed since the last good one.
     failures_in_a_row: AtomicU32,
     lanes: u32,
+    weight: u32,
+    lost_after: Duration,
     desk: Desk,
     stats: Arc<TokenStats>,
-    pub(super) service_ec: ServiceTime,
-    pub(super) service_rsa: ServiceTime,
+    service_ec: ServiceTime,
+    service_rsa: ServiceTime,
     pub(super) verify_rsa_every: u32,
     pub(super) verify_ec_every: u32,
     released: OnceLock<Release>,
@@ -150,7 +160,24 @@ impl Token {
     }
 
     pub fn is_up(&self) -> bool {
-        self.desk.is_up()
+        self.desk.health() == Health::Up
+    }
+
+    pub fn health(&self) -> Health {
+        self.desk.health()
+    }
+
+    /// Writes off lanes that are lost, and starts others. To be called now and then; the I/O thread does when requests come.
+    pub fn look(self: &Arc<Self>) {
+        if let Some(wanted) = self.desk.look() {
+            // Out of threads: later.
+            let _ = self.start_lane(wanted);
+        }
+    }
+
+    /// Down with a lane lost in the module, for so long that only another process can help.
+    pub fn is_stuck(&self) -> bool {
+        self.desk.hangs_for().is_some_and(|duration| duration > self.lost_after)
     }
 
     pub fn down_reason(&self) -> Option<DownReason> {
@@ -161,19 +188,34 @@ impl Token {
         &self.stats
     }
 
-    /// How long a new request would wait and take, roughly. Only good for comparing tokens.
-    pub(super) fn expected(&self, class: Class) -> Duration {
+    /// How long a new request would wait and take, roughly, and by how much the token is preferred. Only good for comparing
+    /// tokens: the least is asked first.
+    pub(super) fn cost(&self, class: Class) -> (Health, bool, Duration) {
+        // One that has not been measured costs a little, or its weight would mean nothing.
+        let expected = self.expected(class).max(Duration::from_micros(1));
+        (self.health(), self.weight == 0, expected / self.weight.max(1))
+    }
+
+    /// How long one request has occupied the token.
+    pub(super) fn took(&self, class: Class, time: Duration) {
+        match class {
+            Class::Ec => self.service_ec.measured(time),
+            Class::Rsa => self.service_rsa.measured(time),
+        }
+    }
+
+    fn expected(&self, class: Class) -> Duration {
         let (ec, rsa) = (self.service_ec.estimate(), self.service_rsa.estimate());
         let depth = |gauge: &crate::stats::Gauge| u32::try_from(gauge.get()).unwrap_or(0);
+        let (ecs, rsas) = (depth(&self.stats.queue_depth_ec), depth(&self.stats.queue_depth_rsa));
         let (ahead, own) = match class {
-            Class::Ec => (ec * depth(&self.stats.queue_depth_ec), ec),
-            Class::Rsa => {
-                (ec * depth(&self.stats.queue_depth_ec) + rsa * depth(&self.stats.queue_depth_rsa), rsa)
-            }
+            Class::Ec => (ec * ecs, ec),
+            Class::Rsa => (ec * ecs + rsa * rsas, rsa),
         };
-        let busy = depth(&self.stats.lanes_busy);
+        // A lane that was called is idle until it has woken up, and what it was called for waits.
+        let wanted = depth(&self.stats.lanes_busy) + ecs + rsas;
         let lanes = self.lanes;
-        if busy < lanes { own } else { (ahead + own) / lanes + own }
+        if wanted < lanes { own } else { (ahead + own) / lanes + own }
     }
 
     pub(super) fn submit(self: &Arc<Self>, class: Class, job: Job) -> Result<(), (Job, SignError)> {
@@ -192,17 +234,25 @@ impl Token {
         self.epoch.load(Ordering::Acquire)
     }
 
-    pub(super) fn open_session(&self) -> Result<Session, Ckr> {
-        Session::open(&self.module, self.slot)
+    /// Which C_Initialize of the module holds.
+    pub(super) fn incarnation(&self) -> u64 {
+        self.module.incarnation()
     }
 
-    /// Logs in again, once for all lanes that found themselves logged out in `epoch`.
-    pub(super) fn login_again(&self, epoch: u64) -> Result<(), Problem> {
+    pub(super) fn open_session(&self) -> Result<Session, Ckr> {
+        let Place { slot, incarnation } = *lock(&self.place);
+        Session::open(&self.module, slot, incarnation)
+    }
+
+    /// Logs in again, once for all lanes that found themselves logged out in `epoch`; with `reset`, not before the module is
+    /// in another incarnation than this.
+    pub(super) fn login_again(&self, epoch: u64, reset: Option<u64>) -> Result<(), LoginFault> {
         let mut login = lock(&self.login);
         if self.epoch() != epoch {
             return Ok(());
         }
-        login.again(&self.stats)?;
+        login.again(reset, &self.stats)?;
+        *lock(&self.place) = login.place();
         // Every private object handle died with the old login.
         self.epoch.fetch_add(1, Ordering::AcqRel);
         Ok(())
@@ -235,13 +285,13 @@ impl Token {
     fn start_lane(self: &Arc<Self>, wanted: LaneWanted) -> Result<(), std::io::Error> {
         let token = self.clone();
         let name = format!("lane-{}", wanted.number);
-        match thread::Builder::new().name(name).spawn(move || lane::run(&token)) {
+        match thread::Builder::new().name(name).spawn(move || lane::run(&token, wanted.number)) {
             Ok(handle) => {
                 self.desk.lane_started(handle);
                 Ok(())
             }
             Err(error) => {
-                self.desk.lane_ended();
+                self.desk.lane_ended(wanted.number);
                 Err(error)
             }
         }
@@ -253,11 +303,11 @@ impl Token {
         label: Option<&str>,
         inputs: [&[u8]; N],
     ) -> Result<[Zeroizing<[u8; 32]>; N], Problem> {
-        let session = self.open_session().map_err(Problem::call("C_OpenSession"))?;
+        let session = self.session_of_its_own()?;
         let epoch = self.epoch();
         let is_logged_in = session.is_logged_in().map_err(Problem::call("C_GetSessionInfo"))?;
         if !is_logged_in {
-            self.login_again(epoch)?;
+            self.log_in(epoch)?;
         }
         // Found anew each time, which is once in hours: a handle of another login could mean another key.
         let handle = match session.find_secret_keys(id, label).map_err(Problem::call("C_FindObjects"))? {
@@ -272,6 +322,24 @@ impl Token {
         Ok(derived)
     }
 
+    /// For what lanes are not asked for: they may all be busy.
+    fn session_of_its_own(&self) -> Result<Session, Problem> {
+        let epoch = self.epoch();
+        let mut opened = self.open_session();
+        if matches!(opened, Err(Ckr::USER_NOT_LOGGED_IN)) {
+            self.log_in(epoch)?;
+            opened = self.open_session();
+        }
+        opened.map_err(Problem::call("C_OpenSession"))
+    }
+
+    fn log_in(&self, epoch: u64) -> Result<(), Problem> {
+        self.login_again(epoch, None).map_err(|fault| match fault {
+            LoginFault::Problem(problem) => problem,
+            LoginFault::NotReset(_) => Problem::call("C_Initialize")(Ckr::FUNCTION_FAILED),
+        })
+    }
+
     fn try_find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, Problem> {
         if plan.id.is_none() && plan.label.is_none() {
             return Err(Problem::KeyUnnamed);
@@ -279,7 +347,8 @@ impl Token {
         let public =
             PublicKey::from_spki(&plan.spki).map_err(|reason| Problem::PublicKey(reason.to_string()))?;
         for mechanism in public.mechanisms() {
-            let can = self.module.can_sign(self.slot, mechanism.ck_type());
+            let slot = lock(&self.place).slot;
+            let can = self.module.can_sign(slot, mechanism.ck_type());
             if !can.map_err(Problem::call("C_GetMechanismInfo"))? {
                 return Err(Problem::MechanismMissing(mechanism.name()));
             }
@@ -287,11 +356,10 @@ impl Token {
         let number = self.keys_numbered.fetch_add(1, Ordering::Relaxed);
         let key = Arc::new(TokenKey::new(self.clone(), plan, public, number));
 
-        // A PKCS#11 session of its own: lanes may all be busy, and this one ends with this search.
-        let session = self.open_session().map_err(Problem::call("C_OpenSession"))?;
+        let session = self.session_of_its_own()?;
         let mut epoch = self.epoch();
         let hint = lock(&self.directory).find(&session, epoch, key.id(), key.label());
-        let supposed = hint.map(|handle| key.suppose(handle, epoch));
+        let supposed = hint.map(|handle| key.suppose(&session, handle, epoch));
         if let Some(found) = supposed
             && prove(&key, &session, found).is_ok()
         {
@@ -300,7 +368,7 @@ impl Token {
         let stale = supposed.map(|found| found.generation);
         let mut located = key.locate(&session, epoch, stale);
         if matches!(located, Err(Fault::Call(Ckr::USER_NOT_LOGGED_IN))) {
-            self.login_again(epoch)?;
+            self.log_in(epoch)?;
             epoch = self.epoch();
             located = key.locate(&session, epoch, stale);
         }
@@ -327,6 +395,12 @@ fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
     if !(1..=LANES_MAX).contains(&plan.lanes) {
         return Err(Problem::Plan(format!("lanes: expected 1 to {LANES_MAX}, found {}", plan.lanes)));
     }
+    if plan.threads_max < plan.lanes {
+        return Err(Problem::Plan(format!(
+            "threads_max: expected at least {}, found {}",
+            plan.lanes, plan.threads_max
+        )));
+    }
     if plan.queue_max == 0 || plan.verify_ec_every == 0 || plan.verify_rsa_every == 0 {
         return Err(Problem::Plan(
             "queue_max, verify_ec_every and verify_rsa_every: expected at least 1, found 0".into(),
@@ -338,9 +412,8 @@ fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
 
     let login_lock = login::take_lock(&plan.module, plan.login_lock_wait, &stats);
     module.initialize().map_err(Problem::call("C_Initialize"))?;
-    let logged_in = find_slot(&module, &plan.label, plan.serial.as_deref())
-        .and_then(|(slot, info)| Login::start(&module, slot, &info, plan.pin, plan.login_lock_wait, &stats));
-    let login = match logged_in {
+    let serial = plan.serial.as_deref();
+    let login = match Login::start(&module, &plan.label, serial, plan.pin, plan.login_lock_wait, &stats) {
         Ok(login) => login,
         Err(problem) => {
             module.release();
@@ -352,7 +425,7 @@ fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
     let token = Arc::new(Token {
         name: plan.name.into(),
         module,
-        slot: login.slot(),
+        place: Mutex::new(login.place()),
         login: Mutex::new(login),
         epoch: AtomicU64::new(1),
         keys: Mutex::default(),
@@ -360,7 +433,18 @@ fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
         keys_numbered: AtomicU64::new(0),
         failures_in_a_row: AtomicU32::new(0),
         lanes: plan.lanes as u32,
-        desk: Desk::new(plan.queue_max, plan.queue_age_max, plan.lanes, stats.clone()),
+        weight: plan.weight,
+        lost_after: plan.lost_after,
+        desk: Desk::new(
+            DeskPlan {
+                count_max: plan.queue_max,
+                age_max: plan.queue_age_max,
+                lanes_max: plan.lanes,
+                threads_max: plan.threads_max,
+                lost_after: plan.lost_after,
+            },
+            stats.clone(),
+        ),
         stats,
         service_ec: ServiceTime::default(),
         service_rsa: ServiceTime::default(),
@@ -376,32 +460,6 @@ fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
         return Err(Problem::Thread(error));
     }
     Ok(token)
-}
-
-fn find_slot(module: &Module, label: &str, serial: Option<&str>) -> Result<(CK_SLOT_ID, TokenInfo), Problem> {
-    let slots = module.slots().map_err(Problem::call("C_GetSlotList"))?;
-    // A slot that cannot tell its token is none of ours; one broken reader must not hide the others.
-    let tokens: Vec<(CK_SLOT_ID, TokenInfo)> =
-        slots.into_iter().filter_map(|slot| Some((slot, module.token_info(slot).ok()?))).collect();
-    let matches = |info: &TokenInfo| info.label == label && serial.is_none_or(|serial| info.serial == serial);
-    let matching: Vec<_> = tokens.iter().filter(|(_, info)| matches(info)).collect();
-    match matching[..] {
-        [(slot, info)] => Ok((*slot, info.clone())),
-        [] => Err(Problem::TokenMissing {
-            label: label.to_owned(),
-            serial: serial.map(str::to_owned),
-            // A slot that waits for C_InitToken has no label.
-            present: tokens
-                .into_iter()
-                .map(|(_, info)| info.label)
-                .filter(|label| !label.is_empty())
-                .collect(),
-        }),
-        _ => Err(Problem::TokenAmbiguous {
-            label: label.to_owned(),
-            serials: matching.iter().map(|(_, info)| info.serial.clone()).collect(),
-        }),
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

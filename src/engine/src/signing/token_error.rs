@@ -84,6 +84,11 @@ impl Problem {
         }
     }
 
+    /// Whether it is about the PIN, of which each try costs one.
+    pub fn is_pin(&self) -> bool {
+        matches!(self, Problem::PinLocked | Problem::PinFinalTry | Problem::PinRefused(_))
+    }
+
     pub fn call(function: &'static str) -> impl Fn(Ckr) -> Problem {
         move |ckr| Problem::Call { function, ckr }
     }

@@ -50,12 +50,13 @@ struct Place {
 }
 
 /// A handle and how long it may be believed. After a new login or a re-initialised module the same number may mean
-/// another key, so a handle is only used in the login epoch in which it was found.
+/// another key, so a handle is only used in the login epoch and in the incarnation of the module in which it was found.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Found {
     pub handle: CK_OBJECT_HANDLE,
     pub generation: u64,
     epoch: u64,
+    incarnation: u64,
 }
 
 /// Why there is no signature.
@@ -142,10 +143,11 @@ impl TokenKey {
     }
 
     /// Believes a handle that was not searched for; the caller proves it.
-    pub(super) fn suppose(&self, handle: CK_OBJECT_HANDLE, epoch: u64) -> Found {
+    pub(super) fn suppose(&self, session: &Session, handle: CK_OBJECT_HANDLE, epoch: u64) -> Found {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         place.generation += 1;
-        let found = Found { handle, generation: place.generation, epoch };
+        let incarnation = session.incarnation();
+        let found = Found { handle, generation: place.generation, epoch, incarnation };
         place.found = Some(found);
         found
     }
@@ -155,7 +157,7 @@ impl TokenKey {
     pub(super) fn locate(&self, session: &Session, epoch: u64, stale: Option<u64>) -> Result<Found, Fault> {
         let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = place.found
-            && found.epoch == epoch
+            && (found.epoch, found.incarnation) == (epoch, session.incarnation())
             && Some(found.generation) != stale
         {
             return Ok(found);
@@ -174,7 +176,8 @@ impl TokenKey {
         let fault = match matches {
             Matches::One(handle) => {
                 place.generation += 1;
-                let found = Found { handle, generation: place.generation, epoch };
+                let incarnation = session.incarnation();
+                let found = Found { handle, generation: place.generation, epoch, incarnation };
                 place.found = Some(found);
                 self.lost_until_ms.store(0, Relaxed);
                 self.token.stats().refound.add(u64::from(found.generation > 1));

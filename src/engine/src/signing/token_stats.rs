@@ -16,16 +16,22 @@ pub struct TokenStats {
     pub queue_depth_rsa: Gauge,
     pub lanes_idle: Gauge,
     pub lanes_busy: Gauge,
-    /// Lanes written off inside the module. Stays 0 until lost lanes are replaced.
+    /// Lanes written off inside the module, which have not come back.
     pub lanes_lost: Gauge,
+    /// How often a lane was written off.
+    pub written_off: Counter,
     /// PKCS#11 sessions of lanes.
     pub sessions_open: Gauge,
     pub reopened: Counter,
     pub logged_in: Counter,
+    /// How often this token had its module initialised again.
+    pub reinitialized: Counter,
     pub refound: Counter,
     pub shed_queue_full: Counter,
     pub shed_queue_aged: Counter,
     pub shed_token_down: Counter,
+    /// Requests that went on to another token, because this one failed or took too long.
+    pub failed_over: Counter,
     /// Requests nobody waited for any more when a lane came to them.
     pub cancelled: Counter,
     /// How often the token went down (circuit opened).

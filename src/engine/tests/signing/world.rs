@@ -21,7 +21,7 @@ pub const PIN: &str = "correct-horse";
 pub const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
 
 /// Everything waits at most this long for anything.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct World {
     dir: PathBuf,
@@ -45,7 +45,9 @@ pub struct Key {
 
 /// Runs the body of the test `name` in a process of its own: SoftHSM reads SOFTHSM2_CONF once per process, a process
 /// has one login, and a crash must fail one test.
-pub fn in_own_process(name: &str, body: fn(World)) {
+pub fn in_own_process(path: &str, body: fn(World)) {
+    // Without the name of the crate.
+    let name = path.split_once("::").map_or(path, |(_, name)| name);
     if let Some(dir) = env::var_os("KEYGATE_TEST_DIR") {
         // SAFETY: takes a number; the default action of SIGALRM ends this process should the test hang.
         unsafe { libc::alarm(60) };
@@ -99,11 +101,20 @@ impl World {
         run(Command::new("openssl").args(["pkey", "-pubout", "-in"]).arg(&pem).arg("-out").arg(&public_pem));
         let der = ["-pubin", "-outform", "DER", "-in"];
         let spki = run(Command::new("openssl").arg("pkey").args(der).arg(&public_pem));
+        self.import_key(&pem, token, label, id);
+        Key { label: label.to_owned(), spki, public_pem }
+    }
+
+    /// The key that `make_key` made, into another token too.
+    pub fn copy_key(&self, from: &str, to: &str, label: &str, id: &str) {
+        self.import_key(&self.dir.join(format!("{from}-{label}-{id}.pem")), to, label, id);
+    }
+
+    fn import_key(&self, pem: &Path, token: &str, label: &str, id: &str) {
         run(Command::new("softhsm2-util")
             .arg("--import")
-            .arg(&pem)
+            .arg(pem)
             .args(["--token", token, "--label", label, "--id", id, "--pin", PIN]));
-        Key { label: label.to_owned(), spki, public_pem }
     }
 
     /// The key that `make_key` made, in a copy of the test.
@@ -146,6 +157,9 @@ impl World {
             serial: None,
             pin: PIN.as_bytes().to_vec().into(),
             lanes: 1,
+            threads_max: 4,
+            lost_after: PATIENCE,
+            weight: 1,
             queue_max: 1024,
             queue_age_max: PATIENCE,
             login_lock_wait: PATIENCE,
@@ -165,10 +179,13 @@ impl World {
         let keys: Vec<Key> = kinds
             .iter()
             .enumerate()
-            .map(|(index, kind)| self.make_key("t", &format!("{kind:?}"), &format!("A{index}"), *kind))
+            .map(|(index, kind)| {
+                self.make_key("t", &format!("{kind:?}-{index}"), &format!("A{index}"), *kind)
+            })
             .collect();
         let mut plan = self.plan("t");
         change(&mut plan);
+        plan.threads_max = plan.threads_max.max(plan.lanes);
         let token = Token::start(plan).expect("the token starts");
         let keys = keys.into_iter().map(|key| find(&token, key).expect("the key is found")).collect();
         (token, keys)

@@ -1,0 +1,96 @@
+/**
+ * Owns: clients that go on all the time while something is done to keygate: established connections that echo, resumed and
+ * full handshakes, one after the other; and what became of them.
+ * Must not know: what is done to keygate.
+ * Runs: in test processes.
+ */
+import assert from 'node:assert/strict';
+import { once } from 'node:events';
+import { setImmediate } from 'node:timers/promises';
+import { connect } from 'node:tls';
+import type { TLSSocket } from 'node:tls';
+import { assertEchoes, tlsClient } from './tls-client.ts';
+import type { TlsOptions } from './tls-client.ts';
+import { until } from './until.ts';
+
+/** What Node makes of the alert internal_error (RFC 8446 6.2). */
+const internalError = /^ERR_SSL_(TLSV1|SSL\/TLS)_ALERT_INTERNAL_ERROR$/;
+const establishedCount = 4;
+
+export class Load {
+  /** Of established connections; each was echoing. */
+  lost = 0;
+  echoes = 0;
+  /** Full handshakes that were refused with an alert. */
+  refused = 0;
+  /** When full and resumed handshakes succeeded, in milliseconds of `performance`. */
+  readonly full: number[] = [];
+  readonly resumed: number[] = [];
+  /** Codes of errors that no client may see: a signature that is wrong is one. */
+  readonly unexpected: string[] = [];
+  readonly #options: TlsOptions;
+  readonly #loops: Promise<void>[];
+  readonly #clients: readonly TLSSocket[];
+  #isOver = false;
+
+  /** @param options with `ca`: every client verifies what the server shows and signs */
+  static async start(options: TlsOptions): Promise<Load> {
+    const established = Array.from({ length: establishedCount }, async () => tlsClient(options));
+    const first = connect({ host: '127.0.0.1', ...options });
+    const [session] = (await once(first, 'session')) as [Buffer];
+    first.destroy();
+    return new Load(options, await Promise.all(established), session);
+  }
+
+  private constructor(options: TlsOptions, clients: readonly TLSSocket[], session: Buffer) {
+    this.#options = options;
+    this.#clients = clients;
+    this.#loops = [
+      ...clients.map(async (client) => this.#echo(client)),
+      this.#handshakes(this.full),
+      this.#handshakes(this.full),
+      this.#handshakes(this.resumed, session),
+    ];
+  }
+
+  /** @returns after how many milliseconds from now a full handshake that began since succeeded */
+  async healed(deadlineMs = 10_000): Promise<number> {
+    const from = performance.now();
+    return until('full handshake', () => this.full.find((at) => at > from), { deadlineMs }).then((at) => at - from);
+  }
+
+  async stop(): Promise<void> {
+    this.#isOver = true;
+    await Promise.all(this.#loops);
+    for (const client of this.#clients) client.destroy();
+  }
+
+  async #echo(client: TLSSocket): Promise<void> {
+    try {
+      while (!this.#isOver) {
+        await assertEchoes(client);
+        this.echoes += 1;
+        await setImmediate();
+      }
+    } catch {
+      this.lost += 1;
+    }
+  }
+
+  async #handshakes(succeeded: number[], session?: Buffer): Promise<void> {
+    while (!this.#isOver) {
+      try {
+        const client = await tlsClient({ ...this.#options, ...(session === undefined ? {} : { session }) });
+        assert.equal(client.isSessionReused(), session !== undefined, 'resumed as it was meant to be');
+        await assertEchoes(client);
+        client.destroy();
+        succeeded.push(performance.now());
+      } catch (error) {
+        const { code, message } = error as NodeJS.ErrnoException;
+        if (session === undefined && internalError.test(code ?? '')) this.refused += 1;
+        else this.unexpected.push(code ?? message);
+      }
+      await setImmediate();
+    }
+  }
+}

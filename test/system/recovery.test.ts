@@ -1,0 +1,352 @@
+/**
+ * Owns: that nobody restarts keygate by hand: whatever a token, a module or what is between them does, established connections
+ * and resumed handshakes go on, no client is sent a wrong signature, and full handshakes are back as soon as they can be.
+ * Must not know: how lanes repair themselves (src/engine/tests/signing).
+ * Runs: against a real `keygate serve` under a continuous load, on SoftHSM behind the fault module or p11-kit's server.
+ */
+import assert from 'node:assert/strict';
+import { it } from 'node:test';
+import type { TestContext } from 'node:test';
+import type { TokenSnapshot } from '../../src/engine/native.d.ts';
+import { FaultModule } from '../support/fault-module.ts';
+import { startKeygate } from '../support/keygate.ts';
+import type { Keygate } from '../support/keygate.ts';
+import { Load } from '../support/load.ts';
+import { P11KitServer } from '../support/p11-kit.ts';
+import { provisionedToken } from '../support/provisioned-token.ts';
+import { until } from '../support/until.ts';
+import { echoUpstream } from '../support/upstream.ts';
+
+/** Of the issue: a fault that is lifted is forgotten by then. */
+const healedMsMax = 2000;
+/** PKCS#11 v3.0, CKR_*. */
+const deviceError = 0x30;
+const functionFailed = 0x6;
+const cryptokiNotInitialized = 0x190;
+const tokenNotPresent = 0xe0;
+
+interface Fault {
+  readonly name: string;
+  readonly token?: object;
+  readonly inject: (faults: FaultModule, keygate: Keygate) => void | Promise<void>;
+  /** Default: no fault any more. */
+  readonly lift?: (faults: FaultModule) => void;
+  /** What is to be seen while it lasts. */
+  readonly during?: (token: TokenSnapshot, load: Load) => boolean;
+  /** Full handshakes that fail for it; default: none. */
+  readonly refuses?: boolean;
+}
+
+const faultTable: readonly Fault[] = [
+  {
+    name: 'a device that answers again only when the module was initialised again',
+    inject: (faults) => {
+      for (const call of ['C_SignInit', 'C_OpenSession'] as const)
+        faults.fail(call, deviceError, { heal: 'initialize' });
+    },
+    lift: () => {},
+    during: ({ reinitialized }) => reinitialized === 1,
+  },
+  {
+    name: 'a module that has forgotten that it was initialised',
+    inject: (faults) => faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' }),
+    lift: () => {},
+    during: ({ reinitialized }) => reinitialized === 1,
+  },
+  {
+    name: 'a token that is pulled, and comes back in another slot',
+    token: { queue: { age: '300ms' } },
+    inject(faults) {
+      faults.set('slotShift', 1000);
+      faults.set('slotsHidden', 1);
+      faults.fail('C_SignInit', tokenNotPresent, { heal: 'initialize' });
+    },
+    lift: (faults) => faults.set('slotsHidden', 0),
+    during: ({ up }, { refused }) => !up && refused > 0,
+    refuses: true,
+  },
+  {
+    name: 'handles that mean other keys after each initialisation',
+    token: { verify: { ec: 1_000_000 } },
+    inject(faults) {
+      faults.set('handlesExchanged', 1);
+      faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' });
+    },
+    during: ({ reinitialized }) => reinitialized === 1,
+  },
+  {
+    name: 'somebody else who logs everybody out',
+    inject: (faults) => faults.set('logoutLeft', 1),
+    lift: () => {},
+    during: ({ loggedIn }) => loggedIn === 2,
+  },
+  {
+    name: 'a session that is closed behind our back',
+    inject: (faults) => faults.set('closeLeft', 1),
+    lift: () => {},
+    during: ({ reopened }) => reopened === 1,
+  },
+  {
+    name: 'sessions that are closed behind our back as soon as they are opened',
+    inject: (faults) => faults.set('closeLeft', 1000),
+    during: ({ reopened, wentDown }) => reopened >= 3 && wentDown >= 1,
+    refuses: true,
+  },
+  {
+    name: 'a vendor that is busy one time in ten',
+    inject: (faults) => faults.fail('C_Sign', functionFailed, { perMillion: 100_000 }),
+    during: ({ reopened }) => reopened >= 3,
+    refuses: true,
+  },
+  {
+    name: 'wrong signatures',
+    token: { verify: { ec: 'always' } },
+    inject: (faults) => faults.damage(),
+    during: ({ up, wentDown }) => !up && wentDown > 0,
+    refuses: true,
+  },
+  {
+    name: 'a module that hangs',
+    token: { signDeadline: '300ms', queue: { age: '300ms' } },
+    inject: (faults) => faults.hang('C_Sign'),
+    during: ({ lanesLost, up }, { refused }) => lanesLost > 0 && !up && refused > 0,
+    refuses: true,
+  },
+  {
+    name: 'a rare call that takes far longer than anybody waits',
+    token: { lanes: 2, signDeadline: '300ms' },
+    inject: (faults) => faults.slow('C_Sign', { spikeMs: 3000, spikeEvery: 50 }),
+    during: ({ lanesWrittenOff }) => lanesWrittenOff >= 2,
+    refuses: true,
+  },
+  {
+    name: 'a device that does ten signatures a second',
+    token: { signDeadline: '1s', queue: { age: '1s' } },
+    inject: (faults) => faults.slow('C_Sign', { perSecond: 10 }),
+    during: ({ lanesBusy }) => lanesBusy > 0,
+  },
+];
+
+for (const fault of faultTable) {
+  it(`${fault.name}: nothing established is lost, and nobody restarts`, async (test) => {
+    const { faults, keygate, load } = await underLoad(test, fault.token);
+    await fault.inject(faults, keygate);
+    if (fault.during !== undefined) {
+      const { during } = fault;
+      await until(`effect of ${fault.name}`, async () => during(await tokenOf(keygate), load), {
+        deadlineMs: 15_000,
+        found: () => keygate.log.slice(-20),
+      });
+    }
+    const resumedBefore = load.resumed.length;
+    await until('resumed handshakes', () => load.resumed.length > resumedBefore + 5);
+    if (fault.lift === undefined) faults.clear();
+    else fault.lift(faults);
+    await assertHealed(test, load, fault.refuses ?? false);
+    await until('token that is up', async () => (await tokenOf(keygate)).up);
+    await assertNeverRestarted(keygate);
+    assert.deepEqual(faults.broken, []);
+  });
+}
+
+it('a wrong PIN is not tried again, over no initialisation', async (test) => {
+  const { faults, keygate, load } = await underLoad(test);
+  faults.fail('C_Login', 0xa0);
+  faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' });
+  const { downReason } = await until('token out of service for its PIN', async () => {
+    const token = await tokenOf(keygate);
+    return token.downReason?.includes('CKR_PIN_INCORRECT') === true && token;
+  });
+  assert.match(downReason ?? '', /C_Login/);
+  const logins = faults.read('C_Login', 'injected');
+  assert.equal(logins, 1);
+  await until('many more full handshakes', () => load.refused > 50);
+  assert.equal(faults.read('C_Login', 'injected'), logins);
+  const { unreadiness } = await keygate.status();
+  assert.match(unreadiness ?? '', /no token is up: token hsm: C_Login returned CKR_PIN_INCORRECT/);
+  await load.stop();
+  assert.deepEqual([load.lost, load.unexpected], [0, []]);
+});
+
+it('a module that hangs for good costs its worker the slot, and nobody a connection', async (test) => {
+  const { faults, keygate, load } = await underLoad(test, { lanes: 1, signDeadline: '200ms', queue: { age: '200ms' } });
+  const [{ pid } = { pid: undefined }] = (await keygate.status()).workers;
+  // In this process alone: the next one finds that all is well.
+  faults.only('C_Sign', { pid: pid ?? 0 });
+  faults.hang('C_Sign');
+  await keygate.logged({ event: 'worker_stuck', worker: 0 }, { deadlineMs: 15_000 });
+  await keygate.logged({ event: 'worker_replaced', worker: 0, workerPid: pid }, { deadlineMs: 15_000 });
+  const healedMs = await load.healed();
+  test.diagnostic(`full handshakes succeed ${healedMs.toFixed(0)} ms after the successor was ready`);
+  const [{ pid: successor, restarts } = { pid: undefined, restarts: undefined }] = (await keygate.status()).workers;
+  assert.notEqual(successor, pid);
+  assert.equal(restarts, 1);
+  assert.equal(isThere(pid), true, 'it keeps its connections');
+  const echoes = load.echoes;
+  await until('echoes', () => load.echoes > echoes + 100);
+  await load.stop();
+  assert.deepEqual([load.lost, load.unexpected], [0, []]);
+  await until('end of the former worker', () => !isThere(pid));
+});
+
+it('a module that hangs in every worker is tried ever more rarely, and reported', async (test) => {
+  const { faults, keygate, load } = await underLoad(test, { lanes: 1, signDeadline: '200ms', queue: { age: '200ms' } });
+  const hung = keygate.log.length;
+  faults.hang('C_Sign');
+  // A successor hangs where it proves its key; it is ended, and the worker that is stuck serves on.
+  await keygate.logged({ event: 'worker_stuck' }, { since: hung, deadlineMs: 15_000 });
+  const resumed = load.resumed.length;
+  await until('resumed handshakes', () => load.resumed.length > resumed + 20);
+  await until('word of it', async () => (await keygate.status()).unreadiness?.includes('no token is up') === true);
+  assert.equal(keygate.log.slice(hung).filter(({ event }) => event === 'worker_stuck').length, 1);
+  faults.release('C_Sign');
+  assert.ok((await load.healed()) < healedMsMax);
+  await load.stop();
+  assert.deepEqual([load.lost, load.unexpected], [0, []]);
+});
+
+const outOfProcess: readonly {
+  readonly name: string;
+  readonly break: (server: P11KitServer) => void | Promise<void>;
+  readonly mend?: (server: P11KitServer) => void | Promise<void>;
+}[] = [
+  { name: 'whose connection is cut', break: (server) => server.signalChildren('SIGKILL') },
+  {
+    name: 'that is gone with all its processes, and started again',
+    break: async (server) => server.stop(),
+    mend: async (server) => server.start(),
+  },
+  {
+    name: 'that stands still for a while',
+    break: (server) => server.signalChildren('SIGSTOP'),
+    mend: (server) => server.signalChildren('SIGCONT'),
+  },
+  // The worker's successor has a connection of its own.
+  { name: 'that stands still for good', break: (server) => server.signalChildren('SIGSTOP') },
+];
+
+for (const { name, break: breakIt, mend } of outOfProcess) {
+  it(`a token behind a socket ${name}: nothing established is lost, and nobody restarts`, async (test) => {
+    const { server, keygate, load } = await behindSocket(test);
+    const before = keygate.log.length;
+    await breakIt(server);
+    if (mend !== undefined) {
+      await until('refusals', () => load.refused > 0);
+      const resumed = load.resumed.length;
+      await until('resumed handshakes', () => load.resumed.length > resumed + 5);
+      await mend(server);
+    }
+    await assertHealed(test, load, true, mend === undefined && name.includes('for good') ? 20_000 : healedMsMax);
+    const replaced = keygate.log.slice(before).some(({ event }) => event === 'worker_replaced');
+    assert.equal(replaced, name.includes('for good'));
+    assert.deepEqual(
+      keygate.log.slice(before).filter(({ event }) => event === 'worker_lost'),
+      [],
+    );
+  });
+}
+
+interface UnderLoad {
+  readonly keygate: Keygate;
+  readonly load: Load;
+}
+
+/** On a token that can be made to fail; with a second key, so that handles can be confused. Ends with the test. */
+async function underLoad(test: TestContext, token: object = {}): Promise<UnderLoad & { readonly faults: FaultModule }> {
+  const provisioned = await provisionedToken({ www: { kind: 'p256' }, other: { kind: 'p256', dns: ['other.test'] } });
+  const upstream = await echoUpstream();
+  const faults = new FaultModule(provisioned);
+  const keygate = await startKeygate(
+    provisioned,
+    {
+      upstreams: { echo: { servers: [upstream.address] } },
+      listeners: { https: {} },
+      tokens: { hsm: { ...provisioned.settings, module: faults.module, ...token } },
+      drainDeadline: '10s',
+    },
+    { env: faults.env },
+  );
+  const load = await Load.start({ port: keygate.port(), ca: provisioned.pem('www') });
+  test.after(async () => {
+    try {
+      faults.clear();
+      await load.stop();
+      await keygate.stop();
+      assert.deepEqual(faults.broken, []);
+    } finally {
+      await upstream.close();
+      faults.close();
+      provisioned.dispose();
+    }
+  });
+  return { faults, keygate, load };
+}
+
+async function behindSocket(test: TestContext): Promise<UnderLoad & { readonly server: P11KitServer }> {
+  const provisioned = await provisionedToken({ www: { kind: 'p256' } });
+  const upstream = await echoUpstream();
+  const server = new P11KitServer(test, provisioned);
+  await server.start();
+  const token = { ...provisioned.settings, module: server.module, signDeadline: '300ms', queue: { age: '300ms' } };
+  const keygate = await startKeygate(
+    provisioned,
+    {
+      upstreams: { echo: { servers: [upstream.address] } },
+      listeners: { https: {} },
+      tokens: { hsm: token },
+      drainDeadline: '10s',
+    },
+    { env: server.env },
+  );
+  const load = await Load.start({ port: keygate.port(), ca: provisioned.pem('www') });
+  test.after(async () => {
+    try {
+      await load.stop();
+      await keygate.stop();
+    } finally {
+      await upstream.close();
+      provisioned.dispose();
+    }
+  });
+  return { server, keygate, load };
+}
+
+async function assertHealed(
+  test: TestContext,
+  load: Load,
+  mayRefuse: boolean,
+  deadlineMs = healedMsMax,
+): Promise<void> {
+  const healedMs = await load.healed(20_000);
+  const { refused } = load;
+  test.diagnostic(
+    `healed in ${healedMs.toFixed(0)} ms; refused ${refused}, full ${load.full.length}, resumed ${load.resumed.length}, echoes ${load.echoes}`,
+  );
+  assert.ok(healedMs < deadlineMs, `${healedMs} ms`);
+  await load.stop();
+  assert.deepEqual([load.lost, load.unexpected], [0, []]);
+  if (!mayRefuse) assert.equal(refused, 0);
+}
+
+async function tokenOf(keygate: Keygate): Promise<TokenSnapshot> {
+  const [token] = (await keygate.status()).engine.tokens;
+  assert.ok(token !== undefined);
+  return token;
+}
+
+async function assertNeverRestarted(keygate: Keygate): Promise<void> {
+  const { workers } = await keygate.status();
+  assert.deepEqual(
+    workers.map(({ state, restarts }) => [state, restarts]),
+    workers.map(() => ['ready', 0]),
+  );
+}
+
+function isThere(pid: number | undefined): boolean {
+  try {
+    process.kill(pid ?? 0, 0);
+    return pid !== undefined;
+  } catch {
+    return false;
+  }
+}
