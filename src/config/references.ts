@@ -214,7 +214,6 @@ function* targets(document: unknown): Generator<[Path, Readonly<Record<string, u
   }
 }
 
-/** What an upstream wants checked needs a section that says how, and DANE a name and a port to ask for. */
 /** An anchor that keeps the login, a lane, and one that keys are looked for in: less is no worker's life. */
 function* scarceSessions(document: unknown): Generator<PlacedFault> {
   const { workers, tokens } = mapping(document);
@@ -231,6 +230,7 @@ function* scarceSessions(document: unknown): Generator<PlacedFault> {
   }
 }
 
+/** What an upstream wants checked needs a section that says how, and DANE a name and a port to ask for. */
 function* uncheckable(document: unknown): Generator<PlacedFault> {
   for (const [at, tls] of nested(document, 'upstreams', 'tls')) {
     const { dane, transparency, name } = mapping(tls);

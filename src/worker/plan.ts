@@ -147,8 +147,8 @@ function tokenSettings(token: TokenConfig, config: Config, label: string, serial
 }
 
 /** What a worker may have of a token's sessions. One keeps the login, and in one keys are looked for. */
-function lanesOf(
-  { lanes, sessions }: TokenConfig,
+export function lanesOf(
+  { lanes, sessions }: Pick<TokenConfig, 'lanes' | 'sessions'>,
   { workers }: Pick<Config, 'workers'>,
 ): Pick<TokenSettings, 'lanes' | 'threadsMax'> {
   const withSpares = 2 * lanes;

@@ -38,6 +38,7 @@ it('defaults are filled in, units are in names, paths are absolute', () => {
         uri: { token: 'a' },
         pin: { file: '/etc/keygate/pin' },
         lanes: 8,
+        weight: 1,
         queue: { max: 1024, ageMs: 3000 },
         signDeadlineMs: 5000,
         verify: { rsa: 'always', ec: 64 },
@@ -377,6 +378,12 @@ const placed: Record<string, Placed> = {
     sections: certificate('chain: w, key: "pkcs11:object=w", tokens: [▸b]'),
     path: 'certificates.www.tokens[0]',
     code: 'config_reference',
+  },
+  'fewer sessions than three for each worker': {
+    sections: { tokens: base.tokens.replace('{ file: pin }', '{ file: pin }, sessions: ▸11'), more: 'workers: 4' },
+    path: 'tokens.a.sessions',
+    code: 'config_conflict',
+    expected: /at least 12: 3 for each of 4 workers/,
   },
   'DANE without a resolver': {
     sections: farUpstream('{ servers: ["a.test:1"], tls: { dane: ▸enforce } }'),

@@ -8,7 +8,7 @@ import { it } from 'node:test';
 import pino from 'pino';
 import { parseConfig } from '../../src/config/load.ts';
 import { ServiceError } from '../../src/errors.ts';
-import { assertNumbersFit, engineSettings } from '../../src/worker/plan.ts';
+import { assertNumbersFit, engineSettings, lanesOf } from '../../src/worker/plan.ts';
 
 it('a number that the engine has no room for is refused by name', () => {
   for (const lifetimeDeadlineMs of [2 ** 32, -1, 0.5, Number.NaN, Number.POSITIVE_INFINITY]) {
@@ -45,6 +45,22 @@ it('an upstream none of whose servers has an address is refused, naming them all
       error.code === 'upstream_unresolved' &&
       /gone\.invalid:80 .*lost\.invalid:81 /.test(error.message),
   );
+});
+
+it("a token's sessions are divided among the workers: one for the login, one for searches, the rest for lanes", () => {
+  const table = [
+    { lanes: 8, sessions: undefined, workers: 4, share: [8, 16] },
+    { lanes: 8, sessions: 72, workers: 4, share: [8, 16] },
+    { lanes: 8, sessions: 71, workers: 4, share: [8, 15] },
+    { lanes: 8, sessions: 40, workers: 4, share: [8, 8] },
+    { lanes: 8, sessions: 39, workers: 4, share: [7, 7] },
+    { lanes: 8, sessions: 12, workers: 4, share: [1, 1] },
+  ] as const;
+  for (const { lanes, sessions, workers, share } of table) {
+    const found = lanesOf({ lanes, sessions }, { workers });
+    assert.deepEqual([found.lanes, found.threadsMax], share, `${sessions} sessions`);
+    if (sessions !== undefined) assert.ok(workers * (found.threadsMax + 2) <= sessions);
+  }
 });
 
 async function settingsFor(
