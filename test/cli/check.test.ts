@@ -5,7 +5,7 @@
  */
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
-import { createPublicKey } from 'node:crypto';
+import { createPublicKey, generateKeyPairSync } from 'node:crypto';
 import { once } from 'node:events';
 import { chmodSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
@@ -35,6 +35,46 @@ it('a configuration that can be served ends with 0, every part of it ok', async 
   assert.match(stdout, /^ok +certificate www +key "www" .*cannot leave it, belongs to the certificate$/m);
   assert.match(stdout, /^ok +upstream web +127\.0\.0\.1:\d+ accepts connections$/m);
   assert.match(stdout, /^0 errors, 0 warnings$/m);
+});
+
+it('each token that a certificate names is proved to hold its key, by a signature of its own', async (test) => {
+  const bench = await openBench(test);
+  const { disposable } = bench;
+  const keyFile = (name: string) => {
+    const { privateKey, publicKey } = generateKeyPairSync('ec', { namedCurve: 'P-256' });
+    const file = join(disposable.directory, name);
+    writeFileSync(file, privateKey.export({ format: 'pem', type: 'pkcs8' }), { mode: 0o600 });
+    return { file, publicKey };
+  };
+  const [own, other] = [keyFile('own.key'), keyFile('other.key')];
+  const tokens = { [disposable.label]: own, same: own, differs: other };
+  for (const [label, { file }] of Object.entries(tokens)) {
+    if (label !== disposable.label) disposable.addToken(label);
+    const key = ['--type', 'privkey', '--label', 'www', '--id', '01', '--sensitive'];
+    disposable.pkcs11Tool('--token-label', label, '--write-object', file, ...key);
+  }
+  const chain = join(disposable.directory, 'www.pem');
+  writeFileSync(chain, `${await authority.issue(own.publicKey)}\n${authority.intermediatePem}\n`);
+  const settings = (label: string) =>
+    `{ module: ${disposable.module}, uri: "pkcs11:token=${label}", pin: { file: ${disposable.pinFile} } }`;
+  writeFileSync(
+    bench.configure({ certificates: {} }),
+    [
+      `tokens: { hsm: ${settings(disposable.label)}, same: ${settings('same')}, differs: ${settings('differs')} }`,
+      `certificates: { www: { chain: ${chain}, key: "pkcs11:object=www", tokens: [hsm, same, differs] } }`,
+      'upstreams: { web: { servers: ["127.0.0.1:9"] } }',
+      'listeners: { https: { bind: ["127.0.0.1:0"], certificates: [www], upstream: web } }',
+    ].join('\n'),
+  );
+  const { exitCode, stdout } = await bench.check();
+  assert.equal(exitCode, 69, stdout);
+  for (const name of ['hsm', 'same'])
+    assert.match(
+      stdout,
+      new RegExp(`^ok +certificate www +key "www" .*in token ${name}: .*belongs to the certificate$`, 'm'),
+    );
+  assert.doesNotMatch(stdout, /in token differs: .*belongs/);
+  assert.match(stdout, /^error +certificate www +.*differs.*does not verify/m);
 });
 
 it('the files of the admin server are checked as serve would read them', async (test) => {
