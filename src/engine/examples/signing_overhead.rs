@@ -33,6 +33,9 @@ fn main() {
             serial: None,
             pin: pin.as_bytes().to_vec().into(),
             lanes,
+            threads_max: lanes,
+            lost_after: Duration::from_secs(60),
+            weight: 1,
             queue_max: 4096,
             queue_age_max: Duration::from_secs(60),
             login_lock_wait: Duration::from_secs(5),
@@ -53,7 +56,7 @@ fn main() {
         .into_iter()
         .find(|slot| module.token_info(*slot).is_ok_and(|info| info.label == *label))
         .expect("the token");
-    let session = Session::open(&module, slot).expect("a session");
+    let session = Session::open(&module, slot, module.incarnation()).expect("a session");
     let Matches::One(handle) = session.find_private_keys(None, Some(key_label)).expect("a search") else {
         panic!("not one key");
     };

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rustls::SignatureScheme;
 use tokio::sync::oneshot;
 
-use super::pkcs11::jittered;
+use super::pace::{PAUSE_MAX, PAUSE_MIN, jittered};
 use super::queue::{Class, Queue, Request, Stale};
 use super::token_key::TokenKey;
 use super::token_stats::TokenStats;
@@ -116,6 +116,9 @@ pub struct Desk {
     ended: Condvar,
     /// Copy of `state.health()`, to be read without the mutex.
     health: AtomicU8,
+    /// As configured.
+    lanes_max: usize,
+    threads_max: usize,
     age_max: Duration,
     lost_after: Duration,
     stats: Arc<TokenStats>,
@@ -123,8 +126,10 @@ pub struct Desk {
 
 struct State {
     queue: Queue<Job>,
+    /// Fewer than configured while the token allows fewer PKCS#11 sessions.
     lanes_max: usize,
     threads_max: usize,
+    shrunk_until: Option<Instant>,
     /// Lanes whose thread runs or is about to, the lost ones included.
     live: usize,
     /// Lanes that wait for work, those on their way included.
@@ -175,8 +180,8 @@ struct Down {
     probing: Option<usize>,
 }
 
-const PROBE_BACKOFF_MIN: Duration = Duration::from_millis(10);
-const PROBE_BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// For so long a token is believed that it allows no more PKCS#11 sessions.
+const SHRUNK_FOR: Duration = Duration::from_secs(60);
 
 /// What whoever is told must do for a new lane: start a thread for it.
 pub struct LaneWanted {
@@ -196,6 +201,7 @@ impl Desk {
             queue: Queue::new(count_max, age_max, lanes_max),
             lanes_max,
             threads_max,
+            shrunk_until: None,
             live: 0,
             idle: 0,
             seats: Vec::new(),
@@ -211,7 +217,16 @@ impl Desk {
             all_ended: false,
         };
         let health = AtomicU8::new(Health::Up as u8);
-        Desk { state: Mutex::new(state), ended: Condvar::new(), health, age_max, lost_after, stats }
+        Desk {
+            state: Mutex::new(state),
+            ended: Condvar::new(),
+            health,
+            lanes_max,
+            threads_max,
+            age_max,
+            lost_after,
+            stats,
+        }
     }
 
     pub fn health(&self) -> Health {
@@ -286,8 +301,8 @@ impl Desk {
         state.live == 0 && state.stopping && !state.abandoned
     }
 
-    /// The token allows no more PKCS#11 sessions: the pool shrinks to the lanes that have one. False: the asking lane
-    /// is the only one and must stay.
+    /// The token allows no more PKCS#11 sessions: the pool shrinks, for a while, to the lanes that have one. False: the asking
+    /// lane is the only one and must stay.
     pub fn shrink(&self) -> bool {
         let mut state = self.lock();
         let serving = state.serving();
@@ -296,6 +311,7 @@ impl Desk {
         }
         state.lanes_max = serving - 1;
         state.threads_max = state.live - 1;
+        state.shrunk_until = Some(Instant::now() + SHRUNK_FOR);
         let lanes = state.lanes_max;
         state.queue.set_lanes(lanes);
         true
@@ -468,8 +484,14 @@ impl Desk {
         self.stats.went_down.add(1);
     }
 
-    /// What time has brought about: lanes that are lost, requests that are too old or that nothing can be hoped for.
+    /// What time has brought about: another try for more lanes, lanes that are lost, requests that are too old or that nothing
+    /// can be hoped for.
     fn tidy(&self, state: &mut State, now: Instant) {
+        if state.shrunk_until.is_some_and(|until| until <= now) {
+            state.shrunk_until = None;
+            (state.lanes_max, state.threads_max) = (self.lanes_max, self.threads_max);
+            state.queue.set_lanes(self.lanes_max);
+        }
         if now >= state.lost_at {
             let lost = state.write_off(now, self.lost_after);
             self.stats.written_off.add(lost as u64);
@@ -545,8 +567,8 @@ impl Down {
             suspect,
             since: now,
             waits_until: None,
-            probe_at: probe.then_some(now + PROBE_BACKOFF_MIN),
-            backoff: PROBE_BACKOFF_MIN,
+            probe_at: probe.then_some(now + PAUSE_MIN),
+            backoff: PAUSE_MIN,
             probing: None,
         }
     }
@@ -556,7 +578,7 @@ impl Down {
         if self.probing == Some(lane) {
             self.probing = None;
             self.probe_at = Some(Instant::now() + jittered(self.backoff));
-            self.backoff = (self.backoff * 2).min(PROBE_BACKOFF_MAX);
+            self.backoff = (self.backoff * 2).min(PAUSE_MAX);
         }
     }
 }
@@ -666,5 +688,37 @@ impl State {
 fn wake(called: Option<Arc<Seat>>) {
     if let Some(seat) = called {
         seat.called.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_pool_that_shrank_for_lack_of_sessions_grows_again_after_a_while() {
+        let plan = DeskPlan {
+            count_max: 1,
+            age_max: Duration::from_secs(1),
+            lanes_max: 4,
+            threads_max: 8,
+            lost_after: Duration::from_secs(1),
+        };
+        let desk = Desk::new(plan, Arc::default());
+        assert!(desk.first_lane().is_some());
+        assert!(!desk.shrink(), "the only one stays");
+        let second = desk.lock().new_lane(Instant::now()).unwrap();
+        assert!(desk.shrink());
+        desk.lane_ended(second.number);
+        let limits = || {
+            let state = desk.lock();
+            (state.lanes_max, state.threads_max)
+        };
+        assert_eq!(limits(), (1, 1));
+        assert!(desk.lock().new_lane(Instant::now()).is_none());
+        desk.tidy(&mut desk.lock(), Instant::now() + SHRUNK_FOR);
+        assert_eq!(limits(), (4, 8));
     }
 }

@@ -4,11 +4,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::ckr::{Ckr, Repair, Rung};
 use super::desk::{DownReason, Job, Probed, Seat, Work};
 use super::login::LoginFault;
+use super::pace::jittered;
 use super::pkcs11::{ResetFault, Session};
 use super::public_key::KeyAlgorithm;
 use super::queue::{Class, Request};
@@ -75,6 +77,10 @@ impl From<SignError> for Trouble {
 
 /// Keys come and go with reloads; forgetting them all costs one verification each.
 const PROOFS_MAX: usize = 4096;
+
+const RETRY_PAUSE: Duration = Duration::from_millis(4);
+/// A login that is to come later than that is left to a probe; meanwhile the token is being mended.
+const LOGIN_WAIT_MAX: Duration = Duration::from_millis(50);
 
 /// Each rung of the ladder is climbed once per request.
 #[derive(Default)]
@@ -159,6 +165,7 @@ impl Lane<'_> {
                 // Other keys of the token are not concerned.
                 Fault::KeyMissing | Fault::KeyAmbiguous => return Err(SignError::KeyLost.into()),
                 Fault::Wrong(wrong) => {
+                    self.token.distrust_handles();
                     self.down(DownReason::WrongSignature(wrong.0), &job.key, true);
                     return Err(SignError::Wrong.into());
                 }
@@ -199,7 +206,11 @@ impl Lane<'_> {
             rung => rung,
         };
         match rung {
-            Repair::Retry => tried.retry = true,
+            Repair::Retry => {
+                tried.retry = true;
+                // A token that is busy is not helped by more of the same at once.
+                thread::sleep(jittered(RETRY_PAUSE));
+            }
             Repair::Reopen if !tried.reopen => {
                 tried.reopen = true;
                 self.close_session(ckr);
@@ -209,6 +220,10 @@ impl Lane<'_> {
                 tried.relogin = true;
                 match self.token.login_again(epoch, None) {
                     Ok(()) => {}
+                    Err(LoginFault::TooSoon(at)) if at <= Instant::now() + LOGIN_WAIT_MAX => {
+                        tried.relogin = false;
+                        thread::sleep(at.saturating_duration_since(Instant::now()));
+                    }
                     Err(LoginFault::Problem(problem)) if problem.is_pin() => {
                         let (reason, probe) = pin_trouble(&problem);
                         self.down(reason, key, probe);
@@ -268,7 +283,7 @@ impl Lane<'_> {
                         continue;
                     }
                     LoginFault::Problem(problem) => return Probed::Still(login_trouble(&problem), None),
-                    LoginFault::NotReset(ResetFault::TooSoon(at)) => {
+                    LoginFault::TooSoon(at) | LoginFault::NotReset(ResetFault::TooSoon(at)) => {
                         return Probed::Still(probe_trouble(fault), Some(at));
                     }
                     LoginFault::NotReset(ResetFault::ThreadsInside(_)) => {

@@ -1,18 +1,19 @@
-//! Owns a token's login: the PIN, the anchor PKCS#11 session that keeps the login alive, and the memory of refused
-//! PINs. Must not know keys, lanes or signatures. Runs on the thread that starts the token and on the lane that logs
-//! in again, one at a time.
+//! Owns a token's login: the PIN, and the anchor PKCS#11 session that keeps the login alive.
+//! Must not know keys, lanes or signatures. Runs on the thread that starts the token and on the lane that logs in again, one
+//! at a time.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use aws_lc_rs::digest;
 use cryptoki_sys::CK_SLOT_ID;
 use zeroize::Zeroizing;
 
 use super::ckr::{Ckr, Repair};
 use super::login_lock::LoginLock;
+use super::pace::Pace;
 use super::pkcs11::{Module, ResetFault, Session, TokenInfo};
+use super::refused_pins::Pin;
 use super::token_error::Problem;
 use super::token_stats::TokenStats;
 
@@ -27,6 +28,8 @@ pub struct Login {
     pin: Zeroizing<Vec<u8>>,
     lock_wait: Duration,
     anchor: Option<Session>,
+    /// Of repeated logins; each rewrites SoftHSM's token file, and makes HSMs ask each other.
+    pace: Pace,
 }
 
 /// The slot of a token, and in which C_Initialize it was that.
@@ -51,8 +54,16 @@ impl Login {
         let anchor = open_anchor(module, place)?;
         let logged_in = anchor.is_logged_in().map_err(Problem::call("C_GetSessionInfo"))?;
         let (label, serial) = (token.label.clone(), token.serial.clone());
-        let login =
-            Login { module: module.clone(), place, label, serial, pin, lock_wait, anchor: Some(anchor) };
+        let login = Login {
+            module: module.clone(),
+            place,
+            label,
+            serial,
+            pin,
+            lock_wait,
+            anchor: Some(anchor),
+            pace: Pace::default(),
+        };
         if !logged_in {
             refuse_risk(&token)?;
             login.present_pin(stats)?;
@@ -63,6 +74,10 @@ impl Login {
     /// Logs in after the token forgot us, having initialised the module again if it is still in `reset`. The caller makes
     /// sure that one lane does it for all.
     pub fn again(&mut self, reset: Option<u64>, stats: &TokenStats) -> Result<(), LoginFault> {
+        // Another initialisation has a pace of its own, and a login belongs to it.
+        if reset.is_none() && self.place.incarnation == self.module.incarnation() {
+            self.pace.may_begin().map_err(LoginFault::TooSoon)?;
+        }
         // For all of it: SoftHSM does not see a token that another process is writing.
         let _lock = take_lock(self.module.path(), self.lock_wait, stats);
         if let Some(incarnation) = reset
@@ -89,6 +104,7 @@ impl Login {
         if let Ok(token) = self.module.token_info(self.place.slot) {
             refuse_risk(&token)?;
         }
+        self.pace.begin();
         Ok(self.present_pin(stats)?)
     }
 
@@ -103,19 +119,20 @@ impl Login {
 
     fn present_pin(&self, stats: &TokenStats) -> Result<(), Problem> {
         let Some(anchor) = &self.anchor else { return Err(Problem::call("C_Login")(Ckr::NOT_INITIALIZED)) };
-        let fingerprint = fingerprint(self.module.path(), &self.serial, &self.pin);
-        if let Some(ckr) = refused_before(&fingerprint) {
+        let pin = Pin { module: self.module.path(), serial: &self.serial, pin: &self.pin };
+        if let Some(ckr) = pin.refused_before() {
             return Err(Problem::PinRefused(ckr));
         }
         match anchor.login(&self.pin) {
             Ok(()) => {
                 stats.logged_in.add(1);
+                pin.accepted();
                 Ok(())
             }
             // Another thread of this process was faster.
             Err(Ckr::USER_ALREADY_LOGGED_IN) => Ok(()),
             Err(ckr) if ckr.repair() == Repair::PinRefused => {
-                remember_refused(fingerprint, ckr);
+                pin.refused(ckr);
                 Err(Problem::PinRefused(ckr))
             }
             Err(ckr) => Err(Problem::call("C_Login")(ckr)),
@@ -126,6 +143,8 @@ impl Login {
 /// Why nobody is logged in again.
 #[derive(Debug)]
 pub enum LoginFault {
+    /// Not before then.
+    TooSoon(Instant),
     NotReset(ResetFault),
     Problem(Problem),
 }
@@ -178,35 +197,5 @@ fn refuse_risk(token: &TokenInfo) -> Result<(), Problem> {
         (true, _) => Err(Problem::PinLocked),
         (_, true) => Err(Problem::PinFinalTry),
         _ => Ok(()),
-    }
-}
-
-/// PINs that a token refused, for the life of the process: whoever starts a token again with the same PIN would
-/// otherwise spend another of its few tries. Digests only; bounded, because every entry is a refusal.
-static REFUSED: Mutex<Vec<(Fingerprint, Ckr)>> = Mutex::new(Vec::new());
-const REFUSED_MAX: usize = 256;
-
-type Fingerprint = [u8; 32];
-
-fn fingerprint(module: &Path, serial: &str, pin: &[u8]) -> Fingerprint {
-    let mut context = digest::Context::new(&digest::SHA256);
-    for part in [module.as_os_str().as_encoded_bytes(), serial.as_bytes(), pin] {
-        context.update(&(part.len() as u64).to_be_bytes());
-        context.update(part);
-    }
-    let mut fingerprint = [0; 32];
-    fingerprint.copy_from_slice(context.finish().as_ref());
-    fingerprint
-}
-
-fn refused_before(fingerprint: &Fingerprint) -> Option<Ckr> {
-    let refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
-    refused.iter().find(|(known, _)| known == fingerprint).map(|(_, ckr)| *ckr)
-}
-
-fn remember_refused(fingerprint: Fingerprint, ckr: Ckr) {
-    let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
-    if refused.len() < REFUSED_MAX {
-        refused.push((fingerprint, ckr));
     }
 }

@@ -4,7 +4,6 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_void};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::marker::PhantomData;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -17,6 +16,7 @@ use cryptoki_sys as sys;
 use cryptoki_sys::{CK_ATTRIBUTE, CK_MECHANISM, CK_OBJECT_HANDLE, CK_SESSION_HANDLE, CK_SLOT_ID, CK_ULONG};
 
 use super::ckr::Ckr;
+use super::pace::Pace;
 use crate::process::guard_exit;
 
 /// A loaded module. One per file and process, for the life of the process: vendors' libraries leave threads and
@@ -51,20 +51,10 @@ struct Life {
     exit_guarded: bool,
     /// A thread is about to call C_Initialize or C_Finalize, without the mutex: either may hang.
     changing: bool,
-    resets: Resets,
+    /// Of resets, whichever tokens of the module want them.
+    resets: Pace,
 }
 
-/// Resets follow each other ever more slowly, whichever tokens of the module want them.
-#[derive(Default)]
-struct Resets {
-    last: Option<Instant>,
-    pause: Duration,
-}
-
-const RESET_PAUSE_MIN: Duration = Duration::from_millis(10);
-const RESET_PAUSE_MAX: Duration = Duration::from_secs(5);
-/// A module that was well for so long begins anew with the shortest pause.
-const RESET_FORGOTTEN: Duration = Duration::from_secs(10);
 /// How long those inside are waited for before a reset is given up; others wait outside meanwhile.
 const RESET_WAIT: Duration = Duration::from_millis(500);
 /// How long somebody waits for a change of the module's life before it goes away with an error.
@@ -408,30 +398,6 @@ impl Drop for Change<'_> {
         lock(&self.module.life).changing = false;
         self.module.changed.notify_all();
     }
-}
-
-impl Resets {
-    fn may_begin(&mut self) -> Result<(), Instant> {
-        let Some(last) = self.last else { return Ok(()) };
-        if last.elapsed() > RESET_FORGOTTEN.max(2 * self.pause) {
-            self.pause = Duration::ZERO;
-        }
-        match last + self.pause {
-            at if at <= Instant::now() => Ok(()),
-            at => Err(at),
-        }
-    }
-
-    fn begin(&mut self) {
-        self.last = Some(Instant::now());
-        self.pause = jittered((self.pause * 2).clamp(RESET_PAUSE_MIN, RESET_PAUSE_MAX));
-    }
-}
-
-/// Between a half and the whole of it, so that processes that failed together do not try again together.
-pub(super) fn jittered(pause: Duration) -> Duration {
-    let random = RandomState::new().build_hasher().finish();
-    pause / 2 + pause.mul_f64(random as f64 / u64::MAX as f64 / 2.0)
 }
 
 /// As long as it lives, the module is not initialised again.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
@@ -67,7 +67,7 @@ pub struct Token {
     login: Mutex<Login>,
     /// Where the token is, as of the last login. Apart from `login`, which is held across calls.
     place: Mutex<Place>,
-    /// Counts logins. A handle found in an older epoch is not used.
+    /// Counts logins, and whatever else ends the trust in handles. One that was found in an older epoch is not used.
     epoch: AtomicU64,
     keys: Mutex<HashMap<KeyIdentity, Weak<TokenKey>>>,
     directory: Mutex<KeyDirectory>,
@@ -258,6 +258,11 @@ impl Token {
         Ok(())
     }
 
+    /// No handle is used any more that was found until now: one of them was not what it was.
+    pub(super) fn distrust_handles(&self) {
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// Some key that is still in use.
     pub(super) fn any_key(&self) -> Option<Arc<TokenKey>> {
         lock(&self.keys).values().find_map(Weak::upgrade)
@@ -334,10 +339,17 @@ impl Token {
     }
 
     fn log_in(&self, epoch: u64) -> Result<(), Problem> {
-        self.login_again(epoch, None).map_err(|fault| match fault {
-            LoginFault::Problem(problem) => problem,
-            LoginFault::NotReset(_) => Problem::call("C_Initialize")(Ckr::FUNCTION_FAILED),
-        })
+        loop {
+            return match self.login_again(epoch, None) {
+                Ok(()) => Ok(()),
+                Err(LoginFault::Problem(problem)) => Err(problem),
+                Err(LoginFault::NotReset(_)) => Err(Problem::call("C_Initialize")(Ckr::FUNCTION_FAILED)),
+                Err(LoginFault::TooSoon(at)) => {
+                    thread::sleep(at.saturating_duration_since(Instant::now()));
+                    continue;
+                }
+            };
+        }
     }
 
     fn try_find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, Problem> {

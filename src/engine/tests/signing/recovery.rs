@@ -9,8 +9,12 @@ use keygate_engine::signing::pkcs11::Release;
 use keygate_engine::signing::token::{StopOutcome, Token};
 
 use crate::control::{Damage, FOR_EVER, Function, Heal, Word};
-use crate::world::{Kind, World, answer, find, in_own_process, until};
+use crate::world::{Kind, PrivateKeyOf, World, answer, find, in_own_process, until};
 use crate::{SOON, STOP_BUDGET, is_shed};
+
+fn until_signs(key: &PrivateKeyOf) {
+    until("it signs", || key.sign().is_ok());
+}
 
 token_tests! {
     fn what_only_another_initialisation_heals_fails_nobody(world: World) {
@@ -135,6 +139,27 @@ token_tests! {
         assert_eq!(world.calls(Function::Login), logins);
     }
 
+    fn a_pin_that_is_refused_is_tried_by_one_process_for_all(world: World) {
+        if !world.is_copy() {
+            world.init_token("t");
+            world.make_key("t", "k", "A1", Kind::P256);
+            world.run_copies("recovery::a_pin_that_is_refused_is_tried_by_one_process_for_all", 4);
+            assert_eq!(world.control.of(Function::Login).injected.load(SeqCst), 1);
+            return;
+        }
+        let token = Token::start(world.plan("t")).unwrap();
+        let key = find(&token, world.made_key("t", "k", "A1")).unwrap();
+        // All have logged in before anybody is refused.
+        let login = world.control.of(Function::Login);
+        until("everybody has logged in", || login.calls.load(SeqCst) >= 4);
+        login.fail(0xA0, FOR_EVER);
+        crate::bystander::log_out();
+        assert!(key.sign().is_err());
+        assert_eq!(token.down_reason(), Some(DownReason::Pin("C_Login returned CKR_PIN_INCORRECT (0xA0)".into())));
+        // Whoever leaves takes what it knows with it, so nobody does before all know.
+        world.meet(4);
+    }
+
     fn initialisations_follow_each_other_ever_more_slowly(world: World) {
         let (token, keys) = world.start(&[Kind::P256], |plan| plan.queue_age_max = SOON);
         world.control.of(Function::SignInit).fail(0x30, FOR_EVER);
@@ -143,6 +168,33 @@ token_tests! {
         std::thread::sleep(Duration::from_secs(1));
         let resets = token.stats().reinitialized.get() - from.1;
         assert!(resets <= 6, "{resets} in {:?}", from.0.elapsed());
+    }
+
+    fn logins_follow_each_other_ever_more_slowly(world: World) {
+        let (token, keys) = world.start(&[Kind::P256], |plan| plan.queue_age_max = SOON);
+        world.control.word(Word::LogoutLeft).store(u64::MAX / 2, SeqCst);
+        let from = Instant::now();
+        while from.elapsed() < Duration::from_secs(1) {
+            assert!(keys[0].sign().is_err());
+        }
+        // Each probe tries another login, and another initialisation with its own.
+        let logins = token.stats().logged_in.get();
+        assert!((3..=24).contains(&logins), "{logins} in {:?}", from.elapsed());
+        world.control.word(Word::LogoutLeft).store(0, SeqCst);
+        until_signs(&keys[0]);
+    }
+
+    fn after_a_wrong_signature_no_handle_of_the_token_is_believed(world: World) {
+        let (token, keys) =
+            world.start(&[Kind::P256, Kind::P256], |plan| plan.verify_ec_every = u32::MAX);
+        keys[1].sign().unwrap();
+        world.sign().flip_every.store(1, SeqCst);
+        world.sign().flip_left.store(1, SeqCst);
+        assert_eq!(keys[0].sign().err(), Some(SignError::Wrong));
+        until("a probe succeeds", || token.is_up());
+        assert_eq!(token.stats().refound.get(), 1, "by the probe");
+        keys[1].sign().unwrap();
+        assert_eq!(token.stats().refound.get(), 2);
     }
 
     fn a_module_is_not_finalised_under_a_thread_that_is_inside(world: World) {

@@ -145,6 +145,14 @@ impl World {
         }
     }
 
+    /// Waits until so many copies are here.
+    pub fn meet(&self, count: usize) {
+        let place = self.dir.join("meeting");
+        fs::create_dir_all(&place).expect("a directory");
+        fs::write(place.join(std::process::id().to_string()), "").expect("a file");
+        until("everybody is here", || fs::read_dir(&place).expect("there").count() == count);
+    }
+
     pub fn is_copy(&self) -> bool {
         env::var_os("KEYGATE_TEST_COPY").is_some()
     }

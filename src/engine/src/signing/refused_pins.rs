@@ -1,0 +1,119 @@
+//! Owns the memory of PINs that a token refused: each is tried once, by all workers together, because a token locks after few.
+//! Must not know logins. Runs where logins are, under the login lock.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use aws_lc_rs::digest;
+
+use super::ckr::Ckr;
+
+/// One token's PIN. A process knows which PIN was refused; its siblings are told only of which token, which is enough: the
+/// processes of one keygate have one PIN for it, and get another one together.
+pub(super) struct Pin<'a> {
+    pub module: &'a Path,
+    pub serial: &'a str,
+    pub pin: &'a [u8],
+}
+
+/// For the life of the process. Digests only; bounded, because every entry is a refusal.
+static REFUSED: Mutex<Vec<Refused>> = Mutex::new(Vec::new());
+const REFUSED_MAX: usize = 256;
+
+struct Refused {
+    token: [u8; 32],
+    pin: [u8; 32],
+    ckr: Ckr,
+    /// What siblings see; none when a sibling was refused.
+    mark: Option<File>,
+}
+
+impl Pin<'_> {
+    /// With what it was refused, here or in a sibling.
+    pub fn refused_before(&self) -> Option<Ckr> {
+        let (token, pin) = (self.digest(&[]), self.digest(self.pin));
+        let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = refused.iter().find(|known| known.pin == pin) {
+            return Some(known.ckr);
+        }
+        // Then the mark is about the PIN that there was before.
+        if refused.iter().any(|known| known.token == token) {
+            return None;
+        }
+        // Without the file there is no module either: whoever logs in finds out.
+        let ckr = self.marked().ok()??;
+        remember(&mut refused, Refused { token, pin, ckr, mark: None });
+        Some(ckr)
+    }
+
+    pub fn refused(&self, ckr: Ckr) {
+        let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        let (token, pin) = (self.digest(&[]), self.digest(self.pin));
+        remember(&mut refused, Refused { token, pin, ckr, mark: self.mark(ckr).ok() });
+    }
+
+    /// Siblings may try again: they have this PIN, too.
+    pub fn accepted(&self) {
+        let token = self.digest(&[]);
+        let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.iter_mut().filter(|known| known.token == token).for_each(|known| known.mark = None);
+    }
+
+    /// The mark is a read lock on bytes of the module file far beyond its end, as many as the return code says. It needs no file
+    /// that somebody would have to name or clean up, and ends with the process. Where it is says nothing about the PIN:
+    /// everybody can see it in /proc/locks.
+    fn mark(&self, ckr: Ckr) -> io::Result<File> {
+        let file = File::open(self.module)?;
+        self.lock(&file, libc::F_OFD_SETLK, libc::F_RDLCK, ckr.0 as libc::off_t)?;
+        Ok(file)
+    }
+
+    fn marked(&self) -> io::Result<Option<Ckr>> {
+        let file = File::open(self.module)?;
+        let found = self.lock(&file, libc::F_OFD_GETLK, libc::F_WRLCK, 1)?;
+        Ok((i32::from(found.l_type) != libc::F_UNLCK).then_some(Ckr(found.l_len as u64)))
+    }
+
+    fn lock(&self, file: &File, command: i32, kind: i32, bytes: libc::off_t) -> io::Result<libc::flock> {
+        // SAFETY: a plain C struct, of which zero is a value; `l_pid` must be zero (fcntl(2), open file description locks).
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        lock.l_type = kind as libc::c_short;
+        lock.l_whence = libc::SEEK_SET as libc::c_short;
+        lock.l_start = self.place();
+        lock.l_len = bytes;
+        // SAFETY: `lock` lives through the call, and `file` keeps the descriptor open.
+        match unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) } {
+            0 => Ok(lock),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Of this keygate, which is known by the process that forked it.
+    fn place(&self) -> libc::off_t {
+        let digest = self.digest(&std::os::unix::process::parent_id().to_be_bytes());
+        let mut place = [0; 8];
+        place.copy_from_slice(&digest[..8]);
+        // Beyond the end of any file, and with room behind it.
+        (i64::from_be_bytes(place) & (i64::MAX >> 1)) | (1 << 60)
+    }
+
+    fn digest(&self, of: &[u8]) -> [u8; 32] {
+        let mut context = digest::Context::new(&digest::SHA256);
+        for part in [self.module.as_os_str().as_encoded_bytes(), self.serial.as_bytes(), of] {
+            context.update(&(part.len() as u64).to_be_bytes());
+            context.update(part);
+        }
+        let mut digest = [0; 32];
+        digest.copy_from_slice(context.finish().as_ref());
+        digest
+    }
+}
+
+fn remember(refused: &mut Vec<Refused>, entry: Refused) {
+    if refused.len() < REFUSED_MAX {
+        refused.push(entry);
+    }
+}
