@@ -100,6 +100,12 @@ export const processes: Board = {
           description: 'Red: not ready, or being replaced. Its siblings have its share of new connections.',
           queries: [{ expr: chosen('keygate_worker_up'), legend: worker }],
         }),
+        states({
+          title: 'Stuck',
+          description:
+            'Red: calls into a PKCS#11 module do not return, and a certificate cannot be signed for. The worker serves what needs no key until another can take its place.',
+          queries: [{ expr: `1 - ${chosen('keygate_worker_stuck')}`, legend: worker }],
+        }),
         lines({
           title: 'CPU of I/O threads',
           description: 'The thread that does everything per connection. At 1 core connections wait for it.',

@@ -153,11 +153,14 @@ describe('a scrape', () => {
     assert.equal(scraped.get('keygate_sign_queue_limit{token="hsm",class="rsa"}'), 1000);
   });
 
-  it('tells of each worker whether it is ready and how often it was replaced', async () => {
+  it('tells of each worker whether it is ready or stuck, and how often it was replaced', async () => {
     const scraped = await scrape(nothing(), [readyWorker, { ...readyWorker, slot: 1, state: 'starting', restarts: 3 }]);
     assert.equal(scraped.get('keygate_worker_up{worker="0"}'), 1);
     assert.equal(scraped.get('keygate_worker_up{worker="1"}'), 0);
     assert.equal(scraped.get('keygate_worker_restarts_total{worker="1"}'), 3);
+    const stuck = await scrape(nothing(), [readyWorker, { ...readyWorker, slot: 1, stuck: 'calls do not return' }]);
+    assert.equal(stuck.get('keygate_worker_stuck{worker="0"}'), 0);
+    assert.equal(stuck.get('keygate_worker_stuck{worker="1"}'), 1);
   });
 
   it('tells when a certificate expires, in seconds', async () => {
