@@ -329,9 +329,8 @@ async function assertHealed(
 }
 
 async function tokenOf(keygate: Keygate): Promise<TokenSnapshot> {
-  const [token] = (await keygate.status()).engine.tokens;
-  assert.ok(token !== undefined);
-  return token;
+  // There is none before a worker has answered for the first time.
+  return until('answer of a worker', async () => (await keygate.status()).engine.tokens[0] ?? false);
 }
 
 async function assertNeverRestarted(keygate: Keygate): Promise<void> {
