@@ -149,8 +149,8 @@ for (const fault of faultTable) {
   });
 }
 
-it('a wrong PIN is not tried again, over no initialisation', async (test) => {
-  const { faults, keygate, load } = await underLoad(test);
+it('a wrong PIN is not tried again, by no worker and over no initialisation', async (test) => {
+  const { faults, keygate, load } = await underLoad(test, {}, { workers: 2 });
   faults.fail('C_Login', 0xa0);
   faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' });
   const { downReason } = await until('token out of service for its PIN', async () => {
@@ -162,8 +162,12 @@ it('a wrong PIN is not tried again, over no initialisation', async (test) => {
   assert.equal(logins, 1);
   await until('many more full handshakes', () => load.refused > 50);
   assert.equal(faults.read('C_Login', 'injected'), logins);
-  const { unreadiness } = await keygate.status();
+  const { unreadiness } = await until('word of both workers', async () => {
+    const status = await keygate.status();
+    return status.unreadiness !== undefined && status;
+  });
   assert.match(unreadiness ?? '', /no token is up: token hsm: C_Login returned CKR_PIN_INCORRECT/);
+  assert.equal(faults.read('C_Login', 'injected'), logins);
   await load.stop();
   assert.deepEqual([load.lost, load.unexpected], [0, []]);
 });
@@ -252,7 +256,11 @@ interface UnderLoad {
 }
 
 /** On a token that can be made to fail; with a second key, so that handles can be confused. Ends with the test. */
-async function underLoad(test: TestContext, token: object = {}): Promise<UnderLoad & { readonly faults: FaultModule }> {
+async function underLoad(
+  test: TestContext,
+  token: object = {},
+  more: object = {},
+): Promise<UnderLoad & { readonly faults: FaultModule }> {
   const provisioned = await provisionedToken({ www: { kind: 'p256' }, other: { kind: 'p256', dns: ['other.test'] } });
   const upstream = await echoUpstream();
   const faults = new FaultModule(provisioned);
@@ -263,6 +271,7 @@ async function underLoad(test: TestContext, token: object = {}): Promise<UnderLo
       listeners: { https: {} },
       tokens: { hsm: { ...provisioned.settings, module: faults.module, ...token } },
       drainDeadline: '10s',
+      ...more,
     },
     { env: faults.env },
   );
