@@ -7,7 +7,6 @@
 import assert from 'node:assert/strict';
 import { once } from 'node:events';
 import { setImmediate } from 'node:timers/promises';
-import { connect } from 'node:tls';
 import type { TLSSocket } from 'node:tls';
 import { assertEchoes, tlsClient } from './tls-client.ts';
 import type { TlsOptions } from './tls-client.ts';
@@ -36,9 +35,13 @@ export class Load {
   /** @param options with `ca`: every client verifies what the server shows and signs */
   static async start(options: TlsOptions): Promise<Load> {
     const established = Array.from({ length: establishedCount }, async () => tlsClient(options));
-    const first = connect({ host: '127.0.0.1', ...options });
-    const [session] = (await once(first, 'session')) as [Buffer];
+    const first = await tlsClient(options);
+    const coming = once(first, 'session');
+    await assertEchoes(first);
+    // In TLS 1.3 it comes after the handshake.
+    const session = first.getProtocol() === 'TLSv1.3' ? ((await coming) as [Buffer])[0] : first.getSession();
     first.destroy();
+    assert.ok(session !== undefined, 'no session');
     return new Load(options, await Promise.all(established), session);
   }
 

@@ -1,15 +1,21 @@
 /**
- * Owns: that nobody restarts keygate by hand: whatever a token, a module or what is between them does, established connections
- * and resumed handshakes go on, no client is sent a wrong signature, and full handshakes are back as soon as they can be.
+ * Owns: the campaign that shows that nobody restarts keygate by hand: whatever a token, a module, what is between them or the host
+ * does, established connections and resumed handshakes go on, no client is sent a wrong signature, full handshakes are back as
+ * soon as they can be, and neither descriptors nor memory are left behind. Its table is in .keygate/artifacts/faults.md.
  * Must not know: how lanes repair themselves (src/engine/tests/signing).
- * Runs: against a real `keygate serve` under a continuous load, on SoftHSM behind the fault module or p11-kit's server.
+ * Runs: against a real `keygate serve` under a continuous load, on SoftHSM behind the fault module or p11-kit's server. With
+ * KEYGATE_FAULTS=long (`npm run test:faults`) each fault of the table lasts, for each kind of key and version of TLS.
  */
 import assert from 'node:assert/strict';
-import { it } from 'node:test';
+import { execFileSync } from 'node:child_process';
+import { globSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { after, it } from 'node:test';
+import { setTimeout as pause } from 'node:timers/promises';
 import type { TestContext } from 'node:test';
 import type { TokenSnapshot } from '../../src/engine/native.d.ts';
 import { FaultModule } from '../support/fault-module.ts';
-import { startKeygate } from '../support/keygate.ts';
+import { residentBytes, startKeygate } from '../support/keygate.ts';
 import type { Keygate } from '../support/keygate.ts';
 import { Load } from '../support/load.ts';
 import { P11KitServer } from '../support/p11-kit.ts';
@@ -25,14 +31,24 @@ const functionFailed = 0x6;
 const cryptokiNotInitialized = 0x190;
 const tokenNotPresent = 0xe0;
 
+const isLong = process.env['KEYGATE_FAULTS'] === 'long';
+/** How long a fault goes on once it is to be seen. */
+const lastsMs = isLong ? 3000 : 0;
+/** What caches and allocators may keep; a leak of each connection would be more. */
+const growthBytesMax = 48 * 1024 * 1024;
+
 interface Fault {
   readonly name: string;
   readonly token?: object;
-  readonly inject: (faults: FaultModule, keygate: Keygate) => void | Promise<void>;
+  readonly document?: object;
+  readonly env?: (directory: string) => Readonly<Record<string, string>>;
+  readonly inject: (faults: FaultModule, keygate: Keygate, directory: string) => void | Promise<void>;
   /** Default: no fault any more. */
-  readonly lift?: (faults: FaultModule) => void;
+  readonly lift?: (faults: FaultModule, keygate: Keygate, directory: string) => void | Promise<void>;
   /** What is to be seen while it lasts. */
-  readonly during?: (token: TokenSnapshot, load: Load) => boolean;
+  readonly during?: (token: TokenSnapshot, load: Load, keygate: Keygate) => boolean | Promise<boolean>;
+  /** Nobody gets through while it lasts: those who come wait. */
+  readonly stops?: boolean;
   /** Full handshakes that fail for it; default: none. */
   readonly refuses?: boolean;
 }
@@ -125,32 +141,182 @@ const faultTable: readonly Fault[] = [
     inject: (faults) => faults.slow('C_Sign', { perSecond: 10 }),
     during: ({ lanesBusy }) => lanesBusy > 0,
   },
+  {
+    name: 'a full disk for the log',
+    document: { log: { access: { file: '/dev/full' } } },
+    inject: () => {},
+    during: async (_, __, keygate) =>
+      ((await keygate.metric('keygate_log_lines_total', { outcome: 'dropped' })) ?? 0) > 0,
+  },
+  ...['+3600', '-3600'].map((offset): Fault => ({
+    name: `a clock that jumps by ${offset} s`,
+    env: fakedClock,
+    inject: (_, __, directory) => writeFileSync(clockFile(directory), offset),
+    lift: (_, __, directory) => writeFileSync(clockFile(directory), '+0'),
+  })),
+  {
+    name: 'no file descriptors',
+    inject: (_, keygate) => limitDescriptors(keygate, 'none'),
+    during: async (_, __, keygate) => {
+      const { engine } = await keygate.status();
+      return engine.listeners.some(({ acceptFailures }) => acceptFailures > 0);
+    },
+    lift: (_, keygate) => limitDescriptors(keygate, 'enough'),
+    stops: true,
+  },
+  {
+    name: 'a name of a server that DNS does not know any more, at a reload',
+    async inject(_, keygate) {
+      const document = readFileSync(keygate.file, 'utf8');
+      writeFileSync(keygate.file, document.replace(/(servers:\n\s+- )(.*)\n/, '$1$2\n      - nobody.invalid:80\n'));
+      const { outcome } = await keygate.reload();
+      assert.equal(outcome, 'committed');
+    },
+    lift: () => {},
+    during: (_, __, keygate) => keygate.log.some(({ event }) => event === 'upstream_unresolved'),
+  },
 ];
 
+/** libfaketime looks into the file again and again; what is monotonic stays so. */
+function fakedClock(directory: string): Readonly<Record<string, string>> {
+  const library = globSync('/usr/lib/*/faketime/libfaketime.so.1')[0];
+  assert.ok(library !== undefined, 'apt-get install faketime');
+  writeFileSync(clockFile(directory), '+0');
+  return {
+    LD_PRELOAD: library,
+    FAKETIME_TIMESTAMP_FILE: clockFile(directory),
+    FAKETIME_CACHE_DURATION: '1',
+    FAKETIME_DONT_FAKE_MONOTONIC: '1',
+  };
+}
+
+function clockFile(directory: string): string {
+  return join(directory, 'clock');
+}
+
+/** Of the workers: not one more, or as many as they could want. The primary answers meanwhile. */
+async function limitDescriptors(keygate: Keygate, to: 'none' | 'enough'): Promise<void> {
+  for (const { pid } of (await keygate.status()).workers) {
+    const [, hard = ''] = /^Max open files +\d+ +(\d+)/m.exec(readFileSync(`/proc/${pid}/limits`, 'utf8')) ?? [];
+    // Descriptors are numbered from 0, and a new one must be below the limit.
+    const limit = to === 'enough' ? hard : '1';
+    execFileSync('prlimit', ['--pid', String(pid), `--nofile=${limit}:`]);
+  }
+}
+
+/** A line of the table. */
+interface Finding {
+  readonly fault: string;
+  readonly lost: number;
+  readonly healedMs: number;
+  readonly wrong: number;
+  readonly refused: number;
+  readonly descriptors: readonly [number, number];
+  readonly megabytes: readonly [number, number];
+}
+const findings: Finding[] = [];
+
+after(() => {
+  const heads = ['fault', 'established lost', 'healed after', 'wrong signatures', 'refused', 'descriptors', 'memory'];
+  const lines = findings.map(({ fault, lost, healedMs, wrong, refused, descriptors, megabytes }) =>
+    [
+      fault,
+      lost,
+      `${Math.ceil(healedMs)} ms`,
+      wrong,
+      refused,
+      descriptors.join(' → '),
+      `${megabytes.join(' → ')} MB`,
+    ].join(' | '),
+  );
+  const table = [heads.join(' | '), heads.map(() => '---').join(' | '), ...lines].map((line) => `| ${line} |\n`);
+  const artifacts = join(import.meta.dirname, '../../.keygate/artifacts');
+  mkdirSync(artifacts, { recursive: true });
+  writeFileSync(join(artifacts, 'faults.md'), table.join(''));
+});
+
+interface Vitals {
+  readonly descriptors: number;
+  readonly bytes: number;
+}
+
+/** Of all its processes. */
+async function vitalsOf(keygate: Keygate): Promise<Vitals> {
+  const pids = [
+    keygate.pid,
+    ...(await keygate.status()).workers.flatMap(({ pid }) => (pid === undefined ? [] : [pid])),
+  ];
+  return {
+    descriptors: pids.reduce((sum, pid) => sum + readdirSync(`/proc/${pid}/fd`).length, 0),
+    bytes: pids.reduce((sum, pid) => sum + residentBytes(pid), 0),
+  };
+}
+
+/** When nobody is connected: no descriptor is left of those who were, and no memory that grows with them. */
+async function assertNoGrowth(keygate: Keygate, before: Vitals): Promise<Vitals> {
+  let now = before;
+  await until(
+    'state without descriptors that were not there before',
+    async () => {
+      now = await vitalsOf(keygate);
+      return now.descriptors <= before.descriptors;
+    },
+    { found: () => ({ before, now }) },
+  );
+  assert.ok(now.bytes - before.bytes < growthBytesMax, JSON.stringify({ before, now }));
+  return now;
+}
+
+interface Client {
+  readonly kind: 'p256' | 'rsa2048';
+  readonly version: 'TLSv1.2' | 'TLSv1.3';
+}
+
+const clients: readonly (Client & { readonly what: string })[] = isLong
+  ? (['p256', 'rsa2048'] as const).flatMap((kind) =>
+      (['TLSv1.2', 'TLSv1.3'] as const).map((version) => ({ kind, version, what: `, ${kind} and ${version}` })),
+    )
+  : [{ kind: 'p256', version: 'TLSv1.3', what: '' }];
+
 for (const fault of faultTable) {
-  it(`${fault.name}: nothing established is lost, and nobody restarts`, async (test) => {
-    const { faults, keygate, load } = await underLoad(test, fault.token);
-    await fault.inject(faults, keygate);
-    if (fault.during !== undefined) {
-      const { during } = fault;
-      await until(`effect of ${fault.name}`, async () => during(await tokenOf(keygate), load), {
-        deadlineMs: 15_000,
-        found: () => keygate.log.slice(-20),
+  for (const { kind, version, what } of clients) {
+    const name = `${fault.name}${what}`;
+    it(`${name}: nothing established is lost, and nobody restarts`, async (test) => {
+      const { faults, keygate, load, directory, before } = await underLoad(test, fault, { kind, version });
+      await fault.inject(faults, keygate, directory);
+      if (fault.during !== undefined) {
+        const { during } = fault;
+        await until(`effect of ${name}`, async () => during(await tokenOf(keygate), load, keygate), {
+          deadlineMs: 15_000,
+          found: () => keygate.log.slice(-20),
+        });
+      }
+      await pause(lastsMs);
+      const [resumedBefore, echoesBefore] = [load.resumed.length, load.echoes];
+      await until('echoes', () => load.echoes > echoesBefore + 20);
+      if (fault.stops !== true) await until('resumed handshakes', () => load.resumed.length > resumedBefore + 5);
+      if (fault.lift === undefined) faults.clear();
+      else await fault.lift(faults, keygate, directory);
+      const healedMs = await assertHealed(test, load, fault.refuses ?? false);
+      await until('token that is up', async () => (await tokenOf(keygate)).up);
+      await assertNeverRestarted(keygate);
+      assert.deepEqual(faults.broken, []);
+      const now = await assertNoGrowth(keygate, before);
+      findings.push({
+        fault: name,
+        lost: load.lost,
+        healedMs,
+        wrong: load.unexpected.length,
+        refused: load.refused,
+        descriptors: [before.descriptors, now.descriptors],
+        megabytes: [before.bytes, now.bytes].map((bytes) => Math.round(bytes / 1e6)) as [number, number],
       });
-    }
-    const resumedBefore = load.resumed.length;
-    await until('resumed handshakes', () => load.resumed.length > resumedBefore + 5);
-    if (fault.lift === undefined) faults.clear();
-    else fault.lift(faults);
-    await assertHealed(test, load, fault.refuses ?? false);
-    await until('token that is up', async () => (await tokenOf(keygate)).up);
-    await assertNeverRestarted(keygate);
-    assert.deepEqual(faults.broken, []);
-  });
+    });
+  }
 }
 
 it('a wrong PIN is not tried again, by no worker and over no initialisation', async (test) => {
-  const { faults, keygate, load } = await underLoad(test, {}, { workers: 2 });
+  const { faults, keygate, load } = await underLoad(test, { document: { workers: 2 } });
   faults.fail('C_Login', 0xa0);
   faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' });
   const { downReason } = await until('token out of service for its PIN', async () => {
@@ -172,8 +338,11 @@ it('a wrong PIN is not tried again, by no worker and over no initialisation', as
   assert.deepEqual([load.lost, load.unexpected], [0, []]);
 });
 
+/** Of one lane, which is soon given up. */
+const hasty = { lanes: 1, signDeadline: '200ms', queue: { age: '200ms' } };
+
 it('a module that hangs for good costs its worker the slot, and nobody a connection', async (test) => {
-  const { faults, keygate, load } = await underLoad(test, { lanes: 1, signDeadline: '200ms', queue: { age: '200ms' } });
+  const { faults, keygate, load } = await underLoad(test, { token: hasty });
   const [{ pid } = { pid: undefined }] = (await keygate.status()).workers;
   // In this process alone: the next one finds that all is well.
   faults.only('C_Sign', { pid: pid ?? 0 });
@@ -194,7 +363,7 @@ it('a module that hangs for good costs its worker the slot, and nobody a connect
 });
 
 it('a module that hangs in every worker is tried ever more rarely, and reported', async (test) => {
-  const { faults, keygate, load } = await underLoad(test, { lanes: 1, signDeadline: '200ms', queue: { age: '200ms' } });
+  const { faults, keygate, load } = await underLoad(test, { token: hasty });
   const hung = keygate.log.length;
   faults.hang('C_Sign');
   // A successor hangs where it proves its key; it is ended, and the worker that is stuck serves on.
@@ -258,10 +427,11 @@ interface UnderLoad {
 /** On a token that can be made to fail; with a second key, so that handles can be confused. Ends with the test. */
 async function underLoad(
   test: TestContext,
-  token: object = {},
-  more: object = {},
-): Promise<UnderLoad & { readonly faults: FaultModule }> {
-  const provisioned = await provisionedToken({ www: { kind: 'p256' }, other: { kind: 'p256', dns: ['other.test'] } });
+  { token = {}, document = {}, env = () => ({}) }: Pick<Fault, 'token' | 'document' | 'env'> = {},
+  { kind, version }: Client = { kind: 'p256', version: 'TLSv1.3' },
+): Promise<UnderLoad & { readonly faults: FaultModule; readonly directory: string; readonly before: Vitals }> {
+  const provisioned = await provisionedToken({ www: { kind }, other: { kind, dns: ['other.test'] } });
+  const { directory } = provisioned;
   const upstream = await echoUpstream();
   const faults = new FaultModule(provisioned);
   const keygate = await startKeygate(
@@ -271,16 +441,22 @@ async function underLoad(
       listeners: { https: {} },
       tokens: { hsm: { ...provisioned.settings, module: faults.module, ...token } },
       drainDeadline: '10s',
-      ...more,
+      ...document,
     },
-    { env: faults.env },
+    { env: { ...faults.env, ...env(directory) } },
   );
-  const load = await Load.start({ port: keygate.port(), ca: provisioned.pem('www') });
+  const before = await vitalsOf(keygate);
+  const load = await Load.start({
+    port: keygate.port(),
+    ca: provisioned.pem('www'),
+    minVersion: version,
+    maxVersion: version,
+  });
   test.after(async () => {
     try {
       faults.clear();
-      await load.stop();
-      await keygate.stop();
+      // It ends what waits for it as well.
+      await Promise.all([load.stop(), keygate.stop()]);
       assert.deepEqual(faults.broken, []);
     } finally {
       await upstream.close();
@@ -288,7 +464,7 @@ async function underLoad(
       provisioned.dispose();
     }
   });
-  return { faults, keygate, load };
+  return { faults, keygate, load, directory, before };
 }
 
 async function behindSocket(test: TestContext): Promise<UnderLoad & { readonly server: P11KitServer }> {
@@ -325,7 +501,7 @@ async function assertHealed(
   load: Load,
   mayRefuse: boolean,
   deadlineMs = healedMsMax,
-): Promise<void> {
+): Promise<number> {
   const healedMs = await load.healed(20_000);
   const { refused } = load;
   test.diagnostic(
@@ -335,6 +511,7 @@ async function assertHealed(
   await load.stop();
   assert.deepEqual([load.lost, load.unexpected], [0, []]);
   if (!mayRefuse) assert.equal(refused, 0);
+  return healedMs;
 }
 
 async function tokenOf(keygate: Keygate): Promise<TokenSnapshot> {

@@ -224,7 +224,7 @@ token_tests! {
         // One call, and no other soon.
         let sign = world.sign();
         sign.spike_every.store(sign.calls.load(SeqCst) + 1, SeqCst);
-        sign.spike_us.store(2_000_000, SeqCst);
+        sign.spike_us.store(5_000_000, SeqCst);
         let lost = keys[0].submit().unwrap();
         until("a lane hangs", || sign.in_flight.load(SeqCst) == 1);
         sign.spike_us.store(0, SeqCst);
