@@ -3,7 +3,7 @@
  * Must not know: how a policy was made.
  * Runs: on the main thread of a command.
  */
-import type { Config, PolicyConfig, SignatureScheme } from '../config/config.ts';
+import type { ClientCertificatesConfig, Config, PolicyConfig, SignatureScheme } from '../config/config.ts';
 import { cipherSuiteVersion, isSchemeOf, versionsOf } from '../config/policies.ts';
 import { formatDuration } from '../config/units.ts';
 import { ConfigError, formatProblem } from '../errors.ts';
@@ -13,7 +13,15 @@ import { policyUses, unusableCertificates, usableSchemes } from '../worker/effec
 import type { PolicyUse } from '../worker/effective-policy.ts';
 
 /** For programs; the findings say the same to people. */
-export interface EffectivePolicy extends Omit<PolicyConfig, 'name'> {
+export type EffectivePolicy = Common | (Common & OfListener);
+
+/** What upstreams have no use for: a client's order is its own, and it issues no tickets. */
+type OfListener = Pick<PolicyConfig, 'cipherOrder' | 'tickets' | 'ticketLifetimeMs'> & {
+  /** Its own, or its policy's. */
+  readonly clientCertificates: ClientCertificatesConfig | undefined;
+};
+
+interface Common extends Omit<PolicyConfig, 'name' | keyof OfListener> {
   readonly subject: string;
   readonly policy: string;
   /** By name and version, what each signs with. */
@@ -32,15 +40,14 @@ export function explainPolicies(
         ...describe(use, certificates),
         ...warnings(use, keys).map((message): Finding => ({ severity: 'warning', subject: use.subject, message })),
       ]),
-      ...unusableCertificates(config, keys).map((problem): Finding => {
-        const [section, name] = problem.path.split('.');
-        const subject = `${section === 'listeners' ? 'listener' : 'upstream'} ${name}`;
+      ...unusableCertificates(config, keys).map(({ subject, ...problem }): Finding => {
         return { severity: 'error', subject, message: formatProblem(problem), error: new ConfigError([problem]) };
       }),
     ],
-    policies: uses.map(({ use: { subject, policy }, certificates }) => {
-      const { name, ...settings } = policy;
-      return { subject, policy: name, ...settings, certificates };
+    policies: uses.map(({ use: { kind, subject, policy, clientCertificates }, certificates }) => {
+      const { name, cipherOrder, tickets, ticketLifetimeMs, clientCertificates: _, ...settings } = policy;
+      const common = { subject, policy: name, ...settings, certificates };
+      return kind === 'upstream' ? common : { ...common, cipherOrder, tickets, ticketLifetimeMs, clientCertificates };
     }),
   };
 }
@@ -55,9 +62,12 @@ function schemesOf({ policy, certificates }: PolicyUse, keys: ReadonlyMap<string
   );
 }
 
-function describe({ subject, policy }: PolicyUse, certificates: EffectivePolicy['certificates']): Finding[] {
+function describe(
+  { kind, subject, policy, clientCertificates }: PolicyUse,
+  certificates: EffectivePolicy['certificates'],
+): Finding[] {
   const versions = versionsOf(policy);
-  const isListener = subject.startsWith('listener');
+  const isListener = kind === 'listener';
   const parts = [`TLS ${versions.toReversed().join(' and ')}`];
   // A client's order is its own.
   if (isListener) parts.push(`the ${policy.cipherOrder}'s order of cipher suites`);
@@ -67,6 +77,7 @@ function describe({ subject, policy }: PolicyUse, certificates: EffectivePolicy[
     );
   if (policy.extendedMasterSecret === 'required' && versions.includes('1.2'))
     parts.push('extended master secret required');
+  if (clientCertificates !== undefined) parts.push(`client certificates: ${clientCertificates.mode}`);
   if (policy.fips) parts.push('FIPS 140-3');
   const suites = versions.map((version) => {
     const words = policy.cipherSuites.filter((suite) => cipherSuiteVersion(suite) === version);
@@ -87,7 +98,7 @@ function describe({ subject, policy }: PolicyUse, certificates: EffectivePolicy[
   return lines.map((message) => ({ severity: 'ok', subject, message }));
 }
 
-function warnings({ subject, policy, certificates }: PolicyUse, keys: ReadonlyMap<string, KeyAlgorithm>): string[] {
+function warnings({ kind, policy, certificates }: PolicyUse, keys: ReadonlyMap<string, KeyAlgorithm>): string[] {
   const known = certificates.flatMap((name) => {
     const key = keys.get(name);
     return key === undefined
@@ -103,7 +114,7 @@ function warnings({ subject, policy, certificates }: PolicyUse, keys: ReadonlyMa
       `certificate ${name} cannot be used in TLS ${unusable.join(' and ')} with the cipher suites and signature schemes of policy ${policy.name}`,
     ];
   });
-  if (!subject.startsWith('listener') || known.length === 0) return found;
+  if (kind === 'upstream' || known.length === 0) return found;
   if (known.every(({ key }) => key === 'ed25519')) {
     found.push(
       'every certificate is of kind ed25519, which no browser accepts: add one of kind p256 for the same names',

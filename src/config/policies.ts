@@ -20,7 +20,7 @@ export type Policy = Omit<PolicyConfig, 'ticketLifetimeMs' | 'clientCertificates
   readonly clientCertificates: ClientCertificatesDocument | undefined;
 };
 
-/** Mozilla's, Server Side TLS 6.0, as far as rustls goes; docs/tls.md says where it does not. */
+/** Mozilla's, Server Side TLS 6.0. */
 const intermediate: Policy = {
   name: 'intermediate',
   minVersion: '1.2',
@@ -36,19 +36,22 @@ const intermediate: Policy = {
   fips: false,
 };
 
+/** What policies that are made from it must stay within. */
+export const fipsPolicy = derivePolicy('fips', intermediate, {
+  // SP 800-56A has no X25519; beside ML-KEM (FIPS 203), which comes first, it may stand (SP 800-56C rev. 2, 2).
+  groups: groups.filter((group) => group !== 'X25519'),
+  cipherSuites: cipherSuites.filter((suite) => !suite.includes('CHACHA20')),
+  // Of FIPS 186-5, what every validated module and HSM has.
+  signatureSchemes: signatureSchemes.filter((scheme) => /^(?:ecdsa|rsa)_/.test(scheme)),
+  // FIPS 140-3 IG, D.Q.
+  extendedMasterSecret: 'required',
+  fips: true,
+});
+
 export const builtInPolicies: readonly Policy[] = [
   derivePolicy('modern', intermediate, { minVersion: '1.3' }),
   intermediate,
-  derivePolicy('fips', intermediate, {
-    // SP 800-56A has no X25519; beside ML-KEM (FIPS 203), which comes first, it may stand (SP 800-56C rev. 2, 2).
-    groups: groups.filter((group) => group !== 'X25519'),
-    cipherSuites: cipherSuites.filter((suite) => !suite.includes('CHACHA20')),
-    // Of FIPS 186-5, what every validated module and HSM has.
-    signatureSchemes: signatureSchemes.filter((scheme) => /^(?:ecdsa|rsa)_/.test(scheme)),
-    // FIPS 140-3 IG, D.Q.
-    extendedMasterSecret: 'required',
-    fips: true,
-  }),
+  fipsPolicy,
 ];
 
 type Own = { readonly [Key in keyof Policy]?: Policy[Key] | undefined };

@@ -205,7 +205,7 @@ export const tickets = z
       'How long a session ticket is accepted; at most `rotation`.',
     ),
     rotation: duration(1000, ticketLifetimeMsMax, '12h').describe(
-      'How long one ticket key issues tickets. A key opens tickets for one rotation more, so a stolen key opens at most two rotations.',
+      'How long one ticket key issues tickets. A key opens tickets for one rotation more, so a stolen key opens the tickets of at most two rotations.',
     ),
   })
   .refine(({ lifetime, rotation }) => lifetime <= rotation, {

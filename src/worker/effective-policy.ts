@@ -3,19 +3,22 @@
  * Must not know: tokens, the engine.
  * Runs: main thread of a worker before it serves, and of `keygate check`.
  */
-import type { Config, PolicyConfig, SignatureScheme, TlsVersion } from '../config/config.ts';
-import { isSchemeOf, versionsOf } from '../config/policies.ts';
+import type { ClientCertificatesConfig, Config, PolicyConfig, SignatureScheme, TlsVersion } from '../config/config.ts';
+import { clientCertificatesOf, isSchemeOf, versionsOf } from '../config/policies.ts';
 import type { Problem } from '../errors.ts';
 import type { KeyAlgorithm } from '../pkcs11/algorithm.ts';
 
 /** Where TLS is spoken, and by which policy. */
 export interface PolicyUse {
+  readonly kind: 'listener' | 'upstream';
   /** `listener https`, `upstream web`. */
   readonly subject: string;
   /** Of the certificates, in the configuration. */
   readonly path: string;
   readonly policy: PolicyConfig;
   readonly certificates: readonly string[];
+  /** What clients of a listener are asked for: by it, or by its policy. */
+  readonly clientCertificates: ClientCertificatesConfig | undefined;
 }
 
 type Used = Pick<Config, 'file' | 'policies' | 'listeners' | 'upstreams'>;
@@ -23,17 +26,21 @@ type Used = Pick<Config, 'file' | 'policies' | 'listeners' | 'upstreams'>;
 export function policyUses(config: Used): PolicyUse[] {
   const listeners = Object.values(config.listeners).filter(({ mode }) => mode === 'offload' || mode === 'bridge');
   return [
-    ...listeners.map(({ name, policy, certificates }) => ({
-      subject: `listener ${name}`,
-      path: `listeners.${name}.certificates`,
-      policy: policyOf(policy, config),
-      certificates,
+    ...listeners.map((listener) => ({
+      kind: 'listener' as const,
+      subject: `listener ${listener.name}`,
+      path: `listeners.${listener.name}.certificates`,
+      policy: policyOf(listener.policy, config),
+      certificates: listener.certificates,
+      clientCertificates: clientCertificatesOf(listener, config.policies),
     })),
     ...Object.values(config.upstreams).flatMap(({ name, tls }) => {
       if (tls === undefined) return [];
       const certificates = tls.certificate === undefined ? [] : [tls.certificate];
       const path = `upstreams.${name}.tls.certificate`;
-      return [{ subject: `upstream ${name}`, path, policy: policyOf(tls.policy, config), certificates }];
+      const subject = `upstream ${name}`;
+      const policy = policyOf(tls.policy, config);
+      return [{ kind: 'upstream' as const, subject, path, policy, certificates, clientCertificates: undefined }];
     }),
   ];
 }
@@ -73,15 +80,19 @@ const schemesOfKey: Readonly<Record<KeyAlgorithm, readonly SignatureScheme[]>> =
  * Certificates that their policy lets sign in no version: no client would ever get one.
  * @param keys by the certificate's name; those that are not there are somebody else's problem
  */
-export function unusableCertificates(config: Used, keys: ReadonlyMap<string, KeyAlgorithm>): Problem[] {
-  return policyUses(config).flatMap(({ path, policy, certificates }) =>
-    certificates.flatMap((name): Problem[] => {
+export function unusableCertificates(
+  config: Used,
+  keys: ReadonlyMap<string, KeyAlgorithm>,
+): (Problem & { readonly subject: string })[] {
+  return policyUses(config).flatMap(({ subject, path, policy, certificates }) =>
+    certificates.flatMap((name) => {
       const key = keys.get(name);
       if (key === undefined) return [];
       if (versionsOf(policy).some((version) => usableSchemes(policy, key, version).length > 0)) return [];
       const expected = `a certificate whose key signs with what policy ${policy.name} allows: ${policy.signatureSchemes.join(', ')}`;
       const hint = 'the cipher suites of the policy count too: those of TLS 1.2 are for ECDSA or for RSA';
-      return [{ file: config.file, path, code: 'config_conflict', found: `${name}, of kind ${key}`, expected, hint }];
+      const found = `${name}, of kind ${key}`;
+      return [{ subject, file: config.file, path, code: 'config_conflict' as const, found, expected, hint }];
     }),
   );
 }

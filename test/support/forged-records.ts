@@ -6,7 +6,7 @@
 import assert from 'node:assert/strict';
 import { createCipheriv, createHmac } from 'node:crypto';
 import { once } from 'node:events';
-import { prefixed, tappedClient } from './tls-client.ts';
+import { handshakeMessage, prefixed, tappedClient } from './tls-client.ts';
 import type { TappedClient, TlsOptions } from './tls-client.ts';
 
 export const contentTypes = { alert: 21, handshake: 22, applicationData: 23 } as const;
@@ -15,6 +15,8 @@ export const contentTypes = { alert: 21, handshake: 22, applicationData: 23 } as
 export interface Forger extends TappedClient {
   /** The next record: `content`, of any length, encrypted. */
   record(contentType: number, content: Buffer): Buffer;
+  /** A key update that wants one of the server (RFC 8446 4.6.3); what follows is under the next key. */
+  updateKey(): Buffer;
 }
 
 export async function forger(options: TlsOptions): Promise<Forger> {
@@ -27,12 +29,17 @@ export async function forger(options: TlsOptions): Promise<Forger> {
   await once(client.tls, 'secureConnect');
   client.tls.on('error', () => {});
   assert.ok(secret !== undefined, 'no secret of the client');
-  const key = expandLabel(secret, 'key', 16);
-  const iv = expandLabel(secret, 'iv', 12);
-  let sequence = 0n;
-  return {
+  let [current, sequence] = [secret, 0n];
+  const forged: Forger = {
     ...client,
+    updateKey() {
+      const update = forged.record(contentTypes.handshake, handshakeMessage(24, Buffer.from([1])));
+      [current, sequence] = [expandLabel(current, 'traffic upd', 32), 0n];
+      return update;
+    },
     record(contentType, content) {
+      const key = expandLabel(current, 'key', 16);
+      const iv = expandLabel(current, 'iv', 12);
       const nonce = Buffer.from(iv);
       nonce.writeBigUInt64BE(nonce.readBigUInt64BE(4) ^ sequence, 4);
       sequence += 1n;
@@ -44,6 +51,7 @@ export async function forger(options: TlsOptions): Promise<Forger> {
       return Buffer.concat([header, ...encrypted, cipher.getAuthTag()]);
     },
   };
+  return forged;
 }
 
 /** HKDF-Expand-Label (RFC 8446 7.1) of what one block of SHA-256 gives. */

@@ -160,7 +160,11 @@ impl Generation {
         let known = known.ok_or_else(|| format!("expected one of the certificates, found {name:?}"))?;
         let schemes = policy.limit(known.schemes());
         if schemes.is_empty() {
-            return Err(format!("certificate {name}: its key signs with no signature scheme of the policy"));
+            return Err(format!(
+                "certificate {name}: expected a key that signs with one of {:?}, which the policy allows, found {:?}",
+                policy.schemes,
+                known.schemes()
+            ));
         }
         if schemes == known.schemes() {
             return Ok(known.clone());

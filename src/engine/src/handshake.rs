@@ -61,6 +61,7 @@ pub async fn handshake(
 ) -> Result<Established, Close> {
     let mut tls = Tls::server(config).map_err(|_| Close::ProxyInternalPanic)?;
     let mut is_answered = false;
+    let mut records = Records::default();
     loop {
         let received = timeout_at(deadline, receive(client, &mut tls, scratch))
             .await
@@ -69,15 +70,16 @@ pub async fn handshake(
         if received == 0 {
             return Err(Close::ClientHandshakeClosed);
         }
-        // Until we have answered, everything that came is still there, in plaintext.
+        // Until we have answered, what came first is still there, and begins as it did.
         let first_flight = if is_answered { &[][..] } else { tls.unprocessed() };
         let plain_http = looks_like_http(first_flight);
         let is_outdated = is_before_tls12(first_flight);
         let is_sslv2 = is_sslv2(first_flight);
-        if has_oversized_record(first_flight) {
+        let waiting = tls.unprocessed();
+        if records.pass(&waiting[waiting.len().saturating_sub(received)..]) {
             // rustls takes a little more than is allowed, and says decode_error to what is more than that.
-            let close = Close::ClientHandshakeMalformed;
-            return Err(refuse(client, &ALERT_RECORD_OVERFLOW, close, scratch).await);
+            let alert = if is_answered { &[][..] } else { &ALERT_RECORD_OVERFLOW };
+            return Err(refuse(client, alert, Close::ClientHandshakeMalformed, scratch).await);
         }
 
         let mut step = run_step(tls, client, deadline, Close::ClientHandshakeClosed).await?;
@@ -182,14 +184,35 @@ fn is_sslv2(bytes: &[u8]) -> bool {
     matches!(bytes, [0x80..=0xff, _, 1, 0 | 3, ..])
 }
 
-/// Whether one of these records is longer than plaintext may be (RFC 8446 5.1).
-fn has_oversized_record(mut bytes: &[u8]) -> bool {
-    while let [20..=23, 3, _, high, low, rest @ ..] = bytes {
-        let length = usize::from(u16::from_be_bytes([*high, *low]));
-        if length > RECORD_PLAINTEXT_MAX {
-            return true;
+/// Where the client's records begin and end, whatever pieces they come in. rustls moves what waits for the rest of a message.
+#[derive(Default)]
+struct Records {
+    header: Vec<u8>,
+    /// Of the record that is passing.
+    left: usize,
+}
+
+impl Records {
+    /// Whether one among the next bytes is longer than plaintext may be (RFC 8446 5.1). What is application data on the outside is
+    /// encrypted, and rustls' to judge.
+    fn pass(&mut self, mut bytes: &[u8]) -> bool {
+        while let Some((first, rest)) = bytes.split_first() {
+            if self.left > 0 {
+                let passing = self.left.min(bytes.len());
+                self.left -= passing;
+                bytes = bytes.get(passing..).unwrap_or_default();
+                continue;
+            }
+            self.header.push(*first);
+            bytes = rest;
+            if let [kind, major, _, high, low] = self.header[..] {
+                self.header.clear();
+                self.left = usize::from(u16::from_be_bytes([high, low]));
+                if matches!(kind, 20..=22) && major == 3 && self.left > RECORD_PLAINTEXT_MAX {
+                    return true;
+                }
+            }
         }
-        bytes = rest.get(length..).unwrap_or_default();
+        false
     }
-    false
 }

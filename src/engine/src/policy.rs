@@ -4,7 +4,8 @@
 use aws_lc_rs::digest;
 use rustls::client::Resumption;
 use rustls::client::danger::ServerCertVerifier;
-use rustls::crypto::{CryptoProvider, SupportedKxGroup, aws_lc_rs as lc};
+use rustls::crypto::{CryptoProvider, SupportedKxGroup, WebPkiSupportedAlgorithms, aws_lc_rs as lc};
+use rustls::pki_types::SignatureVerificationAlgorithm;
 use rustls::server::{NoServerSessionStorage, ResolvesServerCert};
 use rustls::version::{TLS12, TLS13};
 use rustls::{ClientConfig, ServerConfig, SignatureScheme, SupportedCipherSuite, SupportedProtocolVersion};
@@ -130,7 +131,9 @@ impl Policy {
 
     /// What is accepted of peers.
     pub fn peer_signatures(&self) -> PeerSignatures {
-        PeerSignatures::new(lc::default_provider().signature_verification_algorithms, &self.schemes)
+        let known = lc::default_provider().signature_verification_algorithms;
+        let of_chains = if self.fips { APPROVED } else { known.all };
+        PeerSignatures::new(WebPkiSupportedAlgorithms { all: of_chains, ..known }, &self.schemes)
     }
 
     fn provider(&self) -> Arc<CryptoProvider> {
@@ -159,7 +162,15 @@ impl Policy {
 
     fn demand_fips(&self, is_fips: bool) -> Result<(), String> {
         if self.fips && !is_fips {
-            return Err("expected what the FIPS module has been validated for, found something else".into());
+            let not_of_it = |name: String, is_approved: bool| (!is_approved).then_some(name);
+            let suites =
+                self.cipher_suites.iter().filter_map(|suite| not_of_it(suite_name(suite), suite.fips()));
+            let groups = self.groups.iter().filter_map(|group| not_of_it(group_name(*group), group.fips()));
+            let found = suites.chain(groups).collect::<Vec<_>>().join(", ");
+            return Err(format!(
+                "a policy of FIPS 140-3: expected what the module has been validated for, found {}; take it out of the policy, or build the engine with the feature fips",
+                if found.is_empty() { "an engine without the module" } else { &found }
+            ));
         }
         Ok(())
     }
@@ -216,6 +227,25 @@ impl Policy {
         Ok(config)
     }
 }
+
+/// What certificates may be signed with under FIPS 140-3: ECDSA and RSA (FIPS 186-5) with SHA-2.
+const APPROVED: &[&dyn SignatureVerificationAlgorithm] = &[
+    webpki::aws_lc_rs::ECDSA_P256_SHA256,
+    webpki::aws_lc_rs::ECDSA_P256_SHA384,
+    webpki::aws_lc_rs::ECDSA_P256_SHA512,
+    webpki::aws_lc_rs::ECDSA_P384_SHA256,
+    webpki::aws_lc_rs::ECDSA_P384_SHA384,
+    webpki::aws_lc_rs::ECDSA_P384_SHA512,
+    webpki::aws_lc_rs::ECDSA_P521_SHA256,
+    webpki::aws_lc_rs::ECDSA_P521_SHA384,
+    webpki::aws_lc_rs::ECDSA_P521_SHA512,
+    webpki::aws_lc_rs::RSA_PKCS1_2048_8192_SHA256,
+    webpki::aws_lc_rs::RSA_PKCS1_2048_8192_SHA384,
+    webpki::aws_lc_rs::RSA_PKCS1_2048_8192_SHA512,
+    webpki::aws_lc_rs::RSA_PSS_2048_8192_SHA256_LEGACY_KEY,
+    webpki::aws_lc_rs::RSA_PSS_2048_8192_SHA384_LEGACY_KEY,
+    webpki::aws_lc_rs::RSA_PSS_2048_8192_SHA512_LEGACY_KEY,
+];
 
 /// Every scheme that a key of ours signs with or a server's signature is verified with, by its IANA name.
 const SCHEMES: [(&str, SignatureScheme); 13] = [
