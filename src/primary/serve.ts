@@ -120,6 +120,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   // Before anything is forked: a signal during the start must end what was started.
   let drainEndsAtMs = Infinity;
   let isSucceeded = false;
+  const draining = new AbortController();
   const drain = (deadlineMs: number): void => {
     const endsAtMs = performance.now() + deadlineMs;
     // Whoever asked before counts on it: a drain only becomes shorter.
@@ -128,6 +129,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
     // Whoever has them now accepts from them.
     if (drainEndsAtMs === Infinity && !isSucceeded) shutSockets(workers.listening.sockets, engine());
     drainEndsAtMs = endsAtMs;
+    draining.abort();
     serviceManager.stopping();
     log.info({ event: 'drain_started', deadlineMs }, 'draining');
   };
@@ -162,6 +164,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
         deadlineMs: reloads.config.reloadDeadlineMs,
         closeAdmin: () => opened.admin?.retire(),
         openAdmin: openOwnAdmin,
+        signal: draining.signal,
       });
       isSucceeded = true;
       serviceManager.succeededBy(pid);

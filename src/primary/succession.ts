@@ -43,6 +43,8 @@ export interface Handover {
   readonly deadlineMs: number;
   readonly closeAdmin: () => void;
   readonly openAdmin: () => Promise<void>;
+  /** This keygate drains, and shuts its sockets: nobody can take them over any more. */
+  readonly signal: AbortSignal;
 }
 
 class UpgradeError extends Error {}
@@ -51,10 +53,13 @@ class UpgradeError extends Error {}
  * Starts a successor; resolves with its process when it serves.
  * @throws UpgradeError the successor gave up, and why is in its log; or it was late. Nothing has changed.
  */
-export async function handOver({ inheritance, env, deadlineMs, closeAdmin, openAdmin }: Handover): Promise<number> {
+export async function handOver(handover: Handover): Promise<number> {
+  const { inheritance, env, deadlineMs, closeAdmin, openAdmin, signal } = handover;
   const fds = inheritance.listeners.sockets.map(({ fd }) => fd);
   const child = start(fds, env);
-  const late = setTimeout(() => child.kill('SIGKILL'), deadlineMs);
+  const end = (): void => void child.kill('SIGKILL');
+  const late = setTimeout(end, deadlineMs);
+  signal.addEventListener('abort', end);
   let isAdminClosed = false;
   try {
     tell(child, { type: 'inheritance', inheritance });
@@ -64,11 +69,12 @@ export async function handOver({ inheritance, env, deadlineMs, closeAdmin, openA
     tell(child, { type: 'go' });
     await heard(child, 'serving');
   } catch (error) {
-    child.kill('SIGKILL');
+    end();
     if (isAdminClosed) await openAdmin();
     throw error;
   } finally {
     clearTimeout(late);
+    signal.removeEventListener('abort', end);
   }
   child.unref();
   return child.pid ?? 0;
@@ -102,7 +108,7 @@ async function heard(child: ChildProcess, wanted: FromSuccessor['type']): Promis
   const gone = async () => {
     const [code, killedBy] = (await once(child, 'exit', { signal })) as [number | null, string | null];
     const found = killedBy === 'SIGKILL' ? 'was not ready in time' : `left with ${code ?? killedBy}`;
-    throw new UpgradeError(`the successor ${found}, before it was ${wanted}; its log says why`);
+    throw new UpgradeError(`the successor ${found}, before it was ${wanted}; the log says why`);
   };
   const said = async () => {
     const [message] = (await once(child, 'message', { signal })) as [FromSuccessor];

@@ -75,13 +75,23 @@ describe('a successor', { timeout: 110_000 }, () => {
     writeFileSync(keygate.file, 'listeners: {}\n');
     const { status, body } = await keygate.admin('/upgrade', 'POST');
     assert.equal(status, 409);
-    assert.match(body, /the successor left with 78, before it was prepared; its log says why/);
+    assert.match(body, /the successor left with 78, before it was prepared; the log says why/);
     await keygate.logged({ event: 'upgrade_failed' });
     await visit(keygate.port());
     writeFileSync(keygate.file, good);
     assert.equal((await keygate.reload()).outcome, 'committed');
     await upgrade(keygate);
     await visit(keygate.port());
+  });
+
+  it('does not outlive a keygate that is told to leave meanwhile', async (test) => {
+    const keygate = await started(test, {});
+    const since = keygate.log.length;
+    const asked = keygate.admin('/upgrade', 'POST').catch(() => ({ status: 0 }));
+    await keygate.logged({ event: 'starting' }, { since });
+    process.kill(keygate.pid, 'SIGTERM');
+    assert.notEqual((await asked).status, 200);
+    assert.equal((await keygate.ended()).exitCode, 0);
   });
 
   it('that dies before it is ready changes nothing', async (test) => {
@@ -102,7 +112,11 @@ describe('a successor', { timeout: 110_000 }, () => {
     const keygate = await startKeygate(token, document(settings));
     test.after(async () => {
       // Whoever serves now: the group is that of the first.
-      process.kill(-keygate.pid, 'SIGTERM');
+      try {
+        process.kill(-keygate.pid, 'SIGTERM');
+      } catch {
+        // All have left.
+      }
       await keygate.stop();
     });
     return keygate;
