@@ -70,6 +70,6 @@ test('only the slow token is slow, and it is the same token', () => {
   assert.notEqual(keys.access(10).env['KEYGATE_FAULT_CONTROL'], slow.env['KEYGATE_FAULT_CONTROL']);
   assert.equal(slow.env['SOFTHSM2_CONF'], quick.env['SOFTHSM2_CONF']);
   const control = readFileSync(slow.env['KEYGATE_FAULT_CONTROL'] ?? '');
-  // Word 16 + 16 × 16 of the control file (test/fault-module/README.md): the delay of C_Sign, microseconds.
-  assert.equal(control.readBigUInt64LE((16 + 16 * 16) * 8), 2000n);
+  // Word 64 + 32 × 16 of the control file (test/fault-module/README.md): the delay of C_Sign, microseconds.
+  assert.equal(control.readBigUInt64LE((64 + 32 * 16) * 8), 2000n);
 });

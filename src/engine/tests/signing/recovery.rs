@@ -221,7 +221,8 @@ token_tests! {
             plan.threads_max = 2;
             plan.lost_after = SOON;
         });
-        // One call, and no other soon.
+        // One call, and no other soon. The lane has nothing left to prove.
+        keys[0].sign().unwrap();
         let sign = world.sign();
         sign.spike_every.store(sign.calls.load(SeqCst) + 1, SeqCst);
         sign.spike_us.store(5_000_000, SeqCst);
