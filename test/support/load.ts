@@ -20,8 +20,10 @@ export class Load {
   /** Of established connections; each was echoing. */
   lost = 0;
   echoes = 0;
-  /** Full handshakes that were refused with an alert. */
+  /** Full handshakes that were refused with an alert; with `mayTurnAway` also clients whose connection ended without an answer. */
   refused = 0;
+  /** Whether keygate may have nothing to serve clients with. */
+  mayTurnAway = false;
   /** When full and resumed handshakes succeeded, in milliseconds of `performance`. */
   readonly full: number[] = [];
   readonly resumed: number[] = [];
@@ -90,7 +92,9 @@ export class Load {
         succeeded.push(performance.now());
       } catch (error) {
         const { code, message } = error as NodeJS.ErrnoException;
+        const isTurnedAway = message === 'the peer ended early' || code === 'ECONNRESET';
         if (session === undefined && internalError.test(code ?? '')) this.refused += 1;
+        else if (isTurnedAway && this.mayTurnAway) this.refused += 1;
         else this.unexpected.push(code ?? message);
       }
       await setImmediate();

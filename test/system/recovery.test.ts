@@ -47,7 +47,7 @@ interface Fault {
   readonly lift?: (faults: FaultModule, keygate: Keygate, directory: string) => void | Promise<void>;
   /** What is to be seen while it lasts. */
   readonly during?: (token: TokenSnapshot, load: Load, keygate: Keygate) => boolean | Promise<boolean>;
-  /** Nobody gets through while it lasts: those who come wait. */
+  /** Nobody gets through while it lasts: those who come wait, or are turned away for want of a descriptor to the server. */
   readonly stops?: boolean;
   /** Full handshakes that fail for it; default: none. */
   readonly refuses?: boolean;
@@ -163,6 +163,7 @@ const faultTable: readonly Fault[] = [
     },
     lift: (_, keygate) => limitDescriptors(keygate, 'enough'),
     stops: true,
+    refuses: true,
   },
   {
     name: 'a name of a server that DNS does not know any more, at a reload',
@@ -283,6 +284,7 @@ for (const fault of faultTable) {
     const name = `${fault.name}${what}`;
     it(`${name}: nothing established is lost, and nobody restarts`, async (test) => {
       const { faults, keygate, load, directory, before } = await underLoad(test, fault, { kind, version });
+      load.mayTurnAway = fault.stops ?? false;
       await fault.inject(faults, keygate, directory);
       if (fault.during !== undefined) {
         const { during } = fault;
