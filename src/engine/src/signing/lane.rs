@@ -67,6 +67,8 @@ enum Trouble {
     Request(SignError),
     /// The token is, or its module.
     Token(Ckr),
+    /// The key was there; perhaps only the module has lost sight of it.
+    KeyMissing,
 }
 
 impl From<SignError> for Trouble {
@@ -112,14 +114,20 @@ impl Lane<'_> {
         let result = match self.sign(&job) {
             Ok(signature) => Ok(signature),
             Err(Trouble::Request(error)) => Err(error),
-            Err(Trouble::Token(ckr)) => {
-                let reason = DownReason::Call(format!("signing with key {} returned {ckr}", job.key.name));
-                let suspect = Arc::downgrade(&job.key);
+            Err(trouble) => {
+                let name = &job.key.name;
+                let (reason, error) = match trouble {
+                    Trouble::Token(ckr) => {
+                        (format!("signing with key {name} returned {ckr}"), SignError::Failed(ckr))
+                    }
+                    _ => (format!("its module does not show key {name} any more"), SignError::KeyLost),
+                };
+                let (reason, suspect) = (DownReason::Call(reason), Arc::downgrade(&job.key));
                 if !job.has_failed {
                     return self.token.desk().mend(reason, &suspect, Some((class, job)));
                 }
                 self.token.desk().mend(reason, &suspect, None);
-                Err(SignError::Failed(ckr))
+                Err(error)
             }
         };
         let signing = taken.elapsed();
@@ -162,6 +170,9 @@ impl Lane<'_> {
                 // Another token had the module initialised again under this request: it begins anew, and so rarely that it ends.
                 Fault::Call(_) if self.token.incarnation() != incarnation => tried = Tried::default(),
                 Fault::Call(ckr) => self.repair(ckr, epoch, &mut tried, &job.key)?,
+                Fault::KeyMissing if !job.has_failed && self.token.may_search_anew() => {
+                    return Err(Trouble::KeyMissing);
+                }
                 // Other keys of the token are not concerned.
                 Fault::KeyMissing | Fault::KeyAmbiguous => return Err(SignError::KeyLost.into()),
                 Fault::Wrong(wrong) => {
@@ -260,7 +271,8 @@ impl Lane<'_> {
             if let Some(rung) = rung {
                 match fault {
                     Some(Fault::Call(ckr)) if ckr.is_helped_by(rung) => ended_with = ckr,
-                    Some(Fault::Call(_)) if rung == Rung::Login => continue,
+                    Some(Fault::Call(_) | Fault::KeyMissing) if rung == Rung::Login => continue,
+                    Some(Fault::KeyMissing) if self.token.may_search_anew() => self.token.searches_anew(),
                     _ => break,
                 }
             }
@@ -303,7 +315,11 @@ impl Lane<'_> {
             }
         }
         self.close_session(ended_with);
-        Probed::Still(probe_trouble(fault), None)
+        match fault {
+            // It was searched for by somebody who is logged in: the token does well, and may have other keys.
+            Some(Fault::KeyMissing | Fault::KeyAmbiguous) => Probed::Up,
+            fault => Probed::Still(probe_trouble(fault), None),
+        }
     }
 
     fn try_probe(&mut self, key: Option<&Arc<TokenKey>>) -> Result<(), Fault> {

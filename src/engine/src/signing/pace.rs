@@ -4,8 +4,9 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::{Duration, Instant};
 
-#[derive(Default)]
 pub(super) struct Pace {
+    pause_min: Duration,
+    pause_max: Duration,
     last: Option<Instant>,
     pause: Duration,
 }
@@ -13,14 +14,24 @@ pub(super) struct Pace {
 pub(super) const PAUSE_MIN: Duration = Duration::from_millis(10);
 /// Short enough that nobody waits long for a token that is well again, and long enough not to keep one from it.
 pub(super) const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// What was well for so long begins anew with the shortest pause.
-const FORGOTTEN: Duration = Duration::from_secs(10);
+/// What was well for so many of the longest pauses begins anew with the shortest one.
+const FORGOTTEN_AFTER: u32 = 10;
+
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace::between(PAUSE_MIN, PAUSE_MAX)
+    }
+}
 
 impl Pace {
+    pub const fn between(pause_min: Duration, pause_max: Duration) -> Pace {
+        Pace { pause_min, pause_max, last: None, pause: Duration::ZERO }
+    }
+
     /// `Err`: not before then.
     pub fn may_begin(&mut self) -> Result<(), Instant> {
         let Some(last) = self.last else { return Ok(()) };
-        if last.elapsed() > FORGOTTEN {
+        if last.elapsed() > self.pause_max * FORGOTTEN_AFTER {
             self.pause = Duration::ZERO;
         }
         match last + self.pause {
@@ -31,7 +42,7 @@ impl Pace {
 
     pub fn begin(&mut self) {
         self.last = Some(Instant::now());
-        self.pause = (self.pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
+        self.pause = (self.pause * 2).clamp(self.pause_min, self.pause_max);
     }
 }
 
@@ -60,8 +71,8 @@ mod tests {
 
     #[test]
     fn what_was_long_ago_is_forgotten() {
-        let long_ago = Instant::now().checked_sub(2 * FORGOTTEN);
-        let mut pace = Pace { last: long_ago, pause: PAUSE_MAX };
+        let long_ago = Instant::now().checked_sub(2 * FORGOTTEN_AFTER * PAUSE_MAX);
+        let mut pace = Pace { last: long_ago, pause: PAUSE_MAX, ..Pace::default() };
         assert_eq!(pace.may_begin(), Ok(()));
         pace.begin();
         assert_eq!(pace.pause, PAUSE_MIN);

@@ -16,6 +16,7 @@ use super::desk::{Desk, DeskPlan, DownReason, Health, Job, LaneWanted};
 use super::key_directory::KeyDirectory;
 use super::lane;
 use super::login::{self, Login, LoginFault, Place};
+use super::pace::Pace;
 use super::pkcs11::{Matches, Module, Release, Session};
 use super::public_key::PublicKey;
 use super::service_time::ServiceTime;
@@ -72,6 +73,8 @@ pub struct Token {
     keys: Mutex<HashMap<KeyIdentity, Weak<TokenKey>>>,
     directory: Mutex<KeyDirectory>,
     keys_numbered: AtomicU64,
+    /// Initialisations for the sake of a key that was not there.
+    searches: Mutex<Pace>,
     /// Signatures that failed since the last good one.
     failures_in_a_row: AtomicU32,
     lanes: u32,
@@ -101,6 +104,10 @@ pub enum StopOutcome {
 
 /// This many failed signatures without a good one between them open the circuit.
 const FAILURES_MAX: u32 = 3;
+
+/// A key that is really gone must not cost the others of its token an initialisation again and again.
+const SEARCH_PAUSE_MIN: Duration = Duration::from_secs(1);
+const SEARCH_PAUSE_MAX: Duration = Duration::from_secs(300);
 
 impl Token {
     /// Loads the module, finds the token, logs in once and starts the first lane. Takes the login lock of the module:
@@ -261,6 +268,16 @@ impl Token {
     /// No handle is used any more that was found until now: one of them was not what it was.
     pub(super) fn distrust_handles(&self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Whether the module may be initialised for the sake of a key that it does not show any more: SoftHSM never shows one
+    /// again whose file it once could not read.
+    pub(super) fn may_search_anew(&self) -> bool {
+        lock(&self.searches).may_begin().is_ok()
+    }
+
+    pub(super) fn searches_anew(&self) {
+        lock(&self.searches).begin();
     }
 
     /// Some key that is still in use.
@@ -443,6 +460,7 @@ fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
         keys: Mutex::default(),
         directory: Mutex::default(),
         keys_numbered: AtomicU64::new(0),
+        searches: Mutex::new(Pace::between(SEARCH_PAUSE_MIN, SEARCH_PAUSE_MAX)),
         failures_in_a_row: AtomicU32::new(0),
         lanes: plan.lanes as u32,
         weight: plan.weight,

@@ -126,6 +126,19 @@ token_tests! {
         assert_eq!(token.stats().ecdsa.wrong.get(), 0);
     }
 
+    fn a_key_that_the_module_lost_sight_of_is_found_again_once_it_is_back(world: World) {
+        let (token, keys) = world.start(&[Kind::P256], |_| {});
+        keys[0].sign().unwrap();
+        let hidden = world.hide_objects("t");
+        assert_eq!(keys[0].sign().err(), Some(SignError::KeyLost));
+        assert!(token.is_up());
+        hidden.restore();
+        // SoftHSM looks for files only when another process says that something changed, or from the start.
+        until_signs(&keys[0]);
+        assert_eq!(token.stats().reinitialized.get(), 2);
+        assert_eq!(world.control.violations(), 0);
+    }
+
     fn a_wrong_pin_is_not_tried_again_after_an_initialisation(world: World) {
         let (token, keys) = world.start(&[Kind::P256], |_| {});
         world.control.of(Function::SignInit).fail(0x30, FOR_EVER);

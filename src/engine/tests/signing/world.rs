@@ -79,6 +79,15 @@ pub fn in_own_process(path: &str, body: fn(World)) {
     assert!(passed, "{name} in its own process: {}\n{out}\n{error}", output.status);
 }
 
+/// Where they are, and where they belong.
+pub struct HiddenObjects(Vec<(PathBuf, PathBuf)>);
+
+impl HiddenObjects {
+    pub fn restore(self) {
+        self.0.into_iter().for_each(|(hidden, file)| fs::rename(hidden, file).expect("it can be moved"));
+    }
+}
+
 impl World {
     pub fn init_token(&self, label: &str) {
         let so = ["--so-pin", "security-officer"];
@@ -115,6 +124,23 @@ impl World {
             .arg("--import")
             .arg(pem)
             .args(["--token", token, "--label", label, "--id", id, "--pin", PIN]));
+    }
+
+    /// Takes the files of the token's objects away, and has SoftHSM notice it.
+    pub fn hide_objects(&self, token: &str) -> HiddenObjects {
+        let tokens = fs::read_dir(self.dir.join("tokens")).expect("there");
+        let moves: Vec<_> = tokens
+            .map(|token| token.expect("readable").path())
+            .flat_map(|token| fs::read_dir(token).expect("a directory"))
+            .map(|file| file.expect("readable").path())
+            .filter(|file| {
+                file.extension().is_some_and(|it| it == "object") && !file.ends_with("token.object")
+            })
+            .map(|file| (self.dir.join(file.file_name().expect("it has one")), file))
+            .collect();
+        moves.iter().for_each(|(hidden, file)| fs::rename(file, hidden).expect("it can be moved"));
+        self.make_key(token, "another", "FF", Kind::P256);
+        HiddenObjects(moves)
     }
 
     /// The key that `make_key` made, in a copy of the test.
