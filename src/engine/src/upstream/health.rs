@@ -26,12 +26,29 @@ async fn check_server(upstream: Rc<Upstream>, server: Rc<Server>, health: Health
     // Workers start together: without this every server would hear from all of them at the same moment, for ever.
     sleep(health.interval.mul_f64(random_fraction())).await;
     loop {
-        let passed = check_once(&server, &health, upstream.plan.proxy_protocol).await.is_ok();
-        if let Some(up) = server.checked(passed, &health) {
+        let result = check_once(&server, &health, upstream.plan.proxy_protocol).await;
+        if let Some(passed) = verdict(&result)
+            && let Some(up) = server.checked(passed, &health)
+        {
             upstream.tell(&server, up, ChangeCause::Check);
         }
         sleep(health.interval.mul_f64(0.875 + random_fraction() / 4.0)).await;
     }
+}
+
+/// Whether the server passed; None: this host had nothing to check it with, which must not take every server down.
+pub(super) fn verdict(result: &Result<(), ConnectError>) -> Option<bool> {
+    match result {
+        Ok(()) => Some(true),
+        Err(ConnectError::Other(error)) if is_exhaustion(error) => None,
+        Err(_) => Some(false),
+    }
+}
+
+/// No descriptors, memory or ports left.
+fn is_exhaustion(error: &io::Error) -> bool {
+    use libc::{EADDRNOTAVAIL, EMFILE, ENFILE, ENOBUFS, ENOMEM};
+    matches!(error.raw_os_error(), Some(EMFILE | ENFILE | ENOMEM | ENOBUFS | EADDRNOTAVAIL))
 }
 
 async fn check_once(

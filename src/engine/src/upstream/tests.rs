@@ -380,6 +380,18 @@ fn only_checks_in_a_row_change_a_servers_standing() {
     }
 }
 
+#[test]
+fn a_check_for_which_this_host_has_nothing_left_says_nothing_about_the_server() {
+    let failed = |code| super::health::verdict(&Err(std::io::Error::from_raw_os_error(code).into()));
+    for code in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS, libc::EADDRNOTAVAIL] {
+        assert_eq!(failed(code), None, "{code}");
+    }
+    for code in [libc::ECONNREFUSED, libc::EHOSTUNREACH, libc::EACCES] {
+        assert_eq!(failed(code), Some(false), "{code}");
+    }
+    assert_eq!(super::health::verdict(&Ok(())), Some(true));
+}
+
 #[tokio::test]
 async fn a_check_introduces_itself_to_a_server_that_expects_a_header() {
     for version in [ProxyVersion::V1, ProxyVersion::V2] {
