@@ -27,6 +27,8 @@ export const logEvents = {
   worker_lost: 'a worker died or failed, and why; it is replaced',
   worker_crashed: 'a defect ended a worker: report it',
   worker_channel: 'the channel between primary and a worker failed',
+  primary_lost:
+    'the primary is gone: this worker has taken what waited in its queue, accepts nothing more and ends with its last connection, or at the drain deadline',
   worker_ended: 'a worker has drained and left',
   queue_adopted: 'a sibling serves the accept queue of a worker that is gone',
   token_warning: 'something about a token or key that works and should not stay so',

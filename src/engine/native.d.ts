@@ -162,6 +162,8 @@ export declare class Engine {
   setTlsa(upstream: string, server: number, answer: TlsaAnswer): void
   /** Accepts no more connections; established ones go on. */
   drain(): void
+  /** As `drain`, but what waits in the accept queues is accepted first: nobody else will. Then the sockets may be closed. */
+  retire(): void
   /**
    * Ends every connection, the lanes and the PKCS#11 modules. Returns within about `budget_ms` (per token) even if a
    * token hangs; the process must then end.
@@ -655,6 +657,12 @@ export declare function openHandover(): HandoverChannel
  * Throws with the code of bind(2) first in the message: EADDRINUSE, EACCES, …
  */
 export declare function openListener(address: string, backlog: number, transparent: boolean): OpenedListener
+
+/**
+ * As `endWithParent`, but by SIGALRM and `forSeconds` later: whatever becomes of JavaScript meanwhile. Each call holds in
+ * place of the one before.
+ */
+export declare function outliveParent(forSeconds: number): void
 
 /** Throws if somebody already listens at the address, or if it cannot be bound. */
 export declare function probeAddress(address: string): void

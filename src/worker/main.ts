@@ -3,10 +3,11 @@
  * Must not know: the other workers; whatever happens per byte or per handshake.
  * Runs: main thread of a worker, forked by src/primary/workers.ts.
  */
+import cluster from 'node:cluster';
 import type { Engine, EngineSettings, Staple as EngineStaple } from '../engine/native.d.ts';
 import { engine as loadEngine } from '../engine/binding.ts';
 import { giveBackMemory, giveBackMemorySoon } from '../engine/memory.ts';
-import type { Config, LogLevel, TicketsConfig } from '../config/config.ts';
+import type { Config, TicketsConfig } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
 import { ConfigError, KeygateError, ServiceError } from '../errors.ts';
 import { openLogs } from '../log.ts';
@@ -30,6 +31,8 @@ const stopBudgetMs = 200;
 const watchIntervalMs = 1000;
 /** How often a draining worker looks whether its last connection has ended. */
 const drainIntervalMs = 50;
+/** What a worker without a primary may take beyond the drain deadline before the kernel ends it. */
+const overtimeSeconds = 5;
 
 let logs: Logs | undefined;
 const processUse = new ProcessMeter();
@@ -40,12 +43,12 @@ let preparing:
   | {
       readonly reload: number;
       readonly sockets: readonly number[];
-      readonly logLevel: LogLevel;
-      readonly tickets: TicketsConfig;
+      readonly config: Config;
       readonly tlsa: TlsaWatch | undefined;
     }
   | undefined;
 let tickets: TicketsConfig | undefined;
+let drainDeadlineMs = 0;
 /** Of the configuration that serves. */
 let tlsa: TlsaWatch | undefined;
 /** Of the primary; not used while a token derives them. */
@@ -68,9 +71,7 @@ process.on('uncaughtException', (error) => {
 process.on('exit', () => {
   engine?.stop(stopBudgetMs);
 });
-process.on('disconnect', () => {
-  process.exit(1); // the primary is gone, and its sockets with it
-});
+process.on('disconnect', outlivePrimary);
 process.on('message', (message: PrimaryMessage) => {
   obey(message);
 });
@@ -123,7 +124,7 @@ function obey(message: PrimaryMessage): void {
 async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promise<void> {
   const { config, accept } = message;
   ({ ticketSecrets, staples: earlyStaples } = message);
-  ({ tickets } = config);
+  ({ tickets, drainDeadlineMs } = config);
   const opened = openLogs(config.log, Number(process.env['KEYGATE_SLOT']));
   logs = opened;
   sockets = new Sockets(message.sockets, message.firstFd, message.handoverFd);
@@ -138,6 +139,7 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   earlyStaples = [];
   useTlsa(asked);
   watch(engine, opened);
+  prepareToOutlivePrimary();
   tell({ type: 'ready', warnings, sandbox });
   // In a turn of its own, where nothing above refers to what was read any more.
   setImmediate(() => giveBackMemory(native));
@@ -178,6 +180,24 @@ function useTlsa(next: TlsaWatch | undefined): void {
   tlsa?.begin(({ upstream, server }, answer) => engine?.setTlsa(upstream, server, answer));
 }
 
+/** Until now this process would have ended with the primary: it had nobody to lose. */
+function prepareToOutlivePrimary(): void {
+  loadEngine().outliveParent(Math.ceil(drainDeadlineMs / 1000) + overtimeSeconds);
+  // Or node:cluster ends the process when the channel to the primary breaks.
+  if (cluster.worker !== undefined) cluster.worker.exitedAfterDisconnect = true;
+}
+
+/** What is established goes on. A primary that starts anew has other sockets and workers, so nobody may wait in the queues of these. */
+function outlivePrimary(): void {
+  if (engine === undefined || sockets === undefined || leaving) process.exit(1);
+  logs?.log.error({ event: 'primary_lost', deadlineMs: drainDeadlineMs }, 'the primary is gone: draining');
+  if (preparing !== undefined) discard(preparing.reload);
+  engine.retire();
+  sockets.closeAll();
+  // One that drained already goes on, with the deadline that it has.
+  if (!draining) drain(drainDeadlineMs);
+}
+
 /** Whatever goes wrong is the primary's to know; this worker serves on with what it has. */
 async function prepare({
   reload,
@@ -189,8 +209,7 @@ async function prepare({
     if (engine === undefined || sockets === undefined || logs === undefined || draining) {
       throw new ServiceError('worker_failed', 'the worker does not serve');
     }
-    const { tickets: ofTickets, log } = config;
-    preparing = { reload, sockets: message.sockets, logLevel: log.level, tickets: ofTickets, tlsa: undefined };
+    preparing = { reload, sockets: message.sockets, config, tlsa: undefined };
     sockets.take(reload, message.sockets);
     const { settings, warnings, asked } = await prove(config, sockets.uses(accept), logs.log);
     // The primary may have thought better of it while names were looked up.
@@ -211,10 +230,12 @@ function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>
   }
   engine.commit(sockets.fds(retired));
   sockets.close(retired);
-  logs.log.level = preparing.logLevel;
-  ({ tickets } = preparing);
+  const { config, tlsa: asked } = preparing;
+  logs.log.level = config.log.level;
+  ({ tickets, drainDeadlineMs } = config);
+  prepareToOutlivePrimary();
   useTicketSecrets();
-  useTlsa(preparing.tlsa);
+  useTlsa(asked);
   preparing = undefined;
   tell({ type: 'committed', reload });
   giveBackMemorySoon(loadEngine());
@@ -278,6 +299,7 @@ function leave(): void {
   if (engine === undefined || leaving) return;
   leaving = true;
   engine.stop(stopBudgetMs);
+  if (!process.connected) process.exit(0);
   tell({ type: 'ended', snapshot: measure(engine) });
 }
 
@@ -310,6 +332,7 @@ const pinCodes: ReadonlySet<string> = new Set([
   'pin_exposed',
 ]);
 
-function tell(message: WorkerMessage, sent?: () => void): void {
-  process.send?.(message, undefined, undefined, sent);
+/** Nobody to tell is no error here: 'disconnect' says that the primary is gone. */
+function tell(message: WorkerMessage, sent: () => void = () => {}): void {
+  if (process.connected) process.send?.(message, undefined, undefined, sent);
 }

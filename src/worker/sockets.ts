@@ -44,6 +44,10 @@ export class Sockets {
     return accept.flatMap(({ socket, listener }) => this.fds([socket]).map((fd) => ({ listener, fd })));
   }
 
+  closeAll(): void {
+    this.close([...this.#fds.keys()]);
+  }
+
   close(sockets: readonly number[]): void {
     for (const fd of this.fds(sockets)) closeSync(fd);
     for (const socket of sockets) this.#fds.delete(socket);

@@ -31,7 +31,7 @@ processes() { cat "/sys/fs/cgroup$(property ControlGroup)/cgroup.procs" "/sys/fs
 install() {
 	useradd --system --home-dir /nonexistent --shell /usr/sbin/nologin keygate &&
 		ln -s /opt/keygate/bin/keygate /usr/local/bin/keygate &&
-		cp /opt/native-config/systemd/keygate.* /etc/systemd/system/ &&
+		cp /opt/native-config/systemd/keygate.service /opt/native-config/systemd/keygate.socket /etc/systemd/system/ &&
 		cp /opt/native-config/logrotate/keygate /etc/logrotate.d/ &&
 		mkdir -m 750 /etc/keygate &&
 		cp /opt/keygate.yaml /opt/native-config/softhsm2.conf /etc/keygate/ &&
@@ -65,20 +65,48 @@ is_confined() {
 	[ "$(processes | wc -l)" -ge 3 ]
 }
 
-restart_loses_nobody() {
-	# As many as the restart takes.
+# $@: what clients come during, one after the other, each of whom must be served.
+loses_nobody() {
+	rm -f /tmp/done
 	(
 		for ((client = 0; client < 500; client++)); do
-			[ -e /tmp/restarted ] && break
+			[ -e /tmp/done ] && break
 			fetch >/dev/null || echo lost
 		done >/tmp/lost 2>&1
 	) &
-	local clients=$!
-	systemctl restart keygate.service && touch /tmp/restarted
+	local clients=$! failed=0
+	"$@" || failed=1
+	touch /tmp/done
 	wait $clients
 	cat /tmp/lost
-	[ ! -s /tmp/lost ] && [ -e /tmp/restarted ]
+	[ ! -s /tmp/lost ] && [ $failed = 0 ]
 }
+
+# The successor is the service: systemd stops, reloads and restarts it from now on, and there is nobody else.
+upgraded() {
+	local former
+	former=$(property MainPID)
+	curl -sS --max-time 60 --unix-socket /run/keygate/admin -X POST -H 'x-keygate: 1' http://localhost/upgrade || return 1
+	[ "$(property MainPID)" != "$former" ] && is_active && await 100 is_gone "$former"
+}
+is_gone() { ! kill -0 "$1" 2>/dev/null; }
+
+# Requests on one connection, on and on; $1 says who is to be killed when the first one was answered.
+killed_primary_cuts_nobody() {
+	local former
+	former=$(property MainPID)
+	/opt/keygate/node_modules/.bin/node /opt/guest/one-connection.ts 4000 /tmp/answered >/tmp/one 2>&1 &
+	local client=$!
+	await 50 test -e /tmp/answered && kill -KILL "$former" || return 1
+	await 100 has_main_process_other_than "$former" || return 1
+	wait $client
+	local failed=$?
+	cat /tmp/one
+	[ $failed = 0 ] && served && await 100 only_family_of_main_process
+}
+has_main_process_other_than() { is_active && [ "$(property MainPID)" != "$1" ] && [ "$(property MainPID)" != 0 ]; }
+# The workers of the former one have left: a primary and two workers.
+only_family_of_main_process() { [ "$(processes | wc -l)" = 3 ]; }
 
 reload_waits() {
 	systemctl reload keygate.service && await 50 reloaded
@@ -130,7 +158,10 @@ check 'systemd hears when keygate is ready' await 300 is_active
 check 'every process is confined: no capability, no new privileges, seccomp, no memory that is written and run' is_confined
 check 'systemctl reload waits for the outcome' reload_waits
 check 'the logs rotate' logs_rotate
-check 'a restart loses no client' restart_loses_nobody
+check 'a restart loses no client' loses_nobody systemctl restart keygate.service
+check 'an upgrade loses no client, and the successor is the service' loses_nobody upgraded
+check 'a reload reaches the successor' systemctl reload keygate.service
+check 'a killed primary is replaced, and what is established goes on' killed_primary_cuts_nobody
 check 'keygate stops in time' systemctl stop keygate.socket keygate.service
 check 'a wrong PIN is tried once, whoever comes' wrong_pin_is_tried_once
 check 'with own-ports.conf keygate binds port 443 itself' own_ports

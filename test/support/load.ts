@@ -20,7 +20,7 @@ export class Load {
   /** Of established connections; each was echoing. */
   lost = 0;
   echoes = 0;
-  /** Full handshakes that were refused with an alert; with `mayTurnAway` also clients whose connection ended without an answer. */
+  /** Full handshakes that were refused with an alert; with `mayTurnAway` also clients who found nobody, or whose connection ended without an answer. */
   refused = 0;
   /** Whether keygate may have nothing to serve clients with. */
   mayTurnAway = false;
@@ -92,7 +92,7 @@ export class Load {
         succeeded.push(performance.now());
       } catch (error) {
         const { code, message } = error as NodeJS.ErrnoException;
-        const isTurnedAway = message === 'the peer ended early' || code === 'ECONNRESET';
+        const isTurnedAway = message === 'the peer ended early' || code === 'ECONNRESET' || code === 'ECONNREFUSED';
         if (session === undefined && internalError.test(code ?? '')) this.refused += 1;
         else if (isTurnedAway && this.mayTurnAway) this.refused += 1;
         else this.unexpected.push(code ?? message);

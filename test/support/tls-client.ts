@@ -12,6 +12,7 @@ import { Duplex } from 'node:stream';
 import { buffer, text } from 'node:stream/consumers';
 import { connect as connectTls } from 'node:tls';
 import type { ConnectionOptions, TLSSocket } from 'node:tls';
+import { until } from './until.ts';
 
 /** Node's types lack what its OpenSSL 3.5 has. */
 export interface TlsOptions extends ConnectionOptions {
@@ -86,6 +87,18 @@ export async function tappedClient(
       held = undefined;
     },
   };
+}
+
+/** Resolves when nobody listens at the port any more. */
+export async function untilRefused(port: number): Promise<void> {
+  await until('refusal', async () => {
+    try {
+      (await rawClient(port)).destroy();
+      return false;
+    } catch (error) {
+      return (error as NodeJS.ErrnoException).code === 'ECONNREFUSED';
+    }
+  });
 }
 
 /** The code of the error that the handshake ends with. */

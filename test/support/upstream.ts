@@ -24,6 +24,10 @@ export interface Upstream extends AsyncDisposable {
   readonly sockets: ReadonlySet<Socket>;
   /** The next connection that is accepted after this call. */
   nextConnection(): Promise<Socket>;
+  /** Accepts nothing any more; what is open goes on. */
+  refuse(): void;
+  /** Accepts again, at the same address. */
+  listen(): Promise<void>;
   /** Closes with every connection. */
   close(): Promise<void>;
 }
@@ -156,6 +160,11 @@ async function listen(server: Server, place: Place = {}): Promise<Upstream> {
     async nextConnection() {
       const [socket] = (await once(server, 'connection')) as [Socket];
       return socket;
+    },
+    refuse: () => void server.close(),
+    async listen() {
+      server.listen(typeof bound === 'string' ? bound : { host: bound.address, port: bound.port });
+      await once(server, 'listening');
     },
     close,
     [Symbol.asyncDispose]: close,

@@ -20,7 +20,7 @@ import { whyNotNobody } from '../support/nobody.ts';
 import { parseScrape } from '../support/prometheus-text.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
-import { assertEchoes, rawClient, tlsClient } from '../support/tls-client.ts';
+import { assertEchoes, rawClient, tlsClient, untilRefused } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
 
@@ -213,9 +213,45 @@ it('SIGTERM while the token hangs in the first login ends keygate with 0', async
   assert.equal((await keygate.ended()).exitCode, 0);
 });
 
+it('a killed primary costs nothing that is established, and the next keygate serves all who come', async (test) => {
+  const { keygate, ...parts } = await service(test, { workers: 2, drainDeadline: '60s' });
+  const established = await Promise.all(Array.from({ length: 24 }, () => tlsClient({ port: keygate.port() })));
+  let isRunning = true;
+  const echoing = established.map((client) => echoWhile(() => isRunning, client));
+  process.kill(keygate.pid, 'SIGKILL');
+  // As its service manager does, with the same configuration.
+  await untilRefused(keygate.port());
+  const listeners = { https: { bind: [`127.0.0.1:${keygate.port()}`] } };
+  const next = await start(test, { ...parts, document: { ...parts.document, listeners } });
+  for (let client = 0; client < 48; client++) await assertServes(next);
+  const lost = keygate.log.filter(({ event }) => event === 'primary_lost');
+  assert.deepEqual(new Set(lost.map(({ worker }) => worker)), new Set([0, 1]));
+
+  isRunning = false;
+  assert.deepEqual(await Promise.all(echoing), Array(24).fill(true));
+  for (const client of established) client.destroy();
+  // Also says that no worker holds its standard output any more: they leave with their last connection.
+  assert.equal((await keygate.ended()).signal, 'SIGKILL');
+  await next.stop();
+});
+
+it('who waits in the accept queue when the primary is killed is served', async (test) => {
+  const { keygate } = await service(test, { drainDeadline: '60s' });
+  const worker = await stoppedWorker(keygate, 0);
+  const waiting = Promise.all(Array.from({ length: 40 }, () => tlsClient({ port: keygate.port() })));
+  await until('clients that wait', () => clientsWaiting(keygate.port()) === 40);
+  process.kill(keygate.pid, 'SIGKILL');
+  process.kill(worker, 'SIGCONT');
+  for (const client of await waiting) {
+    await assertEchoes(client);
+    client.destroy();
+  }
+  await keygate.ended();
+});
+
 for (const hangs of [false, true]) {
-  it(`nothing is left when the primary is killed${hangs ? ' while C_Sign hangs' : ''}`, async (test) => {
-    const { keygate, faults } = await service(test, { workers: 2 });
+  it(`a killed primary leaves nothing beyond the drain deadline${hangs ? ', also while C_Sign hangs' : ''}`, async (test) => {
+    const { keygate, faults } = await service(test, { workers: 2, drainDeadline: '1s' });
     const client = await tlsClient({ port: keygate.port() });
     if (hangs) {
       faults.hang('C_Sign');
@@ -224,12 +260,31 @@ for (const hangs of [false, true]) {
     }
     const cut = ended(client);
     process.kill(keygate.pid, 'SIGKILL');
-    // Also says that no worker holds its standard output any more.
-    assert.equal((await keygate.ended()).signal, 'SIGKILL');
+    await untilRefused(keygate.port());
     await cut;
-    await assert.rejects(rawClient(keygate.port()), { code: 'ECONNREFUSED' });
+    assert.equal((await keygate.ended()).signal, 'SIGKILL');
   });
 }
+
+it('a worker that hangs in a reload ends after a killed primary too, whatever the module does', async (test) => {
+  const { keygate, faults } = await service(test, { drainDeadline: '0s' });
+  faults.hang('C_FindObjectsInit');
+  const reload = keygate.reload().catch(() => {});
+  await until('hang of the reload', () => faults.read('C_FindObjectsInit', 'inFlight') === 1);
+  process.kill(keygate.pid, 'SIGKILL');
+  await reload;
+  assert.equal((await keygate.ended()).signal, 'SIGKILL');
+});
+
+it('a worker that hangs in its start ends with a killed primary', async (test) => {
+  const { token, faults, document } = await ingredients(test, {});
+  faults.hang('C_Login');
+  const keygate = launchKeygate(token, document, { env: faults.env });
+  test.after(() => keygate.kill());
+  await until('hang of the login', () => faults.read('C_Login', 'inFlight') === 1);
+  process.kill(keygate.pid, 'SIGKILL');
+  assert.equal((await keygate.ended()).signal, 'SIGKILL');
+});
 
 describe('started as root with a user', { skip: whyNotNobody() }, () => {
   const access = {
@@ -365,6 +420,18 @@ async function echoWhile(goesOn: () => boolean, client: TLSSocket): Promise<bool
   } catch {
     return false;
   }
+}
+
+/** How many clients are in the accept queue: proc(5), `/proc/net/tcp`, the rx_queue of a listening socket. */
+function clientsWaiting(port: number): number {
+  const local = `0100007F:${port.toString(16).toUpperCase().padStart(4, '0')}`;
+  const lines = readFileSync('/proc/net/tcp', 'utf8')
+    .split('\n')
+    .map((line) => line.trim().split(/\s+/));
+  const queues = lines
+    .filter(([, address, , state]) => address === local && state === '0A')
+    .map(([, , , , queues]) => queues);
+  return queues.reduce((sum, queue) => sum + Number.parseInt(queue?.split(':')[1] ?? '', 16), 0);
 }
 
 /** Resolves when the peer has ended the connection, be it by a reset. */

@@ -14,14 +14,17 @@ import { after, it } from 'node:test';
 import { setTimeout as pause } from 'node:timers/promises';
 import type { TestContext } from 'node:test';
 import type { TokenSnapshot } from '../../src/engine/native.d.ts';
+import { generateTicketKey } from '../../src/pkcs11/provision.ts';
 import { FaultModule } from '../support/fault-module.ts';
 import { residentBytes, startKeygate } from '../support/keygate.ts';
 import type { Keygate } from '../support/keygate.ts';
 import { Load } from '../support/load.ts';
 import { P11KitServer } from '../support/p11-kit.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
+import { untilRefused } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
+import type { Upstream } from '../support/upstream.ts';
 
 /** Of the issue: a fault that is lifted is forgotten by then. */
 const healedMsMax = 2000;
@@ -42,13 +45,13 @@ interface Fault {
   readonly token?: object;
   readonly document?: object;
   readonly env?: (directory: string) => Readonly<Record<string, string>>;
-  readonly inject: (faults: FaultModule, keygate: Keygate, directory: string) => void | Promise<void>;
-  /** Default: no fault any more. */
-  readonly lift?: (faults: FaultModule, keygate: Keygate, directory: string) => void | Promise<void>;
+  readonly inject: (parts: Parts) => void | Promise<void>;
+  /** Default: no fault any more. @returns the keygate that serves from now on, where it is another */
+  readonly lift?: (parts: Parts) => void | Promise<void | Keygate>;
   /** What is to be seen while it lasts. */
   readonly during?: (token: TokenSnapshot, load: Load, keygate: Keygate) => boolean | Promise<boolean>;
-  /** Nobody gets through while it lasts: those who come wait, or are turned away for want of a descriptor to the server. */
-  readonly stops?: boolean;
+  /** Nobody gets through while it lasts: those who come wait, or are turned away. */
+  readonly turnsAway?: boolean;
   /** Full handshakes that fail for it; default: none. */
   readonly refuses?: boolean;
 }
@@ -56,7 +59,7 @@ interface Fault {
 const faultTable: readonly Fault[] = [
   {
     name: 'a device that answers again only when the module was initialised again',
-    inject: (faults) => {
+    inject: ({ faults }) => {
       for (const call of ['C_SignInit', 'C_OpenSession'] as const)
         faults.fail(call, deviceError, { heal: 'initialize' });
     },
@@ -65,26 +68,26 @@ const faultTable: readonly Fault[] = [
   },
   {
     name: 'a module that has forgotten that it was initialised',
-    inject: (faults) => faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' }),
+    inject: ({ faults }) => faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' }),
     lift: () => {},
     during: ({ reinitialized }) => reinitialized === 1,
   },
   {
     name: 'a token that is pulled, and comes back in another slot',
     token: { queue: { age: '300ms' } },
-    inject(faults) {
+    inject({ faults }) {
       faults.set('slotShift', 1000);
       faults.set('slotsHidden', 1);
       faults.fail('C_SignInit', tokenNotPresent, { heal: 'initialize' });
     },
-    lift: (faults) => faults.set('slotsHidden', 0),
+    lift: ({ faults }) => faults.set('slotsHidden', 0),
     during: ({ up }, { refused }) => !up && refused > 0,
     refuses: true,
   },
   {
     name: 'handles that mean other keys after each initialisation',
     token: { verify: { ec: 1_000_000 } },
-    inject(faults) {
+    inject({ faults }) {
       faults.set('handlesExchanged', 1);
       faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' });
     },
@@ -92,53 +95,53 @@ const faultTable: readonly Fault[] = [
   },
   {
     name: 'somebody else who logs everybody out',
-    inject: (faults) => faults.set('logoutLeft', 1),
+    inject: ({ faults }) => faults.set('logoutLeft', 1),
     lift: () => {},
     during: ({ loggedIn }) => loggedIn === 2,
   },
   {
     name: 'a session that is closed behind our back',
-    inject: (faults) => faults.set('closeLeft', 1),
+    inject: ({ faults }) => faults.set('closeLeft', 1),
     lift: () => {},
     during: ({ reopened }) => reopened === 1,
   },
   {
     name: 'sessions that are closed behind our back as soon as they are opened',
-    inject: (faults) => faults.set('closeLeft', 1000),
+    inject: ({ faults }) => faults.set('closeLeft', 1000),
     during: ({ reopened, wentDown }) => reopened >= 3 && wentDown >= 1,
     refuses: true,
   },
   {
     name: 'a vendor that is busy one time in ten',
-    inject: (faults) => faults.fail('C_Sign', functionFailed, { perMillion: 100_000 }),
+    inject: ({ faults }) => faults.fail('C_Sign', functionFailed, { perMillion: 100_000 }),
     during: ({ reopened }) => reopened >= 3,
     refuses: true,
   },
   {
     name: 'wrong signatures',
     token: { verify: { ec: 'always' } },
-    inject: (faults) => faults.damage(),
+    inject: ({ faults }) => faults.damage(),
     during: ({ up, wentDown }) => !up && wentDown > 0,
     refuses: true,
   },
   {
     name: 'a module that hangs',
     token: { signDeadline: '300ms', queue: { age: '300ms' } },
-    inject: (faults) => faults.hang('C_Sign'),
+    inject: ({ faults }) => faults.hang('C_Sign'),
     during: ({ lanesLost, up }, { refused }) => lanesLost > 0 && !up && refused > 0,
     refuses: true,
   },
   {
     name: 'a rare call that takes far longer than anybody waits',
     token: { lanes: 2, signDeadline: '300ms' },
-    inject: (faults) => faults.slow('C_Sign', { spikeMs: 3000, spikeEvery: 50 }),
+    inject: ({ faults }) => faults.slow('C_Sign', { spikeMs: 3000, spikeEvery: 50 }),
     during: ({ lanesWrittenOff }) => lanesWrittenOff >= 2,
     refuses: true,
   },
   {
     name: 'a device that does ten signatures a second',
     token: { signDeadline: '1s', queue: { age: '1s' } },
-    inject: (faults) => faults.slow('C_Sign', { perSecond: 10 }),
+    inject: ({ faults }) => faults.slow('C_Sign', { perSecond: 10 }),
     during: ({ lanesBusy }) => lanesBusy > 0,
   },
   {
@@ -151,23 +154,23 @@ const faultTable: readonly Fault[] = [
   ...['+3600', '-3600'].map((offset): Fault => ({
     name: `a clock that jumps by ${offset} s`,
     env: fakedClock,
-    inject: (_, __, directory) => writeFileSync(clockFile(directory), offset),
-    lift: (_, __, directory) => writeFileSync(clockFile(directory), '+0'),
+    inject: ({ directory }) => writeFileSync(clockFile(directory), offset),
+    lift: ({ directory }) => writeFileSync(clockFile(directory), '+0'),
   })),
   {
     name: 'no file descriptors',
-    inject: (_, keygate) => limitDescriptors(keygate, 'none'),
+    inject: ({ keygate }) => limitDescriptors(keygate, 'none'),
     during: async (_, __, keygate) => {
       const { engine } = await keygate.status();
       return engine.listeners.some(({ acceptFailures }) => acceptFailures > 0);
     },
-    lift: (_, keygate) => limitDescriptors(keygate, 'enough'),
-    stops: true,
+    lift: ({ keygate }) => limitDescriptors(keygate, 'enough'),
+    turnsAway: true,
     refuses: true,
   },
   {
     name: 'a name of a server that DNS does not know any more, at a reload',
-    async inject(_, keygate) {
+    async inject({ keygate }) {
       const document = readFileSync(keygate.file, 'utf8');
       writeFileSync(keygate.file, document.replace(/(servers:\n\s+- )(.*)\n/, '$1$2\n      - nobody.invalid:80\n'));
       const { outcome } = await keygate.reload();
@@ -175,6 +178,22 @@ const faultTable: readonly Fault[] = [
     },
     lift: () => {},
     during: (_, __, keygate) => keygate.log.some(({ event }) => event === 'upstream_unresolved'),
+  },
+  {
+    name: 'the only server stops listening, and comes back',
+    inject: ({ upstream }) => upstream.refuse(),
+    lift: async ({ upstream }) => upstream.listen(),
+    during: (_, { refused }) => refused > 5,
+    turnsAway: true,
+    refuses: true,
+  },
+  {
+    name: 'the primary is killed, and its service manager starts another',
+    document: { tickets: { key: 'pkcs11:object=tickets' } },
+    inject: ({ keygate }) => void process.kill(keygate.pid, 'SIGKILL'),
+    lift: async ({ another }) => another(),
+    turnsAway: true,
+    refuses: true,
   },
 ];
 
@@ -283,9 +302,11 @@ for (const fault of faultTable) {
   for (const { kind, version, what } of clients) {
     const name = `${fault.name}${what}`;
     it(`${name}: nothing established is lost, and nobody restarts`, async (test) => {
-      const { faults, keygate, load, directory, before } = await underLoad(test, fault, { kind, version });
-      load.mayTurnAway = fault.stops ?? false;
-      await fault.inject(faults, keygate, directory);
+      const parts = await underLoad(test, fault, { kind, version });
+      const { faults, load, before } = parts;
+      let { keygate } = parts;
+      load.mayTurnAway = fault.turnsAway ?? false;
+      await fault.inject(parts);
       if (fault.during !== undefined) {
         const { during } = fault;
         await until(`effect of ${name}`, async () => during(await tokenOf(keygate), load, keygate), {
@@ -296,9 +317,9 @@ for (const fault of faultTable) {
       await pause(lastsMs);
       const [resumedBefore, echoesBefore] = [load.resumed.length, load.echoes];
       await until('echoes', () => load.echoes > echoesBefore + 20);
-      if (fault.stops !== true) await until('resumed handshakes', () => load.resumed.length > resumedBefore + 5);
+      if (fault.turnsAway !== true) await until('resumed handshakes', () => load.resumed.length > resumedBefore + 5);
       if (fault.lift === undefined) faults.clear();
-      else await fault.lift(faults, keygate, directory);
+      else keygate = (await fault.lift(parts)) ?? keygate;
       const healedMs = await assertHealed(test, load, fault.refuses ?? false);
       await until('token that is up', async () => (await tokenOf(keygate)).up);
       await assertNeverRestarted(keygate);
@@ -426,27 +447,46 @@ interface UnderLoad {
   readonly load: Load;
 }
 
+/** What a fault is made of. */
+interface Parts extends UnderLoad {
+  readonly faults: FaultModule;
+  /** Of the token. */
+  readonly directory: string;
+  readonly upstream: Upstream;
+  /** Starts another keygate, with the same configuration and ports, in place of one that was killed. */
+  readonly another: () => Promise<Keygate>;
+}
+
 /** On a token that can be made to fail; with a second key, so that handles can be confused. Ends with the test. */
 async function underLoad(
   test: TestContext,
   { token = {}, document = {}, env = () => ({}) }: Pick<Fault, 'token' | 'document' | 'env'> = {},
   { kind, version }: Client = { kind: 'p256', version: 'TLSv1.3' },
-): Promise<UnderLoad & { readonly faults: FaultModule; readonly directory: string; readonly before: Vitals }> {
+): Promise<Parts & { readonly before: Vitals }> {
   const provisioned = await provisionedToken({ www: { kind }, other: { kind, dns: ['other.test'] } });
+  await provisioned.use((open) => generateTicketKey(open, 'tickets'));
   const { directory } = provisioned;
   const upstream = await echoUpstream();
   const faults = new FaultModule(provisioned);
-  const keygate = await startKeygate(
-    provisioned,
-    {
-      upstreams: { echo: { servers: [upstream.address] } },
-      listeners: { https: {} },
-      tokens: { hsm: { ...provisioned.settings, module: faults.module, ...token } },
-      drainDeadline: '10s',
-      ...document,
-    },
-    { env: { ...faults.env, ...env(directory) } },
-  );
+  const start = async (https: object): Promise<Keygate> =>
+    startKeygate(
+      provisioned,
+      {
+        upstreams: { echo: { servers: [upstream.address] } },
+        listeners: { https },
+        tokens: { hsm: { ...provisioned.settings, module: faults.module, ...token } },
+        drainDeadline: '10s',
+        ...document,
+      },
+      { env: { ...faults.env, ...env(directory) } },
+    );
+  const keygate = await start({});
+  let serving = keygate;
+  const another = async (): Promise<Keygate> => {
+    await untilRefused(keygate.port());
+    serving = await start({ bind: [`127.0.0.1:${keygate.port()}`] });
+    return serving;
+  };
   const before = await vitalsOf(keygate);
   const load = await Load.start({
     port: keygate.port(),
@@ -458,7 +498,8 @@ async function underLoad(
     try {
       faults.clear();
       // It ends what waits for it as well.
-      await Promise.all([load.stop(), keygate.stop()]);
+      await Promise.all([load.stop(), serving.stop()]);
+      await keygate.ended();
       assert.deepEqual(faults.broken, []);
     } finally {
       await upstream.close();
@@ -466,7 +507,7 @@ async function underLoad(
       provisioned.dispose();
     }
   });
-  return { faults, keygate, load, directory, before };
+  return { faults, keygate, load, directory, upstream, another, before };
 }
 
 async function behindSocket(test: TestContext): Promise<UnderLoad & { readonly server: P11KitServer }> {

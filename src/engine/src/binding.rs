@@ -757,6 +757,12 @@ impl Engine {
         self.io.drain();
     }
 
+    /// As `drain`, but what waits in the accept queues is accepted first: nobody else will. Then the sockets may be closed.
+    #[napi(catch_unwind)]
+    pub fn retire(&self) -> Result<()> {
+        self.io.retire().map_err(|error| invalid(error.to_string()))
+    }
+
     /// Ends every connection, the lanes and the PKCS#11 modules. Returns within about `budget_ms` (per token) even if a
     /// token hangs; the process must then end.
     #[napi(catch_unwind)]
@@ -1137,6 +1143,13 @@ pub fn trim_memory() {
 #[napi(catch_unwind)]
 pub fn end_with_parent() -> Result<()> {
     process::end_with_parent().map_err(|error| invalid(format!("prctl: {error}")))
+}
+
+/// As `endWithParent`, but by SIGALRM and `forSeconds` later: whatever becomes of JavaScript meanwhile. Each call holds in
+/// place of the one before.
+#[napi(catch_unwind)]
+pub fn outlive_parent(for_seconds: u32) -> Result<()> {
+    process::outlive_parent(for_seconds).map_err(|error| invalid(format!("sigaction or prctl: {error}")))
 }
 
 /// Somebody else in this process who uses a PKCS#11 module: as long as it lasts, the engine does not initialise it again.

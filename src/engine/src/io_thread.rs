@@ -86,6 +86,9 @@ enum Order {
     },
     Discard,
     Drain,
+    Retire {
+        answer: mpsc::Sender<()>,
+    },
     Stop,
 }
 
@@ -138,6 +141,14 @@ impl IoThread {
     /// Accepts nothing any more; what is established goes on. `connections_open` tells when the last one has ended.
     pub fn drain(&self) {
         self.order(Order::Drain);
+    }
+
+    /// As `drain`, but what waits in the queues is accepted first: nobody else will. Then the caller may close the sockets.
+    ///
+    /// # Errors
+    /// The thread does not answer.
+    pub fn retire(&self) -> io::Result<()> {
+        self.ask(|answer| Order::Retire { answer })
     }
 
     /// Ends the thread and every connection on it. False if it has not ended within `budget`.
@@ -282,6 +293,12 @@ impl Io {
                         task.abort();
                     }
                 }
+                Order::Retire { answer } => {
+                    self.draining = true;
+                    let fds: Vec<_> = self.accepting.keys().copied().collect();
+                    fds.into_iter().for_each(|fd| self.retire(fd));
+                    let _ = answer.send(());
+                }
                 Order::Stop => return,
             }
         }
@@ -328,12 +345,14 @@ impl Io {
             self.stop_accepting(fd);
             self.accept(&name, fd, socket);
         }
-        for fd in retired {
-            if let Some(Accepting { offer, task }) = self.accepting.remove(fd) {
-                task.abort();
-                // It was accepted from a moment ago, so it is a socket; out of descriptors, those who wait are reset.
-                drop(accept_waiting(&offer, *fd));
-            }
+        retired.iter().for_each(|fd| self.retire(*fd));
+    }
+
+    fn retire(&mut self, fd: RawFd) {
+        if let Some(Accepting { offer, task }) = self.accepting.remove(&fd) {
+            task.abort();
+            // It was accepted from a moment ago, so it is a socket; out of descriptors, those who wait are reset.
+            drop(accept_waiting(&offer, fd));
         }
     }
 

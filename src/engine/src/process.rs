@@ -10,7 +10,7 @@ use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -155,16 +155,61 @@ pub fn trim_memory() {
     unsafe { libc::malloc_trim(0) };
 }
 
-/// Has the kernel end this process when the one that forked it ends, also while a token's call blocks everything else.
+/// Has the kernel end this process at once when the one that forked it ends, also while a token's call blocks everything else.
 ///
 /// # Errors
 /// As prctl(2).
 pub fn end_with_parent() -> io::Result<()> {
+    end_signal(libc::SIGKILL)
+}
+
+/// What this process gets when the one that forked it ends.
+fn end_signal(signal: libc::c_int) -> io::Result<()> {
     // SAFETY: the option takes a signal number and touches no memory of ours.
-    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) } != 0 {
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal, 0, 0, 0) } != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Has the kernel end this process `for_seconds` after the one that forked it, in place of at once; 1..=`u32::MAX`. May be called
+/// again, for another time.
+///
+/// # Errors
+/// As sigaction(2) and prctl(2).
+pub fn outlive_parent(for_seconds: u32) -> io::Result<()> {
+    OUTLIVES_SECONDS.store(for_seconds.max(1), Relaxed);
+    // SAFETY: an all-zero sigaction is valid; the handler does what is async-signal-safe (signal-safety(7)).
+    let installed = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_flags = libc::SA_RESTART;
+        action.sa_sigaction = parent_ended as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        libc::sigaction(libc::SIGALRM, &raw const action, std::ptr::null_mut())
+    };
+    if installed != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    end_signal(libc::SIGALRM)
+}
+
+static OUTLIVES_SECONDS: AtomicU32 = AtomicU32::new(1);
+/// On the monotonic clock; 0: the parent lives.
+static ENDS_AT_SECONDS: AtomicU64 = AtomicU64::new(0);
+
+/// The parent's end is told once for each of its threads, then the alarm is.
+extern "C" fn parent_ended(_: libc::c_int) {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: async-signal-safe; writes a timespec that lives through the call, and cannot fail with this clock.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    let now = now.tv_sec.unsigned_abs();
+    let for_seconds = OUTLIVES_SECONDS.load(Relaxed);
+    match ENDS_AT_SECONDS.compare_exchange(0, now + u64::from(for_seconds), Relaxed, Relaxed) {
+        // SAFETY: async-signal-safe; takes a number and touches no memory of ours.
+        Ok(_) => drop(unsafe { libc::alarm(for_seconds) }),
+        // SAFETY: async-signal-safe; a thread may be inside a module, whose destructors do not run.
+        Err(ends_at) if now >= ends_at => unsafe { libc::_exit(1) },
+        Err(_) => {}
+    }
 }
 
 /// The CPU time of one thread, to be read by any other.
