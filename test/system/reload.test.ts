@@ -448,6 +448,47 @@ it('a drain after reloads waits for the connections of every configuration', asy
   assert.equal((await keygate.ended()).exitCode, 0);
 });
 
+it('a thousand certificates come and go with a reload each, and no client fails', async (test) => {
+  const { keygate, document, token } = await service(test);
+  // Ten have a key in common: SoftHSM takes longer and longer to make one more.
+  const certificates = await token.use(async (open) => {
+    const made: Record<string, { chain: string; key: string }> = {};
+    for (let of = 0; of < 100; of++) {
+      const { key } = generateKeyPair(open, `many-${of}`, 'p256');
+      for (let one = 0; one < 10; one++) {
+        const name = `host-${of * 10 + one}`;
+        const chain = join(token.directory, `${name}.pem`);
+        writeFileSync(
+          chain,
+          await createSelfSigned(open, key, { dns: [`${name}.test`], ip: [], purpose: 'server' }, 30),
+        );
+        made[name] = { chain, key: `pkcs11:object=many-${of}` };
+      }
+    }
+    return made;
+  });
+  const many = withListener(
+    { ...document, certificates: { ...token.certificates, ...certificates } },
+    { certificates: ['www', ...Object.keys(certificates)] },
+  );
+  const stream = clientStream(test, keygate);
+  const reload = async (next: KeygateDocument) => {
+    const from = performance.now();
+    const report = await keygate.reload(next);
+    assert.equal(report.outcome, 'committed', JSON.stringify(report));
+    test.diagnostic(
+      `${Object.keys(next['certificates'] as object).length} certificates: ${(performance.now() - from).toFixed(0)} ms`,
+    );
+  };
+  await reload(many);
+  for (const name of ['host-0', 'host-499', 'host-999']) {
+    assert.equal(await commonNameOf(keygate, `${name}.test`), `${name}.test`);
+  }
+  await reload(document);
+  assert.equal(await commonNameOf(keygate, 'host-499.test'), 'localhost');
+  assert.deepEqual(await stream.end(), []);
+});
+
 it('100 reloads leave no descriptor open and no memory in use', { timeout: 120_000 }, async (test) => {
   const { keygate, document } = await service(test);
   const established = await tlsClient({ port: keygate.port() });
