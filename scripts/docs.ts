@@ -47,7 +47,8 @@ function exitCodeTable(): string {
     ok: 'done; for `serve`: drained',
     other: 'anything else',
     usage: 'the command line is wrong',
-    unavailable: 'a token, a PIN, a key or a service is unavailable',
+    unavailable: 'a token, a key or a service is unavailable',
+    pin: 'the PIN of a token is refused, locked or cannot be read: starting again could cost one of its tries',
     config: 'the configuration or a certificate file is wrong',
   };
   const rows = Object.entries(exitCodes).map(

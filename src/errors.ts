@@ -28,6 +28,7 @@ export const exitCodes = {
   other: 1,
   usage: 64,
   unavailable: 69,
+  pin: 77,
   config: 78,
 } as const;
 
@@ -56,14 +57,16 @@ export const errorCodes = {
   config_restart: 'cannot change by a reload',
   config_key_log: 'TLS secrets would be written without permission',
 
-  // TokenError, exit 69
+  // TokenError, exit 77: each further try could cost one of the PIN's few
   pin_unavailable: 'the PIN cannot be read from its source',
   pin_invalid: 'the PIN source holds something that cannot be a PIN',
   pin_exposed: 'the PIN file can be read by other users',
-  token_module: 'the PKCS#11 module cannot be loaded or initialised',
-  token_not_found: 'no token, or more than one, answers to the URI',
   token_login: 'the token refused the login',
   token_pin_locked: 'the PIN of the token is locked or on its final try',
+
+  // TokenError, exit 69
+  token_module: 'the PKCS#11 module cannot be loaded or initialised',
+  token_not_found: 'no token, or more than one, answers to the URI',
   token_key_not_found: 'no private key, or more than one, answers to the URI',
   token_key_exposed: 'the private key could leave the token',
   token_key_mismatch: 'the private key does not belong to the certificate',
@@ -85,6 +88,15 @@ export const errorCodes = {
 } as const;
 
 export type ErrorCode = keyof typeof errorCodes;
+
+/** Whoever tries again must have somebody look at the PIN first. */
+export const pinCodes: ReadonlySet<string> = new Set<ErrorCode>([
+  'pin_unavailable',
+  'pin_invalid',
+  'pin_exposed',
+  'token_login',
+  'token_pin_locked',
+]);
 
 interface Details {
   /** What to do about it. */
@@ -129,7 +141,7 @@ export class ConfigError extends KeygateError {
 
 /** A token, its PIN or a key in it cannot be used. The message never holds a PIN. */
 export class TokenError extends KeygateError {
-  readonly exitCode = exitCodes.unavailable;
+  readonly exitCode: number;
   /** Label of the token or name in the configuration. */
   readonly token: string | undefined;
   /** Name of the return value, `CKR_PIN_INCORRECT`, when a module gave one. */
@@ -137,6 +149,7 @@ export class TokenError extends KeygateError {
 
   constructor(code: ErrorCode, message: string, details: Details & { token?: string; ckr?: string } = {}) {
     super(code, message, details);
+    this.exitCode = pinCodes.has(code) ? exitCodes.pin : exitCodes.unavailable;
     this.token = details.token;
     this.ckr = details.ckr;
   }

@@ -30,7 +30,8 @@ const problem = {
 
 it('each class has the exit code that sysexits.h gives it', () => {
   assert.equal(new UsageError('x').exitCode, 64);
-  assert.equal(new TokenError('token_login', 'x').exitCode, 69);
+  assert.equal(new TokenError('token_not_found', 'x').exitCode, 69);
+  assert.equal(new TokenError('token_login', 'x').exitCode, 77);
   assert.equal(new ServiceError('bind_failed', 'x').exitCode, 1);
   assert.equal(new ServiceError('engine_missing', 'x', { unavailable: true }).exitCode, 69);
   assert.equal(new ConfigError([problem]).exitCode, 78);

@@ -31,8 +31,8 @@ export interface CheckOptions {
 }
 
 /**
- * Prints every finding and sets the exit code: 78 when the configuration or a certificate file is wrong, else 69 when
- * a token, PIN or key is, else what serve would end with, else 0, also with warnings. Root becomes the configured user.
+ * Prints every finding and sets the exit code: 78 when the configuration or a certificate file is wrong, else 77 when a PIN
+ * is, else 69 when a token or key is, else what serve would end with, else 0, also with warnings. Root becomes the configured user.
  */
 export async function run({ config: file, json, allowKeyLog = false }: CheckOptions): Promise<void> {
   const { findings, policies } = await examine(file, allowKeyLog);
@@ -143,6 +143,7 @@ function exitCodeOf(findings: readonly Finding[]): number {
   return (
     (
       errors.find((error) => error instanceof ConfigError) ??
+      errors.find(({ exitCode }) => exitCode === exitCodes.pin) ??
       errors.find((error) => error instanceof TokenError) ??
       errors[0]
     )?.exitCode ?? exitCodes.other

@@ -178,7 +178,8 @@ function exitCodeHelp(): string {
 Exit codes:
   ${exitCodes.ok}   done
   ${exitCodes.usage}  the command line is wrong
-  ${exitCodes.unavailable}  a token, a PIN, a key or a service is unavailable
+  ${exitCodes.unavailable}  a token, a key or a service is unavailable
+  ${exitCodes.pin}  the PIN of a token is refused, locked or cannot be read
   ${exitCodes.config}  the configuration or a certificate file is wrong
   ${exitCodes.other}   anything else`;
 }

@@ -28,7 +28,11 @@ export function readPin(source: PinSource, place = 'PIN'): Buffer {
   } catch (error) {
     if (!(error instanceof SecretFault)) throw error;
     const { kind, message, hint } = error;
-    throw new TokenError(`pin_${kind}`, message, hint === undefined ? {} : { hint });
+    throw new TokenError(
+      kind === 'exposed' ? 'pin_exposed' : 'pin_unavailable',
+      message,
+      hint === undefined ? {} : { hint },
+    );
   }
   const fault =
     pin.length === 0

@@ -9,7 +9,7 @@ import { engine as loadEngine } from '../engine/binding.ts';
 import { giveBackMemory, giveBackMemorySoon } from '../engine/memory.ts';
 import type { Config, TicketsConfig } from '../config/config.ts';
 import { readPin } from '../config/pin.ts';
-import { ConfigError, KeygateError, ServiceError } from '../errors.ts';
+import { ConfigError, exitCodes, KeygateError, pinCodes, ServiceError } from '../errors.ts';
 import { openLogs } from '../log.ts';
 import type { Log, Logs } from '../log.ts';
 import type { PrimaryMessage, Staple, WorkerFailure, WorkerMessage, WorkerSnapshot } from '../messages.ts';
@@ -318,19 +318,11 @@ function describeFailure(error: unknown): WorkerFailure {
   }
   // The engine's own words for a refused PIN (signing/token_error.rs).
   if (message.startsWith('token_fault pin_')) {
-    return { code: 'token_login', message, hint: undefined, exitCode: 69, problems: undefined, haltsForking: true };
+    const exitCode = exitCodes.pin;
+    return { code: 'token_login', message, hint: undefined, exitCode, problems: undefined, haltsForking: true };
   }
   return { code: 'engine_failed', message, hint: undefined, exitCode: 1, problems: undefined, haltsForking: false };
 }
-
-/** Each further try would cost one of the PIN's few. */
-const pinCodes: ReadonlySet<string> = new Set([
-  'token_login',
-  'token_pin_locked',
-  'pin_unavailable',
-  'pin_invalid',
-  'pin_exposed',
-]);
 
 /** Nobody to tell is no error here: 'disconnect' says that the primary is gone. */
 function tell(message: WorkerMessage, sent: () => void = () => {}): void {

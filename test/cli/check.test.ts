@@ -151,14 +151,14 @@ it('key problems alone end with 69', async (test) => {
   assert.equal((await bench.check()).exitCode, 69);
 });
 
-it('a wrong PIN is tried once for the whole run and ends with 69 naming the token; no PIN is in any output', async (test) => {
+it('a wrong PIN is tried once for the whole run and ends with 77 naming the token; no PIN is in any output', async (test) => {
   const bench = await openBench(test);
   await bench.generate('www');
   const wrongPin = '66602842';
   writeFileSync(bench.disposable.pinFile, wrongPin);
   bench.configure({ certificates: { www: await bench.chain('www'), again: await bench.chain('www', {}, 'again') } });
   const { exitCode, stdout, stderr } = await bench.check();
-  assert.equal(exitCode, 69, stdout);
+  assert.equal(exitCode, 77, stdout);
   assert.equal(stdout.match(/CKR_PIN_INCORRECT/g)?.length, 1);
   assert.match(stdout, /^error +token hsm +token keygate-test: C_Login failed: CKR_PIN_INCORRECT$/m);
   assert.doesNotMatch(stdout + stderr, new RegExp(wrongPin));

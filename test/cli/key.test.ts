@@ -109,7 +109,7 @@ it('what is not understood ends with 64 and says what is expected', async (test)
   for (const args of malformed) assert.equal((await key(...args)).exitCode, 64, args.join(' '));
 });
 
-it('a wrong PIN is tried once, ends with 69 naming the token, and no PIN is in any output', async (test) => {
+it('a wrong PIN is tried once, ends with 77 naming the token, and no PIN is in any output', async (test) => {
   const { disposable, directory } = bench(test);
   const wrongPin = '66602841';
   const pinFile = join(directory, 'wrong-pin');
@@ -118,7 +118,7 @@ it('a wrong PIN is tried once, ends with 69 naming the token, and no PIN is in a
     ['key', 'list', '--module', disposable.module, '--token', disposable.label, '--pin-file', pinFile],
     disposable.env,
   );
-  assert.equal(exitCode, 69);
+  assert.equal(exitCode, 77);
   assert.match(stderr, /token keygate-test: .*CKR_PIN_INCORRECT/);
   assert.doesNotMatch(stdout + stderr, new RegExp(wrongPin));
 });

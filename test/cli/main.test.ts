@@ -16,7 +16,7 @@ it('--help names every command and every exit code', async () => {
   const { exitCode, stdout, stderr } = await keygate(['--help']);
   assert.equal(exitCode, 0);
   assert.equal(stderr, '');
-  for (const word of ['serve', 'check', 'demo', 'token', 'key', 'config', '64', '69', '78'])
+  for (const word of ['serve', 'check', 'demo', 'token', 'key', 'config', '64', '69', '77', '78'])
     assert.match(stdout, new RegExp(`\\b${word}\\b`));
 });
 

@@ -99,7 +99,7 @@ it('a PIN file that others can read is refused before the token is touched', asy
     ],
     disposable.env,
   );
-  assert.equal(exitCode, 69);
+  assert.equal(exitCode, 77);
   assert.match(stderr, /chmod/);
   assert.equal(
     (await list()).some(({ label }) => label === 'fresh'),

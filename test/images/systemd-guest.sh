@@ -136,7 +136,18 @@ wrong_pin_is_tried_once() {
 	[ "$(journalctl -u keygate.service --no-pager -o cat | grep -c 'CKR_PIN_INCORRECT')" = 1 ]
 }
 
-has_failed() { [ "$(property ExecMainStatus)" = 69 ] && [ "$(property ActiveState)" = failed ]; }
+has_failed() { [ "$(property ExecMainStatus)" = 77 ] && [ "$(property ActiveState)" = failed ]; }
+
+# Away while the host starts; nobody starts keygate by hand.
+token_comes_back() {
+	systemctl stop keygate.socket keygate.service
+	mv /var/lib/keygate/tokens /var/lib/keygate/away && mkdir -m 750 /var/lib/keygate/tokens && chgrp keygate /var/lib/keygate/tokens
+	systemctl start keygate.socket && systemctl start --no-block keygate.service
+	await 200 was_restarted || return 1
+	rmdir /var/lib/keygate/tokens && mv /var/lib/keygate/away /var/lib/keygate/tokens
+	await 200 is_active && served
+}
+was_restarted() { [ "$(property NRestarts)" -ge 2 ]; }
 
 own_ports() {
 	systemd-creds encrypt --with-key=host --name=pin /root/pin /etc/keygate/pin.cred
@@ -162,6 +173,7 @@ check 'a restart loses no client' loses_nobody systemctl restart keygate.service
 check 'an upgrade loses no client, and the successor is the service' loses_nobody upgraded
 check 'a reload reaches the successor' systemctl reload keygate.service
 check 'a killed primary is replaced, and what is established goes on' killed_primary_cuts_nobody
+check 'a token that is away when keygate starts is served once it is back' token_comes_back
 check 'keygate stops in time' systemctl stop keygate.socket keygate.service
 check 'a wrong PIN is tried once, whoever comes' wrong_pin_is_tried_once
 check 'with own-ports.conf keygate binds port 443 itself' own_ports

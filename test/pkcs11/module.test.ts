@@ -83,7 +83,7 @@ it('a wrong PIN is wiped, is not in the error, and leaves a warning for the next
       assert.ok(error instanceof TokenError);
       assert.equal(error.ckr, 'CKR_PIN_INCORRECT');
       assert.equal(error.token, disposable.label);
-      assert.equal(error.exitCode, 69);
+      assert.equal(error.exitCode, 77);
       assert.doesNotMatch(`${error.message} ${error.hint} ${error.stack} ${String(error.cause)}`, new RegExp(wrong));
       return true;
     },

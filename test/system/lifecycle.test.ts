@@ -136,7 +136,7 @@ it('a PIN that was changed after the start is tried once, and no worker is start
   // Nobody is left who could serve.
   await killWorker(keygate, 1);
   const { exitCode, stdout, stderr } = await keygate.ended();
-  assert.equal(exitCode, 69);
+  assert.equal(exitCode, 77);
   assert.equal(faults.read('C_Login', 'calls'), logins + 1);
   for (const pin of [wrongPin, token.pin]) assert.ok(!`${stdout}${stderr}`.includes(pin), 'a PIN was printed');
 });
@@ -145,7 +145,7 @@ it('a wrong PIN is tried once, however many workers were to start', async (test)
   const { token, faults, document } = await ingredients(test, { workers: 4 });
   writeFileSync(token.pinFile, '11223344');
   const { exitCode, stderr } = await refusedKeygate(token, document, { env: faults.env });
-  assert.equal(exitCode, 69);
+  assert.equal(exitCode, 77);
   assert.match(stderr, /CKR_PIN_INCORRECT/);
   assert.equal(faults.read('C_Login', 'calls'), 1);
 });

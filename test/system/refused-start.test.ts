@@ -74,7 +74,7 @@ describe('serve refuses to start', { timeout: 90_000 }, () => {
     fixtures.defer(() => faults.close());
     const settings = { ...token.settings, module: faults.module, pin: { file: pinFile(wrongPin) } };
     const { exitCode, stderr } = await refusal({ tokens: { 'hsm-a': settings } }, faults.env);
-    assert.equal(exitCode, 69);
+    assert.equal(exitCode, 77);
     assert.match(stderr, /keygate-test|hsm-a/);
     assert.match(stderr, /CKR_PIN_INCORRECT/);
     assert.equal(faults.read('C_Login', 'calls'), 1);
@@ -87,7 +87,7 @@ describe('serve refuses to start', { timeout: 90_000 }, () => {
     const file = pinFile(token.pin, 0o644);
     const settings = { ...token.settings, module: faults.module, pin: { file } };
     const { exitCode, stderr } = await refusal({ tokens: { 'hsm-a': settings } }, faults.env);
-    assert.equal(exitCode, 69);
+    assert.equal(exitCode, 77);
     assert.ok(stderr.includes(file), stderr);
     assert.equal(faults.read('C_Login', 'calls'), 0);
   });
