@@ -46,6 +46,8 @@ const crashLoopFailures = 4;
 const observeDeadlineMs = 250;
 /** A worker is asked each second; one that has not answered for so long is not up. */
 const silenceMsMax = 5_000;
+/** And after this it will not answer any more, as when a module hangs in a reload: it is stuck. */
+const stuckSilenceMs = 15_000;
 /** What a worker may take beyond the drain deadline before it is killed. */
 const killGraceMs = 2_000;
 /** A worker that has prepared a reload commits it in no time; one that does not is killed, and its replacement is whole. */
@@ -235,6 +237,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
     const timer = setTimeout(deadline.resolve, observeDeadlineMs);
     await Promise.race([answers, deadline.promise]);
     clearTimeout(timer);
+    for (const slot of this.#slots) {
+      const silenceMs = slot.state === 'ready' ? (this.#book.silenceMs(slot.index) ?? 0) : 0;
+      if (silenceMs > stuckSilenceMs) this.#stuck(slot, 'its JavaScript thread hangs, perhaps in a token');
+    }
     return this.#book.total();
   }
 

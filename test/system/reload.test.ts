@@ -270,6 +270,23 @@ it('a worker that does not answer in time rolls everything back, and is not lost
   );
 });
 
+it('a worker that hangs in a reload for good is replaced, keeps its connections, and the next reload succeeds', async (test) => {
+  const { keygate, faults, document } = await service(test, (it) => ({ ...it, drainDeadline: '5s' }));
+  const established = await Promise.all(
+    Array.from({ length: clientsForAllWorkers }, () => tlsClient({ port: keygate.port() })),
+  );
+  const [hung] = await keygate.workers();
+  assert.ok(hung !== undefined);
+  faults.only('C_Sign', { pid: hung.pid });
+  faults.hang('C_Sign');
+  const other = withListener(document, { certificates: ['other'] });
+  assert.equal((await keygate.reload({ ...other, reloadDeadline: '500ms' })).outcome, 'rolled_back');
+  await keygate.logged({ event: 'worker_replaced', worker: hung.slot }, { deadlineMs: 40_000 });
+  await Promise.all(established.map(async (client) => assertEchoes(client)));
+  assert.equal((await keygate.reload({ ...other, drainDeadline: '5s' })).outcome, 'committed');
+  for (const client of established) client.destroy();
+});
+
 it('a worker that dies while it prepares rolls everything back, and its replacement has the old configuration', async (test) => {
   const { keygate, faults, document } = await service(test);
   faults.hang('C_FindObjectsInit');
