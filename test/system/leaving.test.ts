@@ -85,9 +85,12 @@ it('a client that leaves while the token signs is not signed for any more, and l
     const { tokens } = (await keygate.status()).engine;
     return tokens[0] !== undefined && tokens[0].queueDepthEc + tokens[0].lanesBusy === clients.length;
   });
+  const begun = faults.read('C_Sign', 'calls');
   for (const { raw, way } of clients) way(raw);
+  await until('end of each', async () => (await connectionsOpen()) === 1);
   faults.clear();
   await here.alone();
+  assert.equal(faults.read('C_Sign', 'calls'), begun, 'somebody who had left was signed for');
 });
 
 const serversThatLeave: Readonly<Record<string, (socket: Socket) => void>> = {
