@@ -25,8 +25,8 @@ export function whyNotHere(...programs: readonly string[]): string | false {
     : `install the packages of kind image in scripts/debian-packages: ${missing.join(', ')}`;
 }
 
-/** The folder is shared by everybody who asks: nothing may be written to it. */
-export function debianRoot(name: string, packages: readonly string[]): string {
+/** The folder is shared by everybody who asks: nothing may be written to it. `suite`: default is this machine's. */
+export function debianRoot(name: string, packages: readonly string[], suite?: string): string {
   const root = join(kept, name);
   const stamp = `${root}.packages`;
   const wanted = packages.join('\n');
@@ -41,9 +41,11 @@ export function debianRoot(name: string, packages: readonly string[]): string {
       '--quiet',
       '--variant=minbase',
       ...(packages.length === 0 ? [] : [`--include=${packages.join(',')}`]),
-      codename(),
+      // A mirror may lag behind.
+      '--aptopt=Acquire::Check-Valid-Until "false"',
+      suite ?? codename(),
       `${root}.new`,
-      ...(existsSync(sources) ? [sources] : []),
+      ...(suite === undefined && existsSync(sources) ? [sources] : []),
     ],
     { stdio: ['ignore', 'inherit', 'inherit'] },
   );

@@ -58,6 +58,8 @@ export async function provisionedToken(
       uri: `pkcs11:token=${disposable.label}`,
       pin: { file: disposable.pinFile },
       lanes: 2,
+      // A sanitizer must see what a module does with memory (test/sanitizers).
+      ...(process.env['KEYGATE_SANITIZER'] === undefined ? {} : { isolate: false }),
     },
     certificates,
     pem: (name) => readFileSync(join(disposable.directory, `${name}.pem`), 'utf8'),

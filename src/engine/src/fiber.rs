@@ -47,7 +47,7 @@ pub enum Progress<T> {
 
 /// Virtual size of a stack; only touched pages count. The deepest step measured (ML-KEM key agreement in a TLS 1.3
 /// handshake) uses a fifth of it; `a_handshake_leaves_most_of_its_stack_untouched` holds that.
-const STACK_BYTES: usize = 128 * 1024;
+const STACK_BYTES: usize = if cfg!(sanitized) { 8 } else { 1 } * 128 * 1024;
 /// Stacks kept for reuse: as many as sign at once on a busy worker. More are made and unmapped on demand.
 const STACKS_KEPT_MAX: usize = 64;
 /// A step is abandoned by answering its requests with an error; no TLS state machine asks twice more.

@@ -1,7 +1,7 @@
 //! keygate's engine: what happens per byte or per handshake. See ../../README.md for the life of a connection.
 
 mod access_log;
-#[cfg(not(fuzzing))]
+#[cfg(not(any(fuzzing, sanitized)))]
 mod allocator;
 pub mod binding;
 mod capabilities;
@@ -38,8 +38,8 @@ pub mod upstream;
 mod upstream_tls;
 pub mod verify;
 
-/// For the engine's own memory; Node, aws-lc and the PKCS#11 modules keep the process' allocator. Not under the fuzzer, whose
-/// sanitizer must see every allocation.
-#[cfg(not(fuzzing))]
+/// For the engine's own memory; Node, aws-lc and the PKCS#11 modules keep the process' allocator. Not under the fuzzer
+/// or a sanitizer (`sanitized`, test/sanitizers), which must see every allocation.
+#[cfg(not(any(fuzzing, sanitized)))]
 #[global_allocator]
 static ALLOCATOR: allocator::BySize = allocator::BySize;

@@ -104,8 +104,10 @@ fn load() -> Result<FaultModule, String> {
 fn load_real(path: &str) -> Result<&'static CK_FUNCTION_LIST, String> {
     let failed = |what: &str| format!("KEYGATE_FAULT_MODULE {path}: {what}");
     let name = CString::new(path).map_err(|_| failed("contains a zero byte"))?;
-    // DEEPBIND, as keygate loads modules: in Node, SoftHSM would otherwise run on Node's OpenSSL.
-    let flags = libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NODELETE | libc::RTLD_DEEPBIND;
+    // As keygate loads modules: in Node, SoftHSM would otherwise run on Node's OpenSSL. A sanitizer refuses it.
+    let is_isolated = env::var_os("KEYGATE_SANITIZER").is_none();
+    let deepbind = if is_isolated { libc::RTLD_DEEPBIND } else { 0 };
+    let flags = libc::RTLD_NOW | libc::RTLD_LOCAL | libc::RTLD_NODELETE | deepbind;
     // SAFETY: `name` is a C string; running the constructors of the module the test names is what loading it means.
     let handle = unsafe { libc::dlopen(name.as_ptr(), flags) };
     if handle.is_null() {
