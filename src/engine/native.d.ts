@@ -125,11 +125,12 @@ export declare class Engine {
   prepare(settings: EngineSettings): void
   /**
    * What was prepared serves from now on; connections that are there go on with what they began with. `retired`
-   * sockets are accepted from no more, except for what waits in their queues: the caller may close them now.
+   * sockets are accepted from no more, except for what waits in their queues: the caller may close them now. True: the PIN of
+   * a token that stays is another one; it is presented at the next login.
    *
    * Throws when nothing is prepared.
    */
-  commit(retired: Array<number>): void
+  commit(retired: Array<number>): boolean
   /** Forgets what was prepared, if anything was. */
   discard(): void
   /** Frees what no handshake uses any more of former configurations. To be called now and then. */
@@ -444,7 +445,9 @@ export interface TicketKeySettings {
 }
 
 export interface TicketSnapshot {
-  /** The epoch whose secrets a token has derived and that issues tickets; undefined: no token derives them. */
+  /** A token is to derive the secrets. */
+  wanted: boolean
+  /** The epoch whose secrets a token has derived and that issues tickets; undefined: none has. */
   epoch?: number
   /** A token is at it. */
   deriving: boolean
@@ -477,6 +480,8 @@ export interface TokenSettings {
   /** The token's label, without padding. */
   label: string
   serial?: string
+  /** It was out of reach: it is waited for, and nothing of its module is called on the JavaScript thread. */
+  away: boolean
   /** Overwritten with zeros when it has been taken. */
   pin: Buffer
   /** Signing threads, each with a PKCS#11 session: 1 to 256. */

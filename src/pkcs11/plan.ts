@@ -39,26 +39,28 @@ export interface PlanTools {
 export interface ProvedPlan {
   readonly tokens: readonly ProvedToken[];
   readonly certificates: readonly ProvedCertificate[];
-  /** Where the ticket key is; at least one place when the configuration names one. */
+  /** Where the ticket key is, or is expected once a token is back. */
   readonly ticketKey: readonly KeyInToken[];
   readonly warnings: readonly string[];
 }
 
-interface ProvedToken {
+export interface ProvedToken {
   /** Name in the configuration. */
   readonly name: string;
-  /** As the token says them, without padding. */
+  /** As the token says them, without padding; of one that is away, as the configuration does. */
   readonly label: string;
-  readonly serial: string;
+  readonly serial: string | undefined;
+  /** It is out of reach, altogether or for one of its keys: the engine waits for it, and proves its keys then. */
+  readonly isAway: boolean;
 }
 
 export interface ProvedCertificate extends CertificateChain {
   readonly name: string;
-  /** In the order of the configuration; at least one. */
+  /** In the order of the configuration; at least one was found, the others are in tokens that are away. */
   readonly perToken: readonly ProvedKey[];
 }
 
-/** Where the private key is; found again by id and label after a module was initialised again. */
+/** Where the private key is; found by id and label when a token is back or a module was initialised again. */
 interface ProvedKey extends KeyInToken {
   /** SubjectPublicKeyInfo in DER, the same for every token of the certificate. */
   readonly spki: Buffer;
@@ -94,8 +96,8 @@ export interface Examination {
 
 /**
  * Examines and insists.
- * A token that is out of reach is only a warning as long as every certificate has its key in another one: a worker
- * must be able to start while one of two tokens is down. A refused PIN or a wrong key is an error wherever it is.
+ * A token that is out of reach is only a warning as long as every certificate has its key in another one, and is waited
+ * for: a worker must be able to start while one of two tokens is down. A refused PIN or a wrong key is an error wherever it is.
  * @throws TokenError whose message has a line for every problem, a refused PIN first, because whoever starts workers
  * must stop at once; ConfigError when only certificate files are wrong.
  */
@@ -390,33 +392,47 @@ function planOf(tokens: readonly TokenState[], certificates: readonly Certificat
   if (!errors.every(isOutOfReach)) return undefined;
   const proved = certificates.flatMap(provedCertificate);
   if (proved.length < certificates.length) return undefined;
-  const ticketKey = ticketKeys.flatMap(keyInToken);
-  const isUnreachable = ticketKeys.length > 0 && ticketKey.length === 0;
+  const keys = certificates.flatMap((certificate) => certificate.keys);
+  const errorsOf = (token: TokenState) =>
+    [token, token.ticketKey, ...keys.filter((key) => key.shared.token === token)].flatMap(
+      (state) => state?.error ?? [],
+    );
+  const isUnreachable = ticketKeys.length > 0 && ticketKeys.every(({ mac }) => mac === undefined);
   return {
-    tokens: tokens.flatMap(({ config: { name }, open, error }) =>
-      open === undefined || error !== undefined ? [] : [{ name, label: open.token.label, serial: open.token.serial }],
-    ),
+    tokens: tokens.map((token) => {
+      const { name, uri } = token.config;
+      const { label = uri.token ?? '', serial = uri.serial } = token.open?.token ?? {};
+      return { name, label, serial, isAway: errorsOf(token).length > 0 };
+    }),
     certificates: proved,
-    ticketKey,
+    ticketKey: ticketKeys.map(keyInToken),
     warnings: [
       ...certificates.flatMap(({ config: { name }, reading }) =>
         reading.warnings.map((warning) => `certificate ${name}: ${warning}`),
       ),
       ...[...tokens, ...shared, ...ticketKeys].flatMap(({ warnings }) => warnings),
-      ...errors.map(({ message }) => message),
+      ...tokens.flatMap((token) =>
+        errorsOf(token)
+          .slice(0, 1)
+          .map(({ message }) => `token ${token.config.name} is used once it is back: ${message}`),
+      ),
       // A worker that came back must not want more than one that is running.
       ...(isUnreachable
         ? [
-            'no token with the ticket key is in reach: tickets are of random keys, good for this keygate alone, until a reload',
+            'no token with the ticket key is in reach: tickets are of random keys, good for this keygate alone, until one is',
           ]
         : []),
     ],
   };
 }
 
-/** Empty when the token does not have it. */
-function keyInToken({ token, key, mac }: TicketKeyState): KeyInToken[] {
-  return key === undefined || mac === undefined ? [] : [{ token: token.config.name, ...namesOf(key) }];
+function keyInToken({ token, uri, key }: Pick<TicketKeyState, 'token' | 'uri' | 'key'>): KeyInToken {
+  return { token: token.config.name, ...(key === undefined ? expectedNames(uri) : namesOf(key)) };
+}
+
+/** Of a key that could not be looked at. */
+function expectedNames({ id, object = '' }: Pkcs11Uri): Pick<KeyInToken, 'keyId' | 'keyLabel'> {
+  return { keyId: id === undefined ? undefined : Buffer.from(id, 'hex'), keyLabel: object };
 }
 
 function namesOf({ id, label }: TokenKey): Pick<KeyInToken, 'keyId' | 'keyLabel'> {
@@ -429,13 +445,12 @@ function provedCertificate({
   reading: { chain },
   keys,
 }: CertificateState): ProvedCertificate[] {
-  if (chain === undefined) return [];
+  if (chain === undefined || !keys.some(({ proved }) => proved === true)) return [];
   const perToken = tokens.flatMap((token) => {
     const state = keys.find(({ shared }) => shared.token.config.name === token);
-    if (state?.shared.key === undefined || state.proved !== true) return [];
-    return [{ token, ...namesOf(state.shared.key), spki: chain.spki }];
+    return state === undefined ? [] : [{ ...keyInToken(state.shared), spki: chain.spki }];
   });
-  return perToken.length === 0 ? [] : [{ ...chain, name, perToken }];
+  return [{ ...chain, name, perToken }];
 }
 
 /** What may pass by itself, as opposed to what a person must correct. */

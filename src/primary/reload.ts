@@ -247,8 +247,7 @@ function restartProblems(former: Config, next: Config): Problem[] {
   for (const [name, token] of Object.entries(next.tokens)) {
     for (const [key, now] of Object.entries(token)) {
       const old = former.tokens[name]?.[key as keyof TokenConfig];
-      // Certificates have the deadline, and those are new.
-      if (name in former.tokens && key !== 'signDeadlineMs') {
+      if (name in former.tokens && !tokenSettings.has(key)) {
         fixed.push({ path: `tokens.${name}.${key}`, old, now, isOfToken: true });
       }
     }
@@ -275,6 +274,9 @@ function restartProblems(former: Config, next: Config): Problem[] {
       hint: `restart keygate to change it${isOfToken === true ? ', or give the token another name' : ''}`,
     }));
 }
+
+/** What a token that stays adopts; certificates have the deadline, and those are new. */
+const tokenSettings: ReadonlySet<string> = new Set<keyof TokenConfig>(['pin', 'weight', 'signDeadlineMs']);
 
 const logFiles: Readonly<Record<string, (log: LogConfig) => string | undefined>> = {
   'log.file': ({ file }) => file,

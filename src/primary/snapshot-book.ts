@@ -147,7 +147,7 @@ const empty: EngineSnapshot = {
   ciphers: [],
   groups: [],
   access: { sampledOut: 0, rateLimited: 0 },
-  tickets: { deriving: false },
+  tickets: { wanted: false, deriving: false },
   ioCpuUs: 0,
 };
 

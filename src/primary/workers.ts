@@ -160,12 +160,14 @@ export class Workers extends EventEmitter<WorkersEvents> {
   #settled: (() => void) | undefined;
   #draining = false;
   #everReady = false;
+  /** What was said of the tokens since the configuration was committed. */
+  readonly #warned = new Set<string>();
   /** What is missing in the sandbox, as it was logged last. */
   #sandboxSaid = JSON.stringify([]);
   #allReadySaid = false;
   /** A worker has logged in since the last loss. */
   #proved = false;
-  /** Set once: no process may be forked any more. */
+  /** Until a token has another PIN: no process may be forked any more. */
   #halted: WorkerFailure | undefined;
 
   /** @param staples what a worker that begins is to serve certificates with */
@@ -304,7 +306,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
     await Promise.all(commits);
     clearTimeout(late);
     this.#book.keepOnly(reload.config);
-    for (const warning of reload.warnings) this.#log.warn({ event: 'token_warning' }, warning);
+    this.#warned.clear();
+    this.#warn(reload.warnings);
     // What kept them from starting may be mended.
     for (const slot of this.#slots) {
       if (slot.state !== 'waiting' || this.#halted !== undefined) continue;
@@ -494,7 +497,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
           if (this.#reload?.number === message.reload) this.#reload.answers.get(slot)?.resolve(message.failure);
           return;
         case 'committed':
-          if (this.#reload?.number === message.reload) hasCommitted(this.#reload, slot);
+          if (this.#reload?.number !== message.reload) return;
+          // Whatever was refused, it was another one.
+          if (message.hasNewPin) this.#halted = undefined;
+          hasCommitted(this.#reload, slot);
           return;
         case 'snapshot':
           this.#book.enter(message.id, slot.page, message.snapshot);
@@ -535,9 +541,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       const sockets = orphansOf(this.#listeners, slot, adopter).map(({ socket }) => socket);
       this.#tell(adopter, { type: 'release', sockets });
     }
-    if (!this.#everReady) {
-      for (const warning of warnings) this.#log.warn({ event: 'token_warning' }, warning);
-    }
+    this.#warn(warnings);
     this.#warnOfSandbox(slot.sandbox);
     this.#everReady = true;
     this.#proved = true;
@@ -545,6 +549,14 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#adoptOrphans();
     this.#forkDue();
     this.#sayWhatCameToPass();
+  }
+
+  /** Each worker says it; a token that was away for one only is told of, too. */
+  #warn(warnings: Iterable<string>): void {
+    for (const warning of warnings) {
+      if (!this.#warned.has(warning)) this.#log.warn({ event: 'token_warning' }, warning);
+      this.#warned.add(warning);
+    }
   }
 
   /** A worker serves on, and another is started beside it, unless one that was failed a moment ago. */

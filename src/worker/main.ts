@@ -228,7 +228,7 @@ function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>
   if (engine === undefined || sockets === undefined || logs === undefined || preparing?.reload !== reload) {
     throw new Error(`told to commit reload ${reload}, which is not prepared`);
   }
-  engine.commit(sockets.fds(retired));
+  const hasNewPin = engine.commit(sockets.fds(retired));
   sockets.close(retired);
   const { config, tlsa: asked } = preparing;
   logs.log.level = config.log.level;
@@ -237,7 +237,7 @@ function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>
   useTicketSecrets();
   useTlsa(asked);
   preparing = undefined;
-  tell({ type: 'committed', reload });
+  tell({ type: 'committed', reload, hasNewPin });
   giveBackMemorySoon(loadEngine());
 }
 

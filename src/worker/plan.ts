@@ -34,7 +34,7 @@ import type {
 } from '../engine/native.d.ts';
 import { ConfigError, ServiceError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { KeyInToken, ProvedCertificate, ProvedPlan } from '../pkcs11/plan.ts';
+import type { KeyInToken, ProvedCertificate, ProvedPlan, ProvedToken } from '../pkcs11/plan.ts';
 import { policyOf, unusableCertificates } from './effective-policy.ts';
 import { readRevocationLists } from './revocation-lists.ts';
 import { readRoots } from './roots.ts';
@@ -68,9 +68,9 @@ export async function engineSettings(
     Object.values(config.upstreams).map((upstream) => upstreamSettings(upstream, config, log)),
   );
   const settings: EngineSettings = {
-    tokens: proved.tokens.flatMap(({ name, label, serial }) => {
-      const token = config.tokens[name];
-      return token === undefined ? [] : [tokenSettings(token, config, label, serial)];
+    tokens: proved.tokens.flatMap((found) => {
+      const token = config.tokens[found.name];
+      return token === undefined ? [] : [tokenSettings(token, config, found)];
     }),
     certificates: proved.certificates.map(certificateSettings),
     upstreams,
@@ -127,12 +127,13 @@ export function assertNumbersFit(value: unknown, place = 'settings'): void {
   }
 }
 
-function tokenSettings(token: TokenConfig, config: Config, label: string, serial: string): TokenSettings {
+function tokenSettings(token: TokenConfig, config: Config, { label, serial, isAway }: ProvedToken): TokenSettings {
   return {
     name: token.name,
     module: token.module,
     label,
-    serial,
+    ...(serial === undefined ? {} : { serial }),
+    away: isAway,
     pin: readPin(token.pin, `tokens.${token.name}.pin`),
     ...lanesOf(token, config),
     weight: token.weight,

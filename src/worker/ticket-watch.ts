@@ -17,6 +17,7 @@ export function ticketEpoch(rotationMs: number, nowMs = Date.now()): number {
 
 export class TicketWatch {
   readonly #log: Log;
+  #hasLooked = false;
   #known: number | undefined;
   #failure: string | undefined;
   #askedAt = Number.NEGATIVE_INFINITY;
@@ -26,15 +27,20 @@ export class TicketWatch {
   }
 
   /** To be called every second or so. */
-  look(engine: Pick<Engine, 'rotateTickets'>, { epoch, deriving, failure }: TicketSnapshot, rotationMs: number): void {
-    if (epoch === undefined) return;
-    if (this.#known !== undefined && this.#known !== epoch)
+  look(
+    engine: Pick<Engine, 'rotateTickets'>,
+    { wanted: isWanted, epoch, deriving, failure }: TicketSnapshot,
+    rotationMs: number,
+  ): void {
+    if (!isWanted) return;
+    if (this.#hasLooked && epoch !== undefined && this.#known !== epoch)
       this.#log.info({ event: 'tickets_rotated', epoch }, 'another key issues session tickets');
     if (failure !== undefined && failure !== this.#failure)
       this.#log.error(
-        { event: 'tickets_not_rotated', epoch, reason: failure },
+        { event: 'tickets_not_rotated', reason: failure, ...(epoch === undefined ? {} : { epoch }) },
         'the next ticket key could not be derived',
       );
+    this.#hasLooked = true;
     this.#known = epoch;
     this.#failure = failure;
     const wanted = ticketEpoch(rotationMs);

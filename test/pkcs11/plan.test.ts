@@ -34,7 +34,7 @@ it('a token, a key and its certificate make a plan that says where everything is
   const www = generateKeyPair(bench.open, 'www', 'p256');
   const plan = provePlan(planConfig([tokenConfig(bench.disposable)], [await bench.certificate('www', www)]), tools);
   const { label, serial } = bench.open.token;
-  assert.deepEqual(plan.tokens, [{ name: 'hsm', label, serial }]);
+  assert.deepEqual(plan.tokens, [{ name: 'hsm', label, serial, isAway: false }]);
   assert.deepEqual(plan.warnings, []);
   const spki = www.publicKey.export({ format: 'der', type: 'spki' });
   assert.equal(plan.certificates.length, 1);
@@ -178,7 +178,7 @@ it('a PIN that cannot be read is an error and no PIN is sent', async (test) => {
   assert.equal(findToken(bench.module, { token: bench.disposable.label }).flags & TokenFlag.USER_PIN_COUNT_LOW, 0);
 });
 
-it('a token that is out of reach is a warning while another has every key, and an error otherwise', async (test) => {
+it('a token that is out of reach is awaited while another has every key, and an error otherwise', async (test) => {
   const bench = openBench(test);
   const www = generateKeyPair(bench.open, 'www', 'p256');
   const tokens = [
@@ -187,15 +187,23 @@ it('a token that is out of reach is a warning while another has every key, and a
   ];
   const both = { ...(await bench.certificate('www', www)), tokens: ['gone', 'hsm'] };
   const plan = provePlan(planConfig(tokens, [both]), tools);
+  const places = plan.certificates[0]?.perToken ?? [];
   assert.deepEqual(
-    plan.certificates[0]?.perToken.map(({ token }) => token),
-    ['hsm'],
+    places.map(({ token, keyId, keyLabel }) => ({ token, keyId, keyLabel })),
+    [
+      // As the configuration calls it.
+      { token: 'gone', keyId: undefined, keyLabel: 'www' },
+      { token: 'hsm', keyId: www.key.id, keyLabel: 'www' },
+    ],
   );
   assert.deepEqual(
-    plan.tokens.map(({ name }) => name),
-    ['hsm'],
+    plan.tokens.map(({ name, label, isAway }) => ({ name, label, isAway })),
+    [
+      { name: 'gone', label: 'gone', isAway: true },
+      { name: 'hsm', label: bench.disposable.label, isAway: false },
+    ],
   );
-  assert.match(plan.warnings.join(), /token gone: .* is not in module/);
+  assert.match(plan.warnings.join(), /token gone is used once it is back: .* is not in module/);
   const onlyGone = { ...both, name: 'only', tokens: ['gone'] };
   assert.throws(() => provePlan(planConfig(tokens, [both, onlyGone]), tools), /is not in module/);
   assert.equal(

@@ -398,7 +398,7 @@ function anySnapshot(of: (what: string) => number): EngineSnapshot {
     ciphers: [{ protocol: 'TLSv1.3', cipher: 'TLS_AES_128_GCM_SHA256', count: of('cipher') }],
     groups: [{ group: 'X25519', count: of('group') }],
     access: { sampledOut: of('sampledOut'), rateLimited: of('rateLimited') },
-    tickets: { deriving: false },
+    tickets: { wanted: false, deriving: false },
     ioCpuUs: of('ioCpuUs'),
   };
 }

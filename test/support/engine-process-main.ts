@@ -74,6 +74,7 @@ function start(sockets: number[]): Engine {
       {
         name: 'hsm',
         module: parameters.module,
+        away: false,
         label: parameters.label,
         pin: Buffer.from(parameters.pin),
         lanes: parameters.lanes,

@@ -21,7 +21,7 @@ export function snapshotOf(parts: Partial<EngineSnapshot>): EngineSnapshot {
     ciphers: [],
     groups: [],
     access: { sampledOut: 0, rateLimited: 0 },
-    tickets: { deriving: false },
+    tickets: { wanted: false, deriving: false },
     ioCpuUs: 0,
     ...parts,
   };

@@ -21,7 +21,7 @@ import type { Keygate } from '../support/keygate.ts';
 import { Load } from '../support/load.ts';
 import { P11KitServer } from '../support/p11-kit.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
-import { untilRefused } from '../support/tls-client.ts';
+import { assertEchoes, tlsClient, untilRefused } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
 import type { Upstream } from '../support/upstream.ts';
@@ -442,6 +442,85 @@ for (const { name, break: breakIt, mend } of outOfProcess) {
   });
 }
 
+it('a PIN that was changed in the token is taken from a reload', async (test) => {
+  const provisioned = await provisionedToken({ www: { kind: 'p256' } });
+  await using upstream = await echoUpstream();
+  const faults = new FaultModule(provisioned);
+  test.after(() => {
+    faults.close();
+    provisioned.dispose();
+  });
+  const document = {
+    workers: 2,
+    upstreams: { echo: { servers: [upstream.address] } },
+    listeners: { https: {} },
+    tokens: { hsm: { ...provisioned.settings, module: faults.module } },
+  };
+  await using keygate = await startKeygate(provisioned, document, { env: faults.env });
+  provisioned.pkcs11Tool('--change-pin', '--new-pin', 'another-one');
+  const [first, second] = (await keygate.status()).workers;
+  // SoftHSM reads it anew when it is initialised again: one worker must, and the other one is gone.
+  faults.only('C_SignInit', { pid: first?.pid ?? 0 });
+  faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' });
+  await until('refusal of the former PIN', async () => {
+    await fullHandshake(keygate).catch(() => {});
+    return (await tokenOf(keygate)).downReason?.includes('PIN') === true;
+  });
+  faults.clear();
+  const since = keygate.log.length;
+  process.kill(second?.pid ?? 0, 'SIGKILL');
+  await until('nobody who is forked', async () => (await keygate.status()).unreadiness?.includes('PIN') === true);
+  writeFileSync(provisioned.pinFile, 'another-one\n');
+  const { outcome, reasons } = await keygate.reload();
+  assert.deepEqual([outcome, reasons], ['committed', []]);
+  await keygate.logged({ event: 'worker_ready', worker: second?.slot }, { since });
+  await until('token that is up', async () => (await tokenOf(keygate)).up);
+  for (let client = 0; client < 10; client++) await fullHandshake(keygate);
+});
+
+it('one of two tokens that is away at the start, and again at a reload, is used once it is back', async (test) => {
+  const provisioned = await provisionedToken({ www: { kind: 'p256' } });
+  await using upstream = await echoUpstream();
+  const server = new P11KitServer(test, provisioned);
+  test.after(() => provisioned.dispose());
+  const document = {
+    upstreams: { echo: { servers: [upstream.address] } },
+    listeners: { https: {} },
+    tokens: {
+      far: { ...provisioned.settings, module: server.module },
+      // Asked when there is no other.
+      near: { ...provisioned.settings, weight: 0 },
+    },
+  };
+  await using keygate = await startKeygate(provisioned, document, { env: server.env });
+  const warned = await keygate.logged({ event: 'token_warning' });
+  assert.match(warned.message, /^token far is used once it is back: .* is not in module/);
+  const far = async (): Promise<TokenSnapshot> => tokenOf(keygate, 'far');
+  assert.match((await far()).downReason ?? '', /its module shows no such token|it was away at the start/);
+  await fullHandshake(keygate);
+  assert.equal(signaturesOf(await far()), 0);
+
+  await server.start();
+  await until('token that is there', async () => (await far()).up);
+  await fullHandshake(keygate);
+  await until('signatures by it', async () => signaturesOf(await far()) > 0);
+
+  await server.stop();
+  await until('token that is away', async () => {
+    await fullHandshake(keygate);
+    return !(await far()).up;
+  });
+  const { outcome } = await keygate.reload({ ...document, listeners: { https: { limits: { connections: 1000 } } } });
+  assert.equal(outcome, 'committed');
+  await fullHandshake(keygate);
+  await server.start();
+  const signed = signaturesOf(await far());
+  await until('token that is back', async () => (await far()).up);
+  await fullHandshake(keygate);
+  await until('signatures by it', async () => signaturesOf(await far()) > signed);
+  await assertNeverRestarted(keygate);
+});
+
 interface UnderLoad {
   readonly keygate: Keygate;
   readonly load: Load;
@@ -557,9 +636,26 @@ async function assertHealed(
   return healedMs;
 }
 
-async function tokenOf(keygate: Keygate): Promise<TokenSnapshot> {
+async function tokenOf(keygate: Keygate, name = 'hsm'): Promise<TokenSnapshot> {
   // There is none before a worker has answered for the first time.
-  return until('answer of a worker', async () => (await keygate.status()).engine.tokens[0] ?? false);
+  return until(
+    'answer of a worker',
+    async () => (await keygate.status()).engine.tokens.find((token) => token.name === name) ?? false,
+  );
+}
+
+/** Signatures so far; a full handshake takes one. */
+function signaturesOf({ mechanisms }: TokenSnapshot): number {
+  return mechanisms.reduce((sum, { ok }) => sum + ok, 0);
+}
+
+async function fullHandshake(keygate: Keygate): Promise<void> {
+  const client = await tlsClient({ port: keygate.port() });
+  try {
+    await assertEchoes(client);
+  } finally {
+    client.destroy();
+  }
 }
 
 async function assertNeverRestarted(keygate: Keygate): Promise<void> {

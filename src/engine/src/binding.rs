@@ -20,7 +20,7 @@ use crate::certificates::{Certificate, Certificates, LeafDigest, UnknownName};
 use crate::client_rate::ClientRatePlan;
 use crate::client_status::{ClientStatus, STATUS_OUTCOMES, StatusPlan};
 use crate::close::CLOSE_REASONS;
-use crate::generation::{self, Generation, LoadFault, Staples};
+use crate::generation::{self, Generation, LoadFault, Staples, WantedToken};
 use crate::handover;
 use crate::io_thread::{IoPlan, IoThread};
 use crate::key_log::KeyLog;
@@ -56,6 +56,8 @@ pub struct TokenSettings {
     /// The token's label, without padding.
     pub label: String,
     pub serial: Option<String>,
+    /// It was out of reach: it is waited for, and nothing of its module is called on the JavaScript thread.
+    pub away: bool,
     /// Overwritten with zeros when it has been taken.
     pub pin: Buffer,
     /// Signing threads, each with a PKCS#11 session: 1 to 256.
@@ -503,7 +505,9 @@ pub struct LogSnapshot {
 
 #[napi(object)]
 pub struct TicketSnapshot {
-    /// The epoch whose secrets a token has derived and that issues tickets; undefined: no token derives them.
+    /// A token is to derive the secrets.
+    pub wanted: bool,
+    /// The epoch whose secrets a token has derived and that issues tickets; undefined: none has.
     pub epoch: Option<i64>,
     /// A token is at it.
     pub deriving: bool,
@@ -654,21 +658,23 @@ impl Engine {
     }
 
     /// What was prepared serves from now on; connections that are there go on with what they began with. `retired`
-    /// sockets are accepted from no more, except for what waits in their queues: the caller may close them now.
+    /// sockets are accepted from no more, except for what waits in their queues: the caller may close them now. True: the PIN of
+    /// a token that stays is another one; it is presented at the next login.
     ///
     /// Throws when nothing is prepared.
     #[napi(catch_unwind)]
-    pub fn commit(&mut self, retired: Vec<i32>) -> Result<()> {
+    pub fn commit(&mut self, retired: Vec<i32>) -> Result<bool> {
         let mut next =
             self.prepared.take().ok_or_else(|| invalid("expected a prepared configuration, found none"))?;
         let key = next.ticket_key.take();
-        if key.is_some() || self.shared.rotation.standing().epoch.is_some() {
+        let has_new_pin = next.begin();
+        if key.is_some() || self.shared.rotation.standing().wanted {
             self.shared.rotation.begin(key, &self.shared.ticketer);
         }
         self.io.commit(retired).map_err(|error| invalid(error.to_string()))?;
         self.former.push(std::mem::replace(&mut self.current, next));
         self.let_go();
-        Ok(())
+        Ok(has_new_pin)
     }
 
     /// Forgets what was prepared, if anything was.
@@ -872,8 +878,8 @@ impl Engine {
     }
 
     fn ticket_snapshot(&self) -> TicketSnapshot {
-        let TicketStanding { epoch, deriving, failure } = self.shared.rotation.standing();
-        TicketSnapshot { epoch: epoch.map(signed), deriving, failure }
+        let TicketStanding { wanted, epoch, deriving, failure } = self.shared.rotation.standing();
+        TicketSnapshot { wanted, epoch: epoch.map(signed), deriving, failure }
     }
 
     fn stop_tokens_of(&self, unused: &Generation) {
@@ -917,9 +923,9 @@ fn build(
     let EngineSettings { tokens, certificates, upstreams, listeners, ticket_key, access, transparency } =
         settings;
     // All PINs are taken before the first login can fail, so that none stays behind in JavaScript's memory.
-    let plans = tokens.into_iter().map(token_plan).collect();
+    let tokens = tokens.into_iter().map(wanted_token).collect();
     let mut next =
-        Generation::with_tokens(former, plans, STOP_BUDGET).map_err(|error| token_error(&error))?;
+        Generation::with_tokens(former, tokens, STOP_BUDGET).map_err(|error| token_error(&error))?;
     let loaded = load_certificates(&mut next, certificates, staples)
         .and_then(|()| load_ticket_key(&mut next, ticket_key));
     let planned = loaded.and_then(|()| {
@@ -1264,8 +1270,7 @@ impl LoginLock {
     }
 }
 
-/// Also how long a handshake waits for a signature by the token.
-fn token_plan(mut settings: TokenSettings) -> (TokenPlan, Duration) {
+fn wanted_token(mut settings: TokenSettings) -> WantedToken {
     let pin = Zeroizing::new(settings.pin.to_vec());
     settings.pin.as_mut().zeroize();
     let plan = TokenPlan {
@@ -1285,7 +1290,7 @@ fn token_plan(mut settings: TokenSettings) -> (TokenPlan, Duration) {
         verify_rsa_every: settings.verify_rsa_every,
         verify_ec_every: settings.verify_ec_every,
     };
-    (plan, ms(settings.sign_deadline_ms))
+    WantedToken { plan, sign_deadline: ms(settings.sign_deadline_ms), is_away: settings.away }
 }
 
 /// `token_fault <code>: <message>`: the code says whether another try could cost one of the PIN's few.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::ServerConfig;
+use zeroize::Zeroizing;
 
 use crate::certificates::{Certificate, LeafDigest};
 use crate::policy::Policy;
@@ -30,7 +31,7 @@ pub struct Generation {
     keys: Vec<(String, Arc<PrivateKey>)>,
     /// What a token makes session tickets' secrets of, with those of the epoch in which it was proved; taken when it begins to
     /// serve, so that no secret is here longer than it is used.
-    pub ticket_key: Option<(Arc<TicketKey>, EpochSecrets)>,
+    pub ticket_key: Option<(Arc<TicketKey>, Option<EpochSecrets>)>,
     /// Handshakes hold them for as long as they last.
     pub tls_configs: Vec<Arc<ServerConfig>>,
     /// The same, for handshakes with upstreams.
@@ -40,18 +41,30 @@ pub struct Generation {
 /// OCSP responses by what they are about, also of certificates that come with a later configuration.
 pub type Staples = HashMap<LeafDigest, Vec<u8>>;
 
+/// A token of a configuration.
+pub struct WantedToken {
+    pub plan: TokenPlan,
+    pub sign_deadline: Duration,
+    /// Whoever looked could not reach it, and others have its keys. It is not asked for anything now.
+    pub is_away: bool,
+}
+
 struct StartedToken {
     identity: TokenIdentity,
     sign_deadline: Duration,
+    is_away: bool,
     token: Arc<Token>,
+    /// What a token that was there before is to adopt when the configuration begins to serve.
+    pin: Zeroizing<Vec<u8>>,
+    weight: u32,
 }
 
 /// What cannot change without being another token.
-#[derive(PartialEq, Eq)]
 struct TokenIdentity {
     name: String,
     module: PathBuf,
     label: String,
+    /// None while nobody has seen it, or wants any.
     serial: Option<String>,
     isolate: bool,
 }
@@ -65,29 +78,43 @@ pub struct KeyPlace {
 }
 
 impl Generation {
-    /// With the tokens of `plans`: those of `former` where they are the same, the others started. All or none; each PIN
+    /// With the tokens of `wanted`: those of `former` where they are the same, the others started. All or none; each PIN
     /// is tried once, and not at all where the process is logged in.
     pub fn with_tokens(
         former: &Generation,
-        plans: Vec<(TokenPlan, Duration)>,
+        wanted: Vec<WantedToken>,
         stop_budget: Duration,
     ) -> Result<Self, TokenError> {
         let mut generation = Self::default();
-        for (plan, sign_deadline) in plans {
-            let identity = TokenIdentity::of(&plan);
-            let known = former.tokens.iter().find(|started| started.identity == identity);
+        for WantedToken { plan, sign_deadline, is_away } in wanted {
+            let mut identity = TokenIdentity::of(&plan);
+            let known = former.tokens.iter().find(|started| started.identity.is(&identity));
+            let (pin, weight) = (plan.pin.clone(), plan.weight);
             let token = match known {
-                Some(known) => known.token.clone(),
-                None => {
-                    Token::start(plan).inspect_err(|_| generation.stop_unless_in(&[former], stop_budget))?
+                Some(known) => {
+                    identity.serial = identity.serial.or_else(|| known.identity.serial.clone());
+                    Ok(known.token.clone())
                 }
+                None if is_away => Token::awaited(plan),
+                None => Token::start(plan),
             };
-            generation.tokens.push(StartedToken { identity, sign_deadline, token });
+            let token = token.inspect_err(|_| generation.stop_unless_in(&[former], stop_budget))?;
+            generation.tokens.push(StartedToken { identity, sign_deadline, is_away, token, pin, weight });
         }
         Ok(generation)
     }
 
-    /// Finds the certificate's key in its tokens. One that is in use already needs no search.
+    /// It serves from now on. True: a token that was there before has another PIN.
+    pub fn begin(&mut self) -> bool {
+        let mut has_new_pin = false;
+        for started in &mut self.tokens {
+            has_new_pin |= started.token.adopt(&std::mem::take(&mut started.pin), started.weight);
+        }
+        has_new_pin
+    }
+
+    /// Finds the certificate's key in its tokens. One that is in use already needs no search, and one in a token that is away
+    /// is found and proved when that is back.
     ///
     /// # Errors
     /// What is wrong with the first place that cannot be used.
@@ -109,7 +136,11 @@ impl Generation {
                     ))
                 })?;
             let plan = KeyPlan { id, label, spki: public_key.to_vec(), name: name.clone() };
-            keys.push(started.token.find_key(plan).map_err(LoadFault::Token)?);
+            let key = match started.is_away {
+                true => started.token.expect_key(plan),
+                false => started.token.find_key(plan),
+            };
+            keys.push(key.map_err(LoadFault::Token)?);
             sign_deadline = sign_deadline.max(started.sign_deadline);
         }
         let key = PrivateKey::new(keys)
@@ -121,7 +152,8 @@ impl Generation {
         Ok(())
     }
 
-    /// Finds the ticket key in the tokens that are there, and has them derive the secrets of `epoch`.
+    /// Finds the ticket key in the tokens that are there, and has them derive the secrets of `epoch`; without secrets when all
+    /// are away.
     ///
     /// # Errors
     /// A token cannot, or two of them hold different keys.
@@ -133,7 +165,7 @@ impl Generation {
     ) -> Result<(), LoadFault> {
         let places = places.into_iter().filter_map(|KeyPlace { token, id, label }| {
             let started = self.tokens.iter().find(|started| started.identity.name == token)?;
-            Some(ticket_keys::Place { token: started.token.clone(), id, label })
+            Some(ticket_keys::Place { token: started.token.clone(), is_away: started.is_away, id, label })
         });
         let (key, secrets) =
             TicketKey::proved(places.collect(), rotation_ms, epoch).map_err(|fault| match fault {
@@ -223,6 +255,12 @@ pub enum LoadFault {
 }
 
 impl TokenIdentity {
+    fn is(&self, other: &Self) -> bool {
+        let Self { name, module, label, serial, isolate } = other;
+        let is_serial = self.serial.is_none() || serial.is_none() || self.serial == *serial;
+        is_serial && (&self.name, &self.module, &self.label, &self.isolate) == (name, module, label, isolate)
+    }
+
     fn of(plan: &TokenPlan) -> Self {
         Self {
             name: plan.name.clone(),

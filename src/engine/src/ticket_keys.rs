@@ -24,6 +24,8 @@ pub struct TicketKey {
 
 pub struct Place {
     pub token: Arc<Token>,
+    /// It could not be asked when the key was named; it is when secrets are derived.
+    pub is_away: bool,
     /// At least one of id and label.
     pub id: Option<Vec<u8>>,
     pub label: Option<String>,
@@ -44,7 +46,7 @@ pub enum TicketKeyFault {
 }
 
 impl TicketKey {
-    /// With what all its tokens make of an epoch.
+    /// With what all its tokens that are there make of an epoch; without secrets when none is.
     ///
     /// # Errors
     /// A token cannot derive, or tokens derive different secrets.
@@ -52,10 +54,10 @@ impl TicketKey {
         places: Vec<Place>,
         rotation_ms: u64,
         epoch: u64,
-    ) -> Result<(Self, EpochSecrets), TicketKeyFault> {
+    ) -> Result<(Self, Option<EpochSecrets>), TicketKeyFault> {
         let key = Self { places, rotation_ms };
         let mut first: Option<(&Place, EpochSecrets)> = None;
-        for place in &key.places {
+        for place in key.places.iter().filter(|place| !place.is_away) {
             let secrets = key.derive_in(place, epoch).map_err(TicketKeyFault::Token)?;
             match &first {
                 None => first = Some((place, secrets)),
@@ -69,10 +71,18 @@ impl TicketKey {
                 Some(_) => {}
             }
         }
-        match first {
-            Some((_, secrets)) => Ok((key, secrets)),
-            None => Err(TicketKeyFault::Differ("no token that is there holds the ticket key".into())),
-        }
+        let secrets = first.map(|(_, secrets)| secrets);
+        Ok((key, secrets))
+    }
+
+    /// Whether the other one derives the same secrets, as far as names can say.
+    fn is_like(&self, other: &Self) -> bool {
+        let is_same = |(own, its): (&Place, &Place)| {
+            Arc::ptr_eq(&own.token, &its.token) && (&own.id, &own.label) == (&its.id, &its.label)
+        };
+        self.rotation_ms == other.rotation_ms
+            && self.places.len() == other.places.len()
+            && self.places.iter().zip(&other.places).all(is_same)
     }
 
     fn derive_in(&self, place: &Place, epoch: u64) -> Result<EpochSecrets, TokenError> {
@@ -107,21 +117,27 @@ struct State {
 /// What is known of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TicketStanding {
-    /// None: no token derives the secrets.
+    /// A token is to derive the secrets.
+    pub wanted: bool,
+    /// None: no token has derived them.
     pub epoch: Option<u64>,
     pub deriving: bool,
     pub failure: Option<String>,
 }
 
 impl TicketRotation {
-    /// From now on this key is used; None: others say which secrets are used.
-    pub fn begin(&self, key: Option<(Arc<TicketKey>, EpochSecrets)>, ticketer: &Ticketer) {
+    /// From now on this key is used; None: others say which secrets are used, as they do until a token that is away is back.
+    pub fn begin(&self, key: Option<(Arc<TicketKey>, Option<EpochSecrets>)>, ticketer: &Ticketer) {
         let mut state = self.lock();
         // A thread that still derives with the former key finds another one here, and gives up.
-        *state = State::default();
-        if let Some((key, secrets)) = key {
-            state.key = Some(key);
-            state.adopt(secrets, ticketer);
+        let former = std::mem::take(&mut *state);
+        let Some((key, secrets)) = key else { return };
+        let is_held = former.key.is_some_and(|former| former.is_like(&key));
+        state.key = Some(key);
+        match secrets {
+            Some(secrets) => state.adopt(secrets, ticketer),
+            None if is_held => (state.held, state.epoch) = (former.held, former.epoch),
+            None => {}
         }
     }
 
@@ -188,7 +204,12 @@ impl TicketRotation {
 
     pub fn standing(&self) -> TicketStanding {
         let state = self.lock();
-        TicketStanding { epoch: state.epoch, deriving: state.is_deriving(), failure: state.failure.clone() }
+        TicketStanding {
+            wanted: state.key.is_some(),
+            epoch: state.epoch,
+            deriving: state.is_deriving(),
+            failure: state.failure.clone(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

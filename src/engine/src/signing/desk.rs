@@ -58,6 +58,8 @@ pub enum Probed {
     Up,
     /// Not yet; the earliest moment to try again, where that is known.
     Still(DownReason, Option<Instant>),
+    /// The token answers, and has none of its keys: nobody is to wait for that to change.
+    Keyless(DownReason),
     /// No probe can help.
     Never(DownReason),
 }
@@ -373,6 +375,24 @@ impl Desk {
         }
     }
 
+    /// Nobody was ever there. Before the first lane, which looks for the token at once.
+    pub fn begin_down(&self, reason: DownReason) {
+        let mut state = self.lock();
+        let mut down = Down::new(reason, Weak::new(), true);
+        down.probe_at = Some(Instant::now());
+        self.goes_down(&mut state, down);
+    }
+
+    /// What kept the token down may have changed.
+    pub fn probe_soon(&self) {
+        let mut state = self.lock();
+        if let Some(down) = &mut state.down {
+            down.probe_at = Some(Instant::now());
+            down.backoff = PAUSE_MIN;
+        }
+        state.call_all();
+    }
+
     /// Opens the circuit: everybody who waits is answered at once. `probe`: whether trying again may help.
     pub fn mark_down(&self, reason: DownReason, suspect: &Weak<TokenKey>, probe: bool) {
         let mut state = self.lock();
@@ -426,7 +446,12 @@ impl Desk {
         match found {
             Probed::Up => state.down = None,
             // It was lost meanwhile, and another one probes.
-            Probed::Still(..) if down.probing != Some(lane) => return,
+            Probed::Still(..) | Probed::Keyless(_) if down.probing != Some(lane) => return,
+            Probed::Keyless(reason) => {
+                down.reason = reason;
+                down.no_longer_probed_by(lane);
+                down.waits_until = None;
+            }
             Probed::Still(reason, not_before) => {
                 down.reason = reason;
                 down.no_longer_probed_by(lane);

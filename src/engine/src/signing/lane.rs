@@ -175,6 +175,14 @@ impl Lane<'_> {
                 }
                 // Other keys of the token are not concerned.
                 Fault::KeyMissing | Fault::KeyAmbiguous => return Err(SignError::KeyLost.into()),
+                Fault::Wrong(_) if job.key.is_doubted() => {
+                    job.key.doubt();
+                    return Err(SignError::Wrong.into());
+                }
+                Fault::Unfit(problem) => {
+                    self.down(unfit(&job.key, &problem), &job.key, true);
+                    return Err(SignError::KeyLost.into());
+                }
                 Fault::Wrong(wrong) => {
                     self.token.distrust_handles();
                     self.down(DownReason::WrongSignature(wrong.0), &job.key, true);
@@ -194,6 +202,9 @@ impl Lane<'_> {
         self.session().map_err(|ckr| (ckr.into(), stale))?;
         let Some(session) = &self.session else { return Err((Ckr::NOT_INITIALIZED.into(), stale)) };
         let found = job.key.locate(session, epoch, stale).map_err(|fault| (fault, stale))?;
+        if !job.key.is_proved() {
+            job.key.prove_fit(session, found).map_err(|fault| (fault, stale))?;
+        }
         let verify = must_verify(&mut self.proofs, self.token, &job.key, found.generation);
         job.key.sign(session, found, job.scheme, &job.message, verify).map_err(|fault| {
             // Until a signature is seen to be right, the next one is a first one again.
@@ -264,16 +275,26 @@ impl Lane<'_> {
 
     /// Tries the whole way to a signature from the start: as things are, after another login, after another C_Initialize.
     fn probe(&mut self, suspect: Option<&Arc<TokenKey>>) -> Probed {
-        let key = suspect.cloned().or_else(|| self.token.any_key());
+        let keys = self.token.keys_in_use(suspect);
+        let (key, witnesses) =
+            keys.split_first().map_or((None, &[][..]), |(key, others)| (Some(key), others));
         let mut ended_with = Ckr::OK;
         let mut fault = None;
+        // In better words than the return code that stands for it.
+        let mut not_logged_in = None;
         for rung in [None, Some(Rung::Login), Some(Rung::Reset)] {
             if let Some(rung) = rung {
-                match fault {
-                    Some(Fault::Call(ckr)) if ckr.is_helped_by(rung) => ended_with = ckr,
+                let is_key = match fault {
+                    Some(Fault::Call(ckr)) if ckr.is_helped_by(rung) => {
+                        ended_with = ckr;
+                        false
+                    }
                     Some(Fault::Call(_) | Fault::KeyMissing) if rung == Rung::Login => continue,
-                    Some(Fault::KeyMissing) if self.token.may_search_anew() => self.token.searches_anew(),
+                    Some(Fault::KeyMissing) => true,
                     _ => break,
+                };
+                if rung == Rung::Reset && !self.token.may_reset(is_key) {
+                    break;
                 }
             }
             self.close_session(ended_with);
@@ -291,35 +312,46 @@ impl Lane<'_> {
                     }
                     // The module may have to be initialised again for that, too.
                     LoginFault::Problem(problem) if reset.is_none() => {
+                        not_logged_in = Some(login_trouble(&problem));
                         fault = Some(Fault::Call(problem.ckr().unwrap_or(Ckr::TOKEN_NOT_PRESENT)));
                         continue;
                     }
                     LoginFault::Problem(problem) => return Probed::Still(login_trouble(&problem), None),
                     LoginFault::TooSoon(at) | LoginFault::NotReset(ResetFault::TooSoon(at)) => {
-                        return Probed::Still(probe_trouble(fault), Some(at));
+                        return Probed::Still(not_logged_in.unwrap_or(probe_trouble(fault)), Some(at));
                     }
                     LoginFault::NotReset(ResetFault::ThreadsInside(_)) => {
-                        return Probed::Still(probe_trouble(fault), None);
+                        return Probed::Still(not_logged_in.unwrap_or(probe_trouble(fault)), None);
                     }
                     LoginFault::NotReset(ResetFault::Call { function, ckr }) => {
                         return Probed::Still(DownReason::Call(format!("{function} returned {ckr}")), None);
                     }
                 }
             }
-            match self.try_probe(key.as_ref()) {
+            match self.try_probe(key) {
                 Ok(()) => {
                     self.token.signature_succeeded();
                     return Probed::Up;
                 }
-                Err(failed) => fault = Some(failed),
+                Err(failed) => (fault, not_logged_in) = (Some(failed), None),
             }
         }
         self.close_session(ended_with);
-        match fault {
-            // It was searched for by somebody who is logged in: the token does well, and may have other keys.
-            Some(Fault::KeyMissing | Fault::KeyAmbiguous) => Probed::Up,
-            fault => Probed::Still(probe_trouble(fault), None),
+        let is_of_one_key = matches!(fault, Some(Fault::KeyMissing | Fault::KeyAmbiguous | Fault::Wrong(_)));
+        let has_no_key = is_of_one_key && !matches!(fault, Some(Fault::Wrong(_)));
+        if is_of_one_key && witnesses.iter().any(|witness| self.try_probe(Some(witness)).is_ok()) {
+            // The token does well, and its other keys must not wait for this one.
+            if let (Some(key), Some(Fault::Wrong(_))) = (key, &fault) {
+                key.doubt();
+            }
+            return Probed::Up;
         }
+        let reason = match (key, &fault, not_logged_in) {
+            (_, _, Some(reason)) => reason,
+            (Some(key), Some(Fault::Unfit(problem)), _) => unfit(key, problem),
+            _ => probe_trouble(fault),
+        };
+        if has_no_key { Probed::Keyless(reason) } else { Probed::Still(reason, None) }
     }
 
     fn try_probe(&mut self, key: Option<&Arc<TokenKey>>) -> Result<(), Fault> {
@@ -334,7 +366,10 @@ impl Lane<'_> {
         // Never the handle that may have been the trouble.
         let stale = key.generation();
         let found = key.locate(session, epoch, Some(stale))?;
-        key.prove(session, found)
+        match key.is_proved() {
+            true => key.prove(session, found),
+            false => key.prove_fit(session, found),
+        }
     }
 
     fn session(&mut self) -> Result<&Session, Ckr> {
@@ -399,10 +434,13 @@ fn pin_trouble(problem: &Problem) -> (DownReason, bool) {
 
 fn login_trouble(problem: &Problem) -> DownReason {
     DownReason::Call(match problem {
-        Problem::Call { function, ckr } => format!("{function} returned {ckr}"),
         Problem::TokenMissing { .. } => "its module shows no such token".into(),
-        other => other.code().into(),
+        other => other.to_string(),
     })
+}
+
+fn unfit(key: &TokenKey, problem: &Problem) -> DownReason {
+    DownReason::Call(format!("key {}: {problem}", key.name))
 }
 
 fn probe_trouble(fault: Option<Fault>) -> DownReason {

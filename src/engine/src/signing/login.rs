@@ -1,9 +1,10 @@
-//! Owns a token's login: the PIN, and the anchor PKCS#11 session that keeps the login alive.
+//! Owns a token's way in: the module's file, the PIN, and the anchor PKCS#11 session that keeps the login alive.
 //! Must not know keys, lanes or signatures. Runs on the thread that starts the token and on the lane that logs in again, one
 //! at a time.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cryptoki_sys::CK_SLOT_ID;
@@ -20,17 +21,37 @@ use super::token_stats::TokenStats;
 /// The login is the process', not a PKCS#11 session's (PKCS#11 v3.0 5.6): closing the last session logs out. The
 /// anchor is a session that is only ever held, so lanes may close theirs. C_Logout is never called.
 pub struct Login {
-    module: Arc<Module>,
+    path: PathBuf,
+    isolate: bool,
     place: Place,
-    /// Which token, as it calls itself: slot ids change when a module is initialised again.
+    /// Which token: slot ids change when a module is initialised again.
     label: String,
-    serial: String,
-    pin: Zeroizing<Vec<u8>>,
+    /// As the token calls itself, once it was seen.
+    serial: Option<String>,
+    pin: SharedPin,
     lock_wait: Duration,
     anchor: Option<Session>,
+    /// The last login did not fail.
+    is_in: bool,
     /// Of repeated logins; each rewrites SoftHSM's token file, and makes HSMs ask each other.
     pace: Pace,
+    stats: Arc<TokenStats>,
 }
+
+pub struct LoginPlan {
+    pub path: PathBuf,
+    pub isolate: bool,
+    pub label: String,
+    pub serial: Option<String>,
+    pub pin: SharedPin,
+    pub lock_wait: Duration,
+}
+
+/// Can be replaced while a login hangs, and then is presented by the next one.
+pub type SharedPin = Arc<Mutex<Zeroizing<Vec<u8>>>>;
+
+/// The module, from the moment at which it was loaded and initialised for a token.
+pub type Entered = OnceLock<Arc<Module>>;
 
 /// The slot of a token, and in which C_Initialize it was that.
 #[derive(Debug, Clone, Copy)]
@@ -39,57 +60,63 @@ pub struct Place {
     pub incarnation: u64,
 }
 
+impl Place {
+    /// Not found yet: in no incarnation.
+    const UNKNOWN: Place = Place { slot: 0, incarnation: u64::MAX };
+}
+
 impl Login {
-    /// Finds the token, opens the anchor and logs in, unless this process is logged in already. The caller holds the login
-    /// lock.
-    pub fn start(
-        module: &Arc<Module>,
-        label: &str,
-        serial: Option<&str>,
-        pin: Zeroizing<Vec<u8>>,
-        lock_wait: Duration,
-        stats: &TokenStats,
-    ) -> Result<Login, Problem> {
-        let (place, token) = find_slot(module, label, serial)?;
-        let anchor = open_anchor(module, place)?;
-        let logged_in = anchor.is_logged_in().map_err(Problem::call("C_GetSessionInfo"))?;
-        let (label, serial) = (token.label.clone(), token.serial.clone());
-        let login = Login {
-            module: module.clone(),
-            place,
-            label,
-            serial,
-            pin,
-            lock_wait,
-            anchor: Some(anchor),
-            pace: Pace::default(),
-        };
-        if !logged_in {
-            refuse_risk(&token)?;
-            login.present_pin(stats)?;
-        }
-        Ok(login)
+    /// Nobody is logged in yet.
+    pub fn new(plan: LoginPlan, stats: Arc<TokenStats>) -> Login {
+        let LoginPlan { path, isolate, label, serial, pin, lock_wait } = plan;
+        let (place, pace) = (Place::UNKNOWN, Pace::default());
+        Login { path, isolate, place, label, serial, pin, lock_wait, anchor: None, is_in: false, pace, stats }
     }
 
-    /// Logs in after the token forgot us, having initialised the module again if it is still in `reset`. The caller makes
-    /// sure that one lane does it for all.
-    pub fn again(&mut self, reset: Option<u64>, stats: &TokenStats) -> Result<(), LoginFault> {
+    /// Loads the module, finds the token, opens the anchor and logs in, unless this process is logged in already.
+    pub fn start(&mut self, entered: &Entered) -> Result<(), Problem> {
+        let _lock = take_lock(&self.path, self.lock_wait, &self.stats);
+        let module = self.enter(entered)?;
+        let token = self.find(module)?;
+        let anchor = open_anchor(module, self.place)?;
+        let is_logged_in = anchor.is_logged_in().map_err(Problem::call("C_GetSessionInfo"))?;
+        self.anchor = Some(anchor);
+        if !is_logged_in {
+            refuse_risk(&token)?;
+            self.present_pin()?;
+        }
+        self.is_in = true;
+        Ok(())
+    }
+
+    /// Logs in after the token forgot us, or for the first time, having initialised the module again if it is still in `reset`.
+    /// The caller makes sure that one lane does it for all. `epoch` is counted before and after the login: a number that was a
+    /// handle before may mean another key from the login on.
+    pub fn again(
+        &mut self,
+        entered: &Entered,
+        reset: Option<u64>,
+        epoch: &AtomicU64,
+    ) -> Result<(), LoginFault> {
         // Another initialisation has a pace of its own, and a login belongs to it.
-        if reset.is_none() && self.place.incarnation == self.module.incarnation() {
+        if reset.is_none()
+            && entered.get().is_some_and(|module| self.place.incarnation == module.incarnation())
+        {
             self.pace.may_begin().map_err(LoginFault::TooSoon)?;
         }
         // For all of it: SoftHSM does not see a token that another process is writing.
-        let _lock = take_lock(self.module.path(), self.lock_wait, stats);
+        let _lock = take_lock(&self.path, self.lock_wait, &self.stats);
+        let module = self.enter(entered)?;
         if let Some(incarnation) = reset
-            && self.module.incarnation() == incarnation
+            && module.incarnation() == incarnation
         {
-            self.module.reinitialize(incarnation).map_err(LoginFault::NotReset)?;
-            stats.reinitialized.add(1);
+            module.reinitialize(incarnation).map_err(LoginFault::NotReset)?;
+            self.stats.reinitialized.add(1);
         }
-        if self.place.incarnation != self.module.incarnation() {
+        if self.place.incarnation != module.incarnation() {
             // The module does not know it any more, and is not told that it is closed.
             self.anchor = None;
-            (self.place, _) = find_slot(&self.module, &self.label, Some(&self.serial))?;
+            self.find(module)?;
         }
         if let Some(anchor) = self.anchor.take() {
             match anchor.is_logged_in() {
@@ -98,14 +125,35 @@ impl Login {
             }
         }
         if self.anchor.is_none() {
-            self.anchor = Some(open_anchor(&self.module, self.place)?);
+            self.anchor = Some(open_anchor(module, self.place)?);
         }
         // SoftHSM cannot read its flags any more after a login when its files are read-only. This PIN was right once.
-        if let Ok(token) = self.module.token_info(self.place.slot) {
+        if let Ok(token) = module.token_info(self.place.slot) {
             refuse_risk(&token)?;
         }
         self.pace.begin();
-        Ok(self.present_pin(stats)?)
+        self.is_in = false;
+        epoch.fetch_add(1, Ordering::AcqRel);
+        self.present_pin()?;
+        epoch.fetch_add(1, Ordering::AcqRel);
+        self.is_in = true;
+        Ok(())
+    }
+
+    /// Whether the PIN may be presented if the login is given up: as far as can be known without presenting it.
+    pub fn may_log_in_again(&self, entered: &Entered) -> bool {
+        let Some(module) = entered.get() else { return true };
+        let is_risky = module.token_info(self.place.slot).is_ok_and(|token| refuse_risk(&token).is_err());
+        !is_risky && self.pin_of(&self.secret()).refused_before().is_none()
+    }
+
+    /// That there is another PIN: they need not heed the refusal of the former one.
+    pub fn tell_siblings(&self) {
+        self.pin_of(&[]).is_another();
+    }
+
+    pub fn is_in(&self) -> bool {
+        self.is_in
     }
 
     /// Ends the login, when no other PKCS#11 session of this process is open.
@@ -117,26 +165,56 @@ impl Login {
         self.place
     }
 
-    fn present_pin(&self, stats: &TokenStats) -> Result<(), Problem> {
+    fn enter<'a>(&self, entered: &'a Entered) -> Result<&'a Arc<Module>, Problem> {
+        if let Some(module) = entered.get() {
+            return Ok(module);
+        }
+        let module =
+            Module::load(&self.path, self.isolate).map_err(|error| Problem::Load(error.to_string()))?;
+        module.initialize().map_err(Problem::call("C_Initialize"))?;
+        // Nobody else sets it: whoever comes here has the login to itself.
+        Ok(entered.get_or_init(|| module))
+    }
+
+    fn find(&mut self, module: &Module) -> Result<TokenInfo, Problem> {
+        let (place, token) = find_slot(module, &self.label, self.serial.as_deref())?;
+        self.place = place;
+        self.serial = Some(token.serial.clone());
+        Ok(token)
+    }
+
+    fn present_pin(&self) -> Result<(), Problem> {
         let Some(anchor) = &self.anchor else { return Err(Problem::call("C_Login")(Ckr::NOT_INITIALIZED)) };
-        let pin = Pin { module: self.module.path(), serial: &self.serial, pin: &self.pin };
+        let secret = self.secret();
+        let pin = self.pin_of(&secret);
         if let Some(ckr) = pin.refused_before() {
             return Err(Problem::PinRefused(ckr));
         }
-        match anchor.login(&self.pin) {
+        match anchor.login(&secret) {
             Ok(()) => {
-                stats.logged_in.add(1);
-                pin.accepted();
+                self.stats.logged_in.add(1);
+                pin.is_another();
                 Ok(())
             }
             // Another thread of this process was faster.
-            Err(Ckr::USER_ALREADY_LOGGED_IN) => Ok(()),
+            Err(Ckr::USER_ALREADY_LOGGED_IN) => {
+                pin.is_another();
+                Ok(())
+            }
             Err(ckr) if ckr.repair() == Repair::PinRefused => {
                 pin.refused(ckr);
                 Err(Problem::PinRefused(ckr))
             }
             Err(ckr) => Err(Problem::call("C_Login")(ckr)),
         }
+    }
+
+    fn secret(&self) -> Zeroizing<Vec<u8>> {
+        self.pin.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn pin_of<'a>(&'a self, secret: &'a [u8]) -> Pin<'a> {
+        Pin { module: &self.path, serial: self.serial.as_deref().unwrap_or_default(), pin: secret }
     }
 }
 
@@ -188,7 +266,7 @@ fn find_slot(module: &Module, label: &str, serial: Option<&str>) -> Result<(Plac
 
 /// Takes the login lock; when another process holds it too long the login goes ahead without it, counted: refusing to
 /// serve because somebody else hangs would be worse than the small race the lock prevents.
-pub fn take_lock(module: &Path, wait: Duration, stats: &TokenStats) -> Option<LoginLock> {
+fn take_lock(module: &Path, wait: Duration, stats: &TokenStats) -> Option<LoginLock> {
     LoginLock::acquire(module, wait).map_err(|_| stats.login_lock_timeouts.add(1)).ok()
 }
 

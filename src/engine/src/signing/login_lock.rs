@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,11 +16,19 @@ use std::time::{Duration, Instant};
 /// The lock is `flock` on the module file itself: every process of the host that can load the module can open it,
 /// and no lock file has to be named, created or cleaned up. It is advisory and ends with the process.
 /// Two locks on one module exclude each other also within a process: never acquire one while holding one.
+///
+/// Whoever hangs inside the module does not keep it for longer than `HELD_MAX`: the process that takes its place logs in to
+/// the same token.
 #[derive(Debug)]
 pub struct LoginLock {
     /// Closing the only descriptor of this open file description releases the lock.
-    _module: File,
+    module: Arc<Mutex<Option<File>>>,
+    /// Ends the thread that watches over the time.
+    _held: Sender<()>,
 }
+
+/// Longer than a login and a search take.
+pub const HELD_MAX: Duration = Duration::from_secs(5);
 
 impl LoginLock {
     /// Waits for at most `wait`. Errors: `TimedOut` when another process still holds the lock (the caller may go on,
@@ -29,7 +39,7 @@ impl LoginLock {
         let mut pause = PAUSE_MIN;
         loop {
             if try_lock(&file)? {
-                return Ok(LoginLock { _module: file });
+                return Ok(LoginLock::hold(file));
             }
             let left = give_up.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -43,6 +53,30 @@ impl LoginLock {
             pause = (pause * 2).min(PAUSE_MAX);
         }
     }
+
+    fn hold(module: File) -> LoginLock {
+        let module = Arc::new(Mutex::new(Some(module)));
+        let (held, released) = channel::<()>();
+        let watched = module.clone();
+        let watch = move || {
+            if released.recv_timeout(HELD_MAX) == Err(RecvTimeoutError::Timeout) {
+                close(&watched);
+            }
+        };
+        // Out of threads, nobody watches: the login is what counts.
+        let _ = thread::Builder::new().name("login-lock".into()).spawn(watch);
+        LoginLock { module, _held: held }
+    }
+}
+
+impl Drop for LoginLock {
+    fn drop(&mut self) {
+        close(&self.module);
+    }
+}
+
+fn close(module: &Mutex<Option<File>>) {
+    *module.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }
 
 const PAUSE_MIN: Duration = Duration::from_micros(500);

@@ -80,6 +80,8 @@ pub enum ResetFault {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Release {
     Finalized,
+    /// The token was away all the time, and its module never needed.
+    NotEntered,
     /// Another token of this process uses the same module.
     StillUsed,
     /// Somebody else in this process initialised it and will finalise it.
@@ -201,8 +203,9 @@ impl Module {
             return Ok(());
         }
         change.life().resets.may_begin().map_err(ResetFault::TooSoon)?;
-        let was_open = change.close(RESET_WAIT).map_err(ResetFault::ThreadsInside)?;
+        // Also one that fails: everybody waits outside for as long as it is tried.
         change.life().resets.begin();
+        let was_open = change.close(RESET_WAIT).map_err(ResetFault::ThreadsInside)?;
         let call = |function| move |ckr| ResetFault::Call { function, ckr };
         match if was_open { self.call_finalize() } else { Ok(()) } {
             Ok(()) | Err(Ckr::NOT_INITIALIZED) => {}
@@ -314,18 +317,6 @@ impl Module {
         })
     }
 
-    /// Whether the slot's token can sign with this mechanism.
-    pub fn can_sign(&self, slot: CK_SLOT_ID, mechanism: sys::CK_MECHANISM_TYPE) -> Result<bool, Ckr> {
-        let (get, _inside) = self.enter(self.functions.C_GetMechanismInfo)?;
-        let mut info = sys::CK_MECHANISM_INFO::default();
-        // SAFETY: `info` is a CK_MECHANISM_INFO that lives through the call.
-        match Ckr::check(unsafe { get(slot, mechanism, &mut info) }) {
-            Ok(()) => Ok(info.flags & sys::CKF_SIGN != 0),
-            Err(Ckr(sys::CKR_MECHANISM_INVALID)) => Ok(false),
-            Err(ckr) => Err(ckr),
-        }
-    }
-
     /// The one way into the module: refused once the gate is closed, counted while inside. Waits outside while the module
     /// is initialised again, which cannot begin as long as anybody is inside.
     fn enter<F>(&self, function: Option<F>) -> Result<(F, Inside<'_>), Ckr> {
@@ -390,10 +381,10 @@ impl Change<'_> {
 
 impl Drop for Change<'_> {
     fn drop(&mut self) {
-        // A reset that failed half-way leaves the module closed, until the next one opens it.
-        let before = self.module.gate.fetch_and(!RESETTING, Ordering::AcqRel);
-        if before & RESETTING != 0 {
+        // A reset that failed half-way leaves the module closed, until the next one opens it. Nobody else changes these bits.
+        if self.module.gate.load(Ordering::Acquire) & RESETTING != 0 {
             self.module.gate.fetch_or(CLOSED, Ordering::AcqRel);
+            self.module.gate.fetch_and(!RESETTING, Ordering::AcqRel);
         }
         lock(&self.module.life).changing = false;
         self.module.changed.notify_all();
@@ -610,19 +601,35 @@ impl Session {
             .map(|(id, label)| KeyNames { id, label }))
     }
 
-    /// Whether each use of the key needs a login of its own. A token that does not know the attribute says no.
-    pub fn always_authenticates(&self, key: CK_OBJECT_HANDLE) -> Result<bool, Ckr> {
+    /// Whether the token can sign with this mechanism.
+    pub fn can_sign(&self, mechanism: sys::CK_MECHANISM_TYPE) -> Result<bool, Ckr> {
+        let (get, _inside) = self.enter(self.module.functions.C_GetMechanismInfo)?;
+        let mut info = sys::CK_MECHANISM_INFO::default();
+        // SAFETY: `info` is a CK_MECHANISM_INFO that lives through the call.
+        match Ckr::check(unsafe { get(self.slot, mechanism, &mut info) }) {
+            Ok(()) => Ok(info.flags & sys::CKF_SIGN != 0),
+            Err(Ckr(sys::CKR_MECHANISM_INVALID)) => Ok(false),
+            Err(ckr) => Err(ckr),
+        }
+    }
+
+    /// Whether an attribute of the key that is a boolean is true; None when the token does not know the attribute.
+    pub fn flag(
+        &self,
+        key: CK_OBJECT_HANDLE,
+        attribute: sys::CK_ATTRIBUTE_TYPE,
+    ) -> Result<Option<bool>, Ckr> {
         let (get, _inside) = self.enter(self.module.functions.C_GetAttributeValue)?;
         let mut value: sys::CK_BBOOL = sys::CK_FALSE;
         let mut template = [CK_ATTRIBUTE {
-            type_: sys::CKA_ALWAYS_AUTHENTICATE,
+            type_: attribute,
             pValue: ptr::from_mut(&mut value).cast(),
             ulValueLen: size_of_val(&value) as CK_ULONG,
         }];
         // SAFETY: one attribute with room for one CK_BBOOL; both live through the call.
         match Ckr::check(unsafe { get(self.handle, key, template.as_mut_ptr(), 1) }) {
-            Ok(()) => Ok(value != sys::CK_FALSE),
-            Err(Ckr(sys::CKR_ATTRIBUTE_TYPE_INVALID)) => Ok(false),
+            Ok(()) => Ok(Some(value != sys::CK_FALSE)),
+            Err(Ckr(sys::CKR_ATTRIBUTE_TYPE_INVALID)) => Ok(None),
             Err(ckr) => Err(ckr),
         }
     }

@@ -55,8 +55,8 @@ impl Pin<'_> {
         remember(&mut refused, Refused { token, pin, ckr, mark: self.mark(ckr).ok() });
     }
 
-    /// Siblings may try again: they have this PIN, too.
-    pub fn accepted(&self) {
+    /// Than the one that was refused: siblings may try, they have it too.
+    pub fn is_another(&self) {
         let token = self.digest(&[]);
         let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
         refused.iter_mut().filter(|known| known.token == token).for_each(|known| known.mark = None);

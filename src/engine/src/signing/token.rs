@@ -15,13 +15,13 @@ use super::ckr::Ckr;
 use super::desk::{Desk, DeskPlan, DownReason, Health, Job, LaneWanted};
 use super::key_directory::KeyDirectory;
 use super::lane;
-use super::login::{self, Login, LoginFault, Place};
+use super::login::{Entered, Login, LoginFault, LoginPlan, Place, SharedPin};
 use super::pace::Pace;
-use super::pkcs11::{Matches, Module, Release, Session};
+use super::pkcs11::{Matches, Release, Session};
 use super::public_key::PublicKey;
 use super::service_time::ServiceTime;
 use super::token_error::{Problem, TokenError};
-use super::token_key::{Fault, Found, KeyPlan, TokenKey};
+use super::token_key::{Fault, KeyPlan, TokenKey};
 use super::token_stats::TokenStats;
 use super::{Class, SignError};
 
@@ -64,8 +64,9 @@ pub const LOST_AFTER_DEADLINES: u32 = 2;
 /// Lanes hold it, so it ends with `stop`, not with the last handle.
 pub struct Token {
     name: Arc<str>,
-    module: Arc<Module>,
+    module: Entered,
     login: Mutex<Login>,
+    pin: SharedPin,
     /// Where the token is, as of the last login. Apart from `login`, which is held across calls.
     place: Mutex<Place>,
     /// Counts logins, and whatever else ends the trust in handles. One that was found in an older epoch is not used.
@@ -73,12 +74,12 @@ pub struct Token {
     keys: Mutex<HashMap<KeyIdentity, Weak<TokenKey>>>,
     directory: Mutex<KeyDirectory>,
     keys_numbered: AtomicU64,
-    /// Initialisations for the sake of a key that was not there.
-    searches: Mutex<Pace>,
+    /// Initialisations of the module while somebody else does well with it.
+    disturbances: Mutex<Pace>,
     /// Signatures that failed since the last good one.
     failures_in_a_row: AtomicU32,
     lanes: u32,
-    weight: u32,
+    weight: AtomicU32,
     lost_after: Duration,
     desk: Desk,
     stats: Arc<TokenStats>,
@@ -89,8 +90,19 @@ pub struct Token {
     released: OnceLock<Release>,
 }
 
-/// What two certificates must have in common to share a key: its id and label, and the public key.
-type KeyIdentity = (Option<Vec<u8>>, Option<String>, Vec<u8>);
+/// What two certificates must have in common to share a key.
+#[derive(PartialEq, Eq, Hash)]
+struct KeyIdentity {
+    id: Option<Vec<u8>>,
+    label: Option<String>,
+    spki: Vec<u8>,
+}
+
+impl KeyIdentity {
+    fn of(KeyPlan { id, label, spki, .. }: &KeyPlan) -> KeyIdentity {
+        KeyIdentity { id: id.clone(), label: label.clone(), spki: spki.clone() }
+    }
+}
 
 /// How a token ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,9 +117,18 @@ pub enum StopOutcome {
 /// This many failed signatures without a good one between them open the circuit.
 const FAILURES_MAX: u32 = 3;
 
-/// A key that is really gone must not cost the others of its token an initialisation again and again.
-const SEARCH_PAUSE_MIN: Duration = Duration::from_secs(1);
-const SEARCH_PAUSE_MAX: Duration = Duration::from_secs(300);
+/// A key or a token that is really gone must not cost the others of its module an initialisation again and again.
+const DISTURBANCE_PAUSE_MIN: Duration = Duration::from_secs(1);
+const DISTURBANCE_PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// Which happens ever more rarely.
+const DISTURBED_MAX: u32 = 3;
+
+/// So many other keys are tried before a token is down for what one of them is wrong with.
+const WITNESSES_MAX: usize = 3;
+
+/// Of this process, whichever modules they are in.
+static TOKENS: Mutex<Vec<Weak<Token>>> = Mutex::new(Vec::new());
 
 impl Token {
     /// Loads the module, finds the token, logs in once and starts the first lane. Takes the login lock of the module:
@@ -119,21 +140,65 @@ impl Token {
         start(plan).map_err(|problem| TokenError::token(&name, problem))
     }
 
+    /// One that is away: down until a lane has found it and logged in. Calls nothing of its module on this thread.
+    pub fn awaited(plan: TokenPlan) -> Result<Arc<Token>, TokenError> {
+        let name = plan.name.clone();
+        awaited(plan).map_err(|problem| TokenError::token(&name, problem))
+    }
+
+    /// What may change while the token is in use: its PIN, for the next login, and its weight. True: the PIN is another one.
+    pub fn adopt(&self, pin: &Zeroizing<Vec<u8>>, weight: u32) -> bool {
+        self.weight.store(weight, Ordering::Relaxed);
+        let mut known = lock(&self.pin);
+        let is_new = **known != **pin;
+        if is_new {
+            known.clone_from(pin);
+            drop(known);
+            // Where somebody hangs in a login, that tells them.
+            if let Ok(login) = self.login.try_lock() {
+                login.tell_siblings();
+            }
+            self.desk.probe_soon();
+        }
+        is_new
+    }
+
     /// Finds the private key, and proves with one verified signature that it is the certificate's. A key that is in use
     /// for the same public key has been proved.
     pub fn find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, TokenError> {
-        let identity = (plan.id.clone(), plan.label.clone(), plan.spki.clone());
+        let identity = KeyIdentity::of(&plan);
         if let Some(known) = lock(&self.keys).get(&identity).and_then(Weak::upgrade) {
             return Ok(known);
         }
         let name = plan.name.clone();
-        let key = self.try_find_key(plan).map_err(|problem| TokenError::key(&self.name, &name, problem))?;
+        let found =
+            self.new_key(plan).and_then(|key| self.undisturbed(|| self.try_find_key(&key)).map(|()| key));
+        let key = found.map_err(|problem| TokenError::key(&self.name, &name, problem))?;
         let mut keys = lock(&self.keys);
         // Keys that nobody uses any more go when there would be no room: looking at all each time is quadratic.
         if keys.len() == keys.capacity() {
             keys.retain(|_, key| key.strong_count() > 0);
         }
         keys.insert(identity, Arc::downgrade(&key));
+        Ok(key)
+    }
+
+    /// The private key of a token that cannot be asked now: it is found and proved before its first signature.
+    pub fn expect_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, TokenError> {
+        // Whoever could ask the token named both.
+        let is_named = |KeyIdentity { id, label, spki }: &KeyIdentity| {
+            *spki == plan.spki
+                && (plan.id.is_none() || plan.id == *id)
+                && (plan.label.is_none() || plan.label == *label)
+        };
+        let known = |(identity, key): (_, &Weak<TokenKey>)| key.upgrade().filter(|_| is_named(identity));
+        if let Some(known) = lock(&self.keys).iter().find_map(known) {
+            return Ok(known);
+        }
+        let identity = KeyIdentity::of(&plan);
+        let name = plan.name.clone();
+        let key = self.new_key(plan).map_err(|problem| TokenError::key(&self.name, &name, problem))?;
+        lock(&self.keys).insert(identity, Arc::downgrade(&key));
         Ok(key)
     }
 
@@ -146,7 +211,8 @@ impl Token {
         inputs: [&[u8]; N],
     ) -> Result<[Zeroizing<[u8; 32]>; N], TokenError> {
         let name = label.map_or_else(|| format!("with id {}", hex(id.unwrap_or_default())), str::to_owned);
-        self.try_derive(id, label, inputs).map_err(|problem| TokenError::key(&self.name, &name, problem))
+        self.undisturbed(|| self.try_derive(id, label, inputs))
+            .map_err(|problem| TokenError::key(&self.name, &name, problem))
     }
 
     /// Frees what only helps to find many keys. To be called when those of a configuration have been found.
@@ -200,7 +266,8 @@ impl Token {
     pub(super) fn cost(&self, class: Class) -> (Health, bool, Duration) {
         // One that has not been measured costs a little, or its weight would mean nothing.
         let expected = self.expected(class).max(Duration::from_micros(1));
-        (self.health(), self.weight == 0, expected / self.weight.max(1))
+        let weight = self.weight.load(Ordering::Relaxed);
+        (self.health(), weight == 0, expected / weight.max(1))
     }
 
     /// How long one request has occupied the token.
@@ -243,26 +310,26 @@ impl Token {
 
     /// Which C_Initialize of the module holds.
     pub(super) fn incarnation(&self) -> u64 {
-        self.module.incarnation()
+        self.module.get().map_or(0, |module| module.incarnation())
     }
 
     pub(super) fn open_session(&self) -> Result<Session, Ckr> {
+        let Some(module) = self.module.get() else { return Err(Ckr::USER_NOT_LOGGED_IN) };
         let Place { slot, incarnation } = *lock(&self.place);
-        Session::open(&self.module, slot, incarnation)
+        Session::open(module, slot, incarnation)
     }
 
     /// Logs in again, once for all lanes that found themselves logged out in `epoch`; with `reset`, not before the module is
     /// in another incarnation than this.
     pub(super) fn login_again(&self, epoch: u64, reset: Option<u64>) -> Result<(), LoginFault> {
         let mut login = lock(&self.login);
-        if self.epoch() != epoch {
+        if self.epoch() != epoch && login.is_in() {
             return Ok(());
         }
-        login.again(reset, &self.stats)?;
-        *lock(&self.place) = login.place();
         // Every private object handle died with the old login.
-        self.epoch.fetch_add(1, Ordering::AcqRel);
-        Ok(())
+        let done = login.again(&self.module, reset, &self.epoch);
+        *lock(&self.place) = login.place();
+        done
     }
 
     /// No handle is used any more that was found until now: one of them was not what it was.
@@ -271,18 +338,47 @@ impl Token {
     }
 
     /// Whether the module may be initialised for the sake of a key that it does not show any more: SoftHSM never shows one
-    /// again whose file it once could not read.
+    /// again whose file it once could not read. Whoever has it done has it counted by `disturbs`.
     pub(super) fn may_search_anew(&self) -> bool {
-        lock(&self.searches).may_begin().is_ok()
+        lock(&self.disturbances).may_begin().is_ok()
     }
 
-    pub(super) fn searches_anew(&self) {
-        lock(&self.searches).begin();
+    /// Whether the module may be initialised because this token is gone, or shows no key: not by a lane of a token that another
+    /// one is lost in, nor soon again where others do well, nor where the login that is there could not be had again.
+    pub(super) fn may_reset(&self, for_a_key: bool) -> bool {
+        if self.stats.lanes_lost.get() > 0 {
+            return false;
+        }
+        if for_a_key && !lock(&self.login).may_log_in_again(&self.module) {
+            return false;
+        }
+        if for_a_key || self.has_neighbour() {
+            let mut disturbances = lock(&self.disturbances);
+            if disturbances.may_begin().is_err() {
+                return false;
+            }
+            disturbances.begin();
+        }
+        true
     }
 
-    /// Some key that is still in use.
-    pub(super) fn any_key(&self) -> Option<Arc<TokenKey>> {
-        lock(&self.keys).values().find_map(Weak::upgrade)
+    /// Another token of the same module does well.
+    fn has_neighbour(&self) -> bool {
+        let Some(module) = self.module.get() else { return false };
+        let is_neighbour = |other: Arc<Token>| {
+            !std::ptr::eq(&raw const *other, self)
+                && other.is_up()
+                && other.module.get().is_some_and(|its| Arc::ptr_eq(its, module))
+        };
+        lock(&TOKENS).iter().filter_map(Weak::upgrade).any(is_neighbour)
+    }
+
+    /// That are still in use, `suspect` first.
+    pub(super) fn keys_in_use(&self, suspect: Option<&Arc<TokenKey>>) -> Vec<Arc<TokenKey>> {
+        let keys = lock(&self.keys);
+        let is_other = |key: &Arc<TokenKey>| suspect.is_none_or(|suspect| !Arc::ptr_eq(key, suspect));
+        let others = keys.values().filter_map(Weak::upgrade).filter(is_other);
+        suspect.cloned().into_iter().chain(others.take(WITNESSES_MAX)).collect()
     }
 
     pub(super) fn signature_succeeded(&self) {
@@ -300,7 +396,7 @@ impl Token {
     /// The last lane lets go of the token, on its own thread, because these calls may hang too.
     pub(super) fn release(&self) {
         lock(&self.login).end();
-        let _ = self.released.set(self.module.release());
+        let _ = self.released.set(self.module.get().map_or(Release::NotEntered, |module| module.release()));
         self.desk.all_ended();
     }
 
@@ -317,6 +413,18 @@ impl Token {
                 Err(error)
             }
         }
+    }
+
+    /// Another token may have had the module initialised again under `what`: then it begins anew.
+    fn undisturbed<T>(&self, what: impl Fn() -> Result<T, Problem>) -> Result<T, Problem> {
+        for _ in 0..DISTURBED_MAX {
+            let incarnation = self.incarnation();
+            let done = what();
+            if done.is_ok() || self.incarnation() == incarnation {
+                return done;
+            }
+        }
+        what()
     }
 
     fn try_derive<const N: usize>(
@@ -369,30 +477,25 @@ impl Token {
         }
     }
 
-    fn try_find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, Problem> {
+    fn new_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, Problem> {
         if plan.id.is_none() && plan.label.is_none() {
             return Err(Problem::KeyUnnamed);
         }
         let public =
             PublicKey::from_spki(&plan.spki).map_err(|reason| Problem::PublicKey(reason.to_string()))?;
-        for mechanism in public.mechanisms() {
-            let slot = lock(&self.place).slot;
-            let can = self.module.can_sign(slot, mechanism.ck_type());
-            if !can.map_err(Problem::call("C_GetMechanismInfo"))? {
-                return Err(Problem::MechanismMissing(mechanism.name()));
-            }
-        }
         let number = self.keys_numbered.fetch_add(1, Ordering::Relaxed);
-        let key = Arc::new(TokenKey::new(self.clone(), plan, public, number));
+        Ok(Arc::new(TokenKey::new(self.clone(), plan, public, number)))
+    }
 
+    fn try_find_key(&self, key: &TokenKey) -> Result<(), Problem> {
         let session = self.session_of_its_own()?;
         let mut epoch = self.epoch();
         let hint = lock(&self.directory).find(&session, epoch, key.id(), key.label());
         let supposed = hint.map(|handle| key.suppose(&session, handle, epoch));
         if let Some(found) = supposed
-            && prove(&key, &session, found).is_ok()
+            && key.prove_fit(&session, found).is_ok()
         {
-            return Ok(key);
+            return Ok(());
         }
         let stale = supposed.map(|found| found.generation);
         let mut located = key.locate(&session, epoch, stale);
@@ -402,8 +505,7 @@ impl Token {
             located = key.locate(&session, epoch, stale);
         }
         let found = located.map_err(|fault| fault.problem("C_FindObjects"))?;
-        prove(&key, &session, found)?;
-        Ok(key)
+        key.prove_fit(&session, found).map_err(|fault| fault.problem("C_Sign"))
     }
 }
 
@@ -411,85 +513,102 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// That the handle is the certificate's private key, and one that lanes can use.
-fn prove(key: &TokenKey, session: &Session, found: Found) -> Result<(), Problem> {
-    let always = session.always_authenticates(found.handle);
-    if always.map_err(Problem::call("C_GetAttributeValue"))? {
-        return Err(Problem::KeyAlwaysAuthenticates);
+fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
+    let token = Token::new(plan)?;
+    let mut login = lock(&token.login);
+    if let Err(problem) = login.start(&token.module) {
+        drop(login);
+        token.release();
+        return Err(problem);
     }
-    key.prove(session, found).map_err(|fault| fault.problem("C_Sign"))
+    *lock(&token.place) = login.place();
+    drop(login);
+    token.with_first_lane()
 }
 
-fn start(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
-    if !(1..=LANES_MAX).contains(&plan.lanes) {
-        return Err(Problem::Plan(format!("lanes: expected 1 to {LANES_MAX}, found {}", plan.lanes)));
-    }
-    if plan.threads_max < plan.lanes {
-        return Err(Problem::Plan(format!(
-            "threads_max: expected at least {}, found {}",
-            plan.lanes, plan.threads_max
-        )));
-    }
-    if plan.queue_max == 0 || plan.verify_ec_every == 0 || plan.verify_rsa_every == 0 {
-        return Err(Problem::Plan(
-            "queue_max, verify_ec_every and verify_rsa_every: expected at least 1, found 0".into(),
-        ));
-    }
-    let stats = Arc::new(TokenStats::default());
-    let module =
-        Module::load(&plan.module, plan.isolate).map_err(|error| Problem::Load(error.to_string()))?;
+fn awaited(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
+    let token = Token::new(plan)?;
+    token.desk.begin_down(DownReason::Call("it was away at the start".into()));
+    // Who does well with the module has just begun.
+    lock(&token.disturbances).begin();
+    token.with_first_lane()
+}
 
-    let login_lock = login::take_lock(&plan.module, plan.login_lock_wait, &stats);
-    module.initialize().map_err(Problem::call("C_Initialize"))?;
-    let serial = plan.serial.as_deref();
-    let login = match Login::start(&module, &plan.label, serial, plan.pin, plan.login_lock_wait, &stats) {
-        Ok(login) => login,
-        Err(problem) => {
-            module.release();
-            return Err(problem);
+impl Token {
+    fn new(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
+        if !(1..=LANES_MAX).contains(&plan.lanes) {
+            return Err(Problem::Plan(format!("lanes: expected 1 to {LANES_MAX}, found {}", plan.lanes)));
         }
-    };
-    drop(login_lock);
-
-    let token = Arc::new(Token {
-        name: plan.name.into(),
-        module,
-        place: Mutex::new(login.place()),
-        login: Mutex::new(login),
-        epoch: AtomicU64::new(1),
-        keys: Mutex::default(),
-        directory: Mutex::default(),
-        keys_numbered: AtomicU64::new(0),
-        searches: Mutex::new(Pace::between(SEARCH_PAUSE_MIN, SEARCH_PAUSE_MAX)),
-        failures_in_a_row: AtomicU32::new(0),
-        lanes: plan.lanes as u32,
-        weight: plan.weight,
-        lost_after: plan.lost_after,
-        desk: Desk::new(
-            DeskPlan {
-                count_max: plan.queue_max,
-                age_max: plan.queue_age_max,
-                lanes_max: plan.lanes,
-                threads_max: plan.threads_max,
-                lost_after: plan.lost_after,
-            },
-            stats.clone(),
-        ),
-        stats,
-        service_ec: ServiceTime::default(),
-        service_rsa: ServiceTime::default(),
-        verify_rsa_every: plan.verify_rsa_every,
-        verify_ec_every: plan.verify_ec_every,
-        released: OnceLock::new(),
-    });
-    // One lane from the start: a token without lanes could not be probed.
-    if let Some(wanted) = token.desk.first_lane()
-        && let Err(error) = token.start_lane(wanted)
-    {
-        token.release();
-        return Err(Problem::Thread(error));
+        if plan.threads_max < plan.lanes {
+            return Err(Problem::Plan(format!(
+                "threads_max: expected at least {}, found {}",
+                plan.lanes, plan.threads_max
+            )));
+        }
+        if plan.queue_max == 0 || plan.verify_ec_every == 0 || plan.verify_rsa_every == 0 {
+            return Err(Problem::Plan(
+                "queue_max, verify_ec_every and verify_rsa_every: expected at least 1, found 0".into(),
+            ));
+        }
+        let stats = Arc::new(TokenStats::default());
+        let pin: SharedPin = Arc::new(Mutex::new(plan.pin));
+        let login_plan = LoginPlan {
+            path: plan.module,
+            isolate: plan.isolate,
+            label: plan.label,
+            serial: plan.serial,
+            pin: pin.clone(),
+            lock_wait: plan.login_lock_wait,
+        };
+        let login = Login::new(login_plan, stats.clone());
+        let token = Arc::new(Token {
+            name: plan.name.into(),
+            module: Entered::new(),
+            place: Mutex::new(login.place()),
+            login: Mutex::new(login),
+            pin,
+            epoch: AtomicU64::new(1),
+            keys: Mutex::default(),
+            directory: Mutex::default(),
+            keys_numbered: AtomicU64::new(0),
+            disturbances: Mutex::new(Pace::between(DISTURBANCE_PAUSE_MIN, DISTURBANCE_PAUSE_MAX)),
+            failures_in_a_row: AtomicU32::new(0),
+            lanes: plan.lanes as u32,
+            weight: AtomicU32::new(plan.weight),
+            lost_after: plan.lost_after,
+            desk: Desk::new(
+                DeskPlan {
+                    count_max: plan.queue_max,
+                    age_max: plan.queue_age_max,
+                    lanes_max: plan.lanes,
+                    threads_max: plan.threads_max,
+                    lost_after: plan.lost_after,
+                },
+                stats.clone(),
+            ),
+            stats,
+            service_ec: ServiceTime::default(),
+            service_rsa: ServiceTime::default(),
+            verify_rsa_every: plan.verify_rsa_every,
+            verify_ec_every: plan.verify_ec_every,
+            released: OnceLock::new(),
+        });
+        let mut tokens = lock(&TOKENS);
+        tokens.retain(|token| token.strong_count() > 0);
+        tokens.push(Arc::downgrade(&token));
+        Ok(token)
     }
-    Ok(token)
+
+    /// One lane from the start: a token without lanes could not be probed.
+    fn with_first_lane(self: Arc<Self>) -> Result<Arc<Token>, Problem> {
+        if let Some(wanted) = self.desk.first_lane()
+            && let Err(error) = self.start_lane(wanted)
+        {
+            self.release();
+            return Err(Problem::Thread(error));
+        }
+        Ok(self)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -48,6 +48,8 @@ pub enum Problem {
     KeyMismatch,
     /// CKA_ALWAYS_AUTHENTICATE: each signature would need a login of its own.
     KeyAlwaysAuthenticates,
+    /// This attribute of it must be so, and is not.
+    KeyExposed(&'static str, bool),
     MechanismMissing(&'static str),
 }
 
@@ -80,6 +82,7 @@ impl Problem {
             Problem::KeyAmbiguous => "key_ambiguous",
             Problem::KeyMismatch => "key_mismatch",
             Problem::KeyAlwaysAuthenticates => "key_always_authenticates",
+            Problem::KeyExposed(..) => "key_exposed",
             Problem::MechanismMissing(_) => "mechanism_missing",
         }
     }
@@ -104,8 +107,13 @@ impl Problem {
 
 impl fmt::Display for TokenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: ", self.place)?;
-        match &self.problem {
+        write!(f, "{}: {}", self.place, self.problem)
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
             Problem::Load(reason) | Problem::Plan(reason) => f.write_str(reason),
             Problem::Call { function, ckr } => write!(f, "{function} returned {ckr}"),
             Problem::TokenMissing { label, serial, present } => {
@@ -136,6 +144,9 @@ impl fmt::Display for TokenError {
             Problem::KeyAlwaysAuthenticates => f.write_str(
                 "the private key wants a login for each signature (CKA_ALWAYS_AUTHENTICATE), which is not supported",
             ),
+            Problem::KeyExposed(attribute, expected) => {
+                write!(f, "expected a private key with {attribute} {expected}, so that it cannot leave the token; found another one")
+            }
             Problem::MechanismMissing(name) => write!(f, "the token cannot sign with {name}, which the key needs"),
         }
     }

@@ -1,8 +1,9 @@
 //! Owns one private key in one token: how it is found, its present handle, and one checked signature with it.
-//! Must not know lanes, queues or repairs. Runs on lanes, and on the thread that looks for the key first.
+//! Must not know lanes, queues or repairs. Runs on lanes, and on the thread that looks for the key first; no mutex of it is
+//! held across a call into the module.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cryptoki_sys::CK_OBJECT_HANDLE;
@@ -35,10 +36,15 @@ pub struct TokenKey {
     pub(super) number: u64,
     id: Option<Vec<u8>>,
     label: Option<String>,
-    /// Held across calls into the module while the key is looked for: never lock it on the I/O thread.
     place: Mutex<Place>,
+    /// A search has ended.
+    searched: Condvar,
     /// Milliseconds since `born`; 0: not lost. Apart from `place`, because the I/O thread reads it.
     lost_until_ms: AtomicU64,
+    /// How often it was wrong since it was right, once it was found that it is this key and not the token.
+    doubts: AtomicU32,
+    /// Not yet for one whose token was away when it was named.
+    is_proved: AtomicBool,
     born: Instant,
 }
 
@@ -47,6 +53,7 @@ pub struct TokenKey {
 struct Place {
     found: Option<Found>,
     generation: u64,
+    searching_since: Option<Instant>,
 }
 
 /// A handle and how long it may be believed. After a new login or a re-initialised module the same number may mean
@@ -67,6 +74,8 @@ pub(super) enum Fault {
     KeyMissing,
     KeyAmbiguous,
     Wrong(WrongSignature),
+    /// It is there, and no key to sign with.
+    Unfit(Problem),
 }
 
 impl Fault {
@@ -77,6 +86,7 @@ impl Fault {
             Fault::KeyMissing => Problem::KeyMissing,
             Fault::KeyAmbiguous => Problem::KeyAmbiguous,
             Fault::Wrong(_) => Problem::KeyMismatch,
+            Fault::Unfit(problem) => problem,
         }
     }
 }
@@ -89,6 +99,10 @@ impl From<Ckr> for Fault {
 
 /// A key that was deleted from the token is looked for again after this long, not for each connection.
 const LOST_PAUSE: Duration = Duration::from_secs(1);
+/// So often the pause until a key is asked again that was wrong doubles: up to 64 s.
+const DOUBTS_MAX: u32 = 6;
+/// A lane does not wait longer for another one's search: that may hang.
+const SEARCH_WAIT: Duration = Duration::from_secs(1);
 
 /// The largest signature: RSA-8192.
 pub(super) const SIGNATURE_BYTES_MAX: usize = 1024;
@@ -103,7 +117,10 @@ impl TokenKey {
             id: plan.id,
             label: plan.label,
             place: Mutex::default(),
+            searched: Condvar::new(),
             lost_until_ms: AtomicU64::new(0),
+            doubts: AtomicU32::new(0),
+            is_proved: AtomicBool::new(false),
             born: Instant::now(),
         }
     }
@@ -139,30 +156,51 @@ impl TokenKey {
 
     /// Counts how often the key was found.
     pub(super) fn generation(&self) -> u64 {
-        self.place.lock().unwrap_or_else(PoisonError::into_inner).generation
+        self.place().generation
     }
 
     /// Believes a handle that was not searched for; the caller proves it.
     pub(super) fn suppose(&self, session: &Session, handle: CK_OBJECT_HANDLE, epoch: u64) -> Found {
-        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        place.generation += 1;
-        let incarnation = session.incarnation();
-        let found = Found { handle, generation: place.generation, epoch, incarnation };
-        place.found = Some(found);
-        found
+        self.place().find(session, handle, epoch)
     }
 
     /// The handle for this epoch; looks for the key when there is none, or when the known one is `stale` (its
-    /// generation). Lanes that need the same search wait for the first one.
+    /// generation). Lanes that need the same search wait for the first one, unless it takes long.
     pub(super) fn locate(&self, session: &Session, epoch: u64, stale: Option<u64>) -> Result<Found, Fault> {
-        let mut place = self.place.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = place.found
-            && (found.epoch, found.incarnation) == (epoch, session.incarnation())
-            && Some(found.generation) != stale
-        {
-            return Ok(found);
+        let mut place = self.place();
+        loop {
+            if let Some(found) = place.found
+                && (found.epoch, found.incarnation) == (epoch, session.incarnation())
+                && Some(found.generation) != stale
+            {
+                return Ok(found);
+            }
+            let waited = place.searching_since.map(|since| since.elapsed());
+            let Some(left) = waited.and_then(|waited| SEARCH_WAIT.checked_sub(waited)) else { break };
+            place = self.searched.wait_timeout(place, left).map_or_else(|it| it.into_inner().0, |it| it.0);
         }
-        place.found = None;
+        place.searching_since = Some(Instant::now());
+        drop(place);
+        let searched = self.search(session);
+        let mut place = self.place();
+        place.searching_since = None;
+        let found = searched.map(|handle| place.find(session, handle, epoch));
+        drop(place);
+        self.searched.notify_all();
+        match &found {
+            Ok(found) => {
+                if !self.is_doubted() {
+                    self.lost_until_ms.store(0, Relaxed);
+                }
+                self.token.stats().refound.add(u64::from(found.generation > 1));
+            }
+            Err(Fault::KeyMissing | Fault::KeyAmbiguous) => self.lose(LOST_PAUSE),
+            Err(_) => {}
+        }
+        found
+    }
+
+    fn search(&self, session: &Session) -> Result<CK_OBJECT_HANDLE, Fault> {
         let find = || session.find_private_keys(self.id.as_deref(), self.label.as_deref());
         let mut matches = find()?;
         // Private objects are invisible without a login (v3.0 5.7): that is not a missing key. Another lane may log in
@@ -173,21 +211,35 @@ impl TokenKey {
             }
             matches = find()?;
         }
-        let fault = match matches {
-            Matches::One(handle) => {
-                place.generation += 1;
-                let incarnation = session.incarnation();
-                let found = Found { handle, generation: place.generation, epoch, incarnation };
-                place.found = Some(found);
-                self.lost_until_ms.store(0, Relaxed);
-                self.token.stats().refound.add(u64::from(found.generation > 1));
-                return Ok(found);
-            }
-            Matches::None => Fault::KeyMissing,
-            Matches::Several => Fault::KeyAmbiguous,
-        };
-        self.lost_until_ms.store(self.age_ms(LOST_PAUSE), Relaxed);
-        Err(fault)
+        match matches {
+            Matches::One(handle) => Ok(handle),
+            Matches::None => Err(Fault::KeyMissing),
+            Matches::Several => Err(Fault::KeyAmbiguous),
+        }
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lose(&self, pause: Duration) {
+        self.lost_until_ms.store(self.age_ms(pause), Relaxed);
+    }
+
+    /// It was wrong while other keys of the token were right: from now on that is this key's matter alone, and it is asked ever
+    /// more rarely until it is right.
+    pub(super) fn doubt(&self) {
+        let doubts = self.doubts.fetch_add(1, Relaxed).min(DOUBTS_MAX);
+        self.lose(LOST_PAUSE * (1 << doubts));
+    }
+
+    pub(super) fn is_doubted(&self) -> bool {
+        self.doubts.load(Relaxed) > 0
+    }
+
+    /// Whether it was seen that lanes may use the key.
+    pub(super) fn is_proved(&self) -> bool {
+        self.is_proved.load(Relaxed)
     }
 
     /// One signature in the TLS encoding. The lengths are always checked; the signature itself when `verify` says so.
@@ -205,8 +257,13 @@ impl TokenKey {
         let mut room = [0; SIGNATURE_BYTES_MAX];
         let length = session.sign(mechanism, found.handle, &input, &mut room)?;
         let signature = self.public.tls_signature(&room[..length]).map_err(Fault::Wrong)?;
-        if verify {
+        // Somebody may have logged in meanwhile, and the handle have become another key's.
+        if verify || self.is_doubted() || self.token.epoch() != found.epoch {
             self.public.verify(scheme, message, &signature).map_err(Fault::Wrong)?;
+            if self.is_doubted() {
+                self.doubts.store(0, Relaxed);
+                self.lost_until_ms.store(0, Relaxed);
+            }
         }
         Ok(signature)
     }
@@ -216,7 +273,48 @@ impl TokenKey {
         let scheme = self.public.schemes()[0];
         self.sign(session, found, scheme, PROOF_MESSAGE, true).map(drop)
     }
+
+    /// The same, and that it is a key to sign with that cannot leave the token.
+    ///
+    /// # Errors
+    /// `Unfit` says what else it is; what a call returned, or that it is not the certificate's.
+    pub(super) fn prove_fit(&self, session: &Session, found: Found) -> Result<(), Fault> {
+        for mechanism in self.public.mechanisms() {
+            if !session.can_sign(mechanism.ck_type())? {
+                return Err(Fault::Unfit(Problem::MechanismMissing(mechanism.name())));
+            }
+        }
+        if session.flag(found.handle, cryptoki_sys::CKA_ALWAYS_AUTHENTICATE)? == Some(true) {
+            return Err(Fault::Unfit(Problem::KeyAlwaysAuthenticates));
+        }
+        for (attribute, name, expected) in CONFINED {
+            if session.flag(found.handle, attribute)? != Some(expected) {
+                return Err(Fault::Unfit(Problem::KeyExposed(name, expected)));
+            }
+        }
+        self.prove(session, found)?;
+        self.is_proved.store(true, Relaxed);
+        Ok(())
+    }
 }
+
+impl Place {
+    fn find(&mut self, session: &Session, handle: CK_OBJECT_HANDLE, epoch: u64) -> Found {
+        self.generation += 1;
+        let found = Found { handle, generation: self.generation, epoch, incarnation: session.incarnation() };
+        // One that hung may come late.
+        if self.found.is_none_or(|known| known.epoch <= epoch) {
+            self.found = Some(found);
+        }
+        found
+    }
+}
+
+/// What makes a key one that cannot leave its token (PKCS#11 v3.0 4.9).
+const CONFINED: [(cryptoki_sys::CK_ATTRIBUTE_TYPE, &str, bool); 2] = [
+    (cryptoki_sys::CKA_SENSITIVE, "CKA_SENSITIVE", true),
+    (cryptoki_sys::CKA_EXTRACTABLE, "CKA_EXTRACTABLE", false),
+];
 
 /// Cannot be taken for anything TLS signs (RFC 8446 4.4.3 begins with 64 blanks, RFC 5246 7.4.3 with two randoms).
 const PROOF_MESSAGE: &[u8] = b"keygate asks whether this private key belongs to its certificate";

@@ -17,6 +17,18 @@ pub fn log_out() {
     close_session(session);
 }
 
+/// Changes the user's PIN; the process is logged in.
+pub fn change_pin(old: &str, new: &str) {
+    let session = open_session();
+    let set = functions().C_SetPIN.expect("SoftHSM has it");
+    let (old_bytes, new_bytes) = (old.len() as sys::CK_ULONG, new.len() as sys::CK_ULONG);
+    // SAFETY: both are readable for their lengths through the call, and only read.
+    let changed =
+        unsafe { set(session, old.as_ptr().cast_mut(), old_bytes, new.as_ptr().cast_mut(), new_bytes) };
+    assert_eq!(changed, sys::CKR_OK);
+    close_session(session);
+}
+
 /// Deletes the private key with this label; the process is logged in.
 pub fn delete_private_key(label: &str) {
     let session = open_session();

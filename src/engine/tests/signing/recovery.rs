@@ -9,7 +9,7 @@ use keygate_engine::signing::pkcs11::Release;
 use keygate_engine::signing::token::{StopOutcome, Token};
 
 use crate::control::{Damage, FOR_EVER, Function, Heal, Word};
-use crate::world::{Kind, PrivateKeyOf, World, answer, find, in_own_process, until};
+use crate::world::{Kind, PIN, PrivateKeyOf, World, answer, find, in_own_process, until};
 use crate::{SOON, STOP_BUDGET, is_shed};
 
 fn until_signs(key: &PrivateKeyOf) {
@@ -130,13 +130,57 @@ token_tests! {
         let (token, keys) = world.start(&[Kind::P256], |_| {});
         keys[0].sign().unwrap();
         let hidden = world.hide_objects("t");
-        assert_eq!(keys[0].sign().err(), Some(SignError::KeyLost));
-        assert!(token.is_up());
+        // It has no other, and says so at once.
+        assert_eq!(keys[0].sign().err(), Some(SignError::TokenDown));
+        assert_eq!(token.down_reason(), Some(DownReason::Call("a probe did not find its private key".into())));
         hidden.restore();
         // SoftHSM looks for files only when another process says that something changed, or from the start.
         until_signs(&keys[0]);
         assert_eq!(token.stats().reinitialized.get(), 2);
         assert_eq!(world.control.violations(), 0);
+    }
+
+    fn a_login_that_could_not_be_had_again_is_not_given_up_for_a_key(world: World) {
+        let (token, keys) = world.start(&[Kind::P256, Kind::P384], |_| {});
+        // Somebody mistyped the PIN: the next wrong one locks the token, so nobody logs in.
+        world.control.word(Word::PinTries).store(2, SeqCst);
+        world.control.word(Word::PinsRefused).store(1, SeqCst);
+        crate::bystander::delete_private_key(&keys[0].key.label);
+        assert_eq!(keys[0].sign().err(), Some(SignError::KeyLost));
+        keys[1].sign().unwrap();
+        assert_eq!(token.stats().reinitialized.get(), 0);
+    }
+
+    fn a_key_that_was_replaced_by_another_takes_only_itself_down(world: World) {
+        let (token, keys) = world.start(&[Kind::P256, Kind::P256], |plan| plan.verify_ec_every = u32::MAX);
+        keys.iter().for_each(|key| drop(key.sign().unwrap()));
+        crate::bystander::delete_private_key(&keys[0].key.label);
+        world.make_key("t", &keys[0].key.label, "A0", Kind::P256);
+        assert_eq!(keys[0].sign().err(), Some(SignError::Wrong));
+        until("a probe finds that it is this key", || token.is_up());
+        let went_down = token.stats().went_down.get();
+        for _ in 0..3 {
+            assert!(keys[0].submit().is_err(), "it is not even asked, for a while");
+            keys[1].sign().unwrap();
+        }
+        until("it is asked again", || keys[0].sign().err() == Some(SignError::Wrong));
+        keys[1].sign().unwrap();
+        assert_eq!(token.stats().went_down.get(), went_down, "and disturbs nobody");
+    }
+
+    fn a_pin_that_was_changed_is_replaced_without_another_start(world: World) {
+        let (token, keys) = world.start(&[Kind::P256], |_| {});
+        crate::bystander::change_pin(PIN, "battery-staple");
+        crate::bystander::log_out();
+        assert!(keys[0].sign().is_err());
+        assert_eq!(token.down_reason(), Some(DownReason::Pin("C_Login returned CKR_PIN_INCORRECT (0xA0)".into())));
+        let logins = world.calls(Function::Login);
+        token.adopt(&PIN.as_bytes().to_vec().into(), 1);
+        std::thread::sleep(SOON); // nothing is to happen
+        assert_eq!(world.calls(Function::Login), logins, "the one that was refused stays refused");
+        token.adopt(&b"battery-staple".to_vec().into(), 1);
+        until_signs(&keys[0]);
+        assert_eq!(world.calls(Function::Login), logins + 1);
     }
 
     fn a_wrong_pin_is_not_tried_again_after_an_initialisation(world: World) {

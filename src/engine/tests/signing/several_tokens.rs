@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
+use keygate_engine::signing::desk::DownReason;
 use keygate_engine::signing::token::{Token, TokenPlan};
 use keygate_engine::signing::token_key::KeyPlan;
 use keygate_engine::signing::{PrivateKey, SignError, Signed};
 use tokio::time::Instant;
 
-use crate::control::{FOR_EVER, FunctionControl};
+use crate::control::{FOR_EVER, Function, FunctionControl, Word};
 use crate::world::{Kind, PATIENCE, World, answer, in_own_process, until};
 
 /// One key in the tokens `a` and `b`; the plan of `b` can be changed.
@@ -102,5 +103,69 @@ token_tests! {
         world.sign().flip_left.store(1, SeqCst);
         world.sign().flip_every.store(1, SeqCst);
         signature(&key, PATIENCE).unwrap();
+    }
+
+    fn a_token_that_is_away_at_the_start_is_used_once_it_is_back(world: World) {
+        world.init_token("a");
+        let key = world.make_key("a", "k", "A1", Kind::P256);
+        let plan = || KeyPlan { id: None, label: Some("k".into()), spki: key.spki.clone(), name: "www".into() };
+        let a = Token::start(world.plan("a")).unwrap();
+        let b = Token::awaited(world.plan("b")).unwrap();
+        let both = PrivateKey::new(vec![a.find_key(plan()).unwrap(), b.expect_key(plan()).unwrap()]).unwrap();
+        until("it is looked for", || {
+            b.down_reason() == Some(DownReason::Call("its module shows no such token".into()))
+        });
+        assert_eq!(&*signature(&both, PATIENCE).unwrap().token, "a");
+        world.init_token("b");
+        world.copy_key("a", "b", "k", "A1");
+        until("it is back", || {
+            signature(&both, PATIENCE).unwrap();
+            b.is_up()
+        });
+        // Only another initialisation shows it. One that is gone for long does not cost the others one in each second.
+        assert!((1..=5).contains(&b.stats().reinitialized.get()), "{}", b.stats().reinitialized.get());
+        world.control.of(Function::Sign).fail(0x30, FOR_EVER);
+        only(&world.sign(), "a");
+        assert_eq!(&*signature(&both, PATIENCE).unwrap().token, "b");
+        assert_eq!(world.control.violations(), 0);
+    }
+
+    fn a_key_that_could_leave_a_token_that_was_away_signs_nothing(world: World) {
+        world.init_token("b");
+        let key = world.make_key("b", "k", "A1", Kind::P256);
+        world.control.word(Word::Extractable).store(1, SeqCst);
+        let b = Token::awaited(world.plan("b")).unwrap();
+        let plan = KeyPlan { id: None, label: Some("k".into()), spki: key.spki.clone(), name: "www".into() };
+        let key = PrivateKey::new(vec![b.expect_key(plan).unwrap()]).unwrap();
+        until("it is found", || {
+            matches!(b.down_reason(), Some(DownReason::Call(why)) if why.contains("CKA_EXTRACTABLE"))
+        });
+        assert_eq!(signature(&key, PATIENCE).err(), Some(SignError::TokenDown));
+        assert_eq!(world.calls(Function::Sign), 0);
+    }
+
+    fn a_token_is_probed_beside_its_hung_lane_while_another_one_of_the_module_signs(world: World) {
+        let ([a, b], key) = two_tokens(&world, |plan| plan.lanes = 2);
+        let plan = KeyPlan { id: None, label: Some("k".into()), spki: key.spki().to_vec(), name: "www".into() };
+        let of_b = PrivateKey::new(vec![b.find_key(plan).unwrap()]).unwrap();
+        only(&world.sign(), "b");
+        world.sign().hang.store(1, SeqCst);
+        let inside = of_b.sign(of_b.schemes()[0], b"message".to_vec()).unwrap();
+        until("a lane of it hangs", || world.sign().in_flight.load(SeqCst) == 1);
+        let start = world.control.of(Function::SignInit);
+        only(&start, "b");
+        start.fail(0x30, FOR_EVER);
+        let refused = of_b.sign(of_b.schemes()[0], b"message".to_vec()).unwrap();
+        let tried = start.injected.load(SeqCst) + 20;
+        until("it is probed again and again", || start.injected.load(SeqCst) >= tried);
+        let initialized = world.calls(Function::Initialize);
+        assert_eq!(&*signature(&key, PATIENCE).unwrap().token, "a");
+        assert!(a.is_up());
+        start.rv.store(0, SeqCst);
+        world.sign().hang.store(0, SeqCst);
+        answer(inside).unwrap();
+        drop(refused);
+        assert_eq!(world.calls(Function::Initialize), initialized);
+        assert_eq!(world.control.violations(), 0);
     }
 }
