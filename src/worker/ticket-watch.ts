@@ -7,8 +7,10 @@
 import type { Engine, TicketSnapshot } from '../engine/native.d.ts';
 import type { Log } from '../log.ts';
 
-/** After a failure. The engine has the secrets of the next epoch already. */
+/** After a failure. The engine has the secrets of the next epoch already; or none yet, and then hosts of a fleet do not resume
+ * each other's sessions. */
 const retryMs = 10_000;
+const firstRetryMs = 2_000;
 
 /** Epochs are counted from 1970, in rotations. */
 export function ticketEpoch(rotationMs: number, nowMs = Date.now()): number {
@@ -46,7 +48,7 @@ export class TicketWatch {
     const wanted = ticketEpoch(rotationMs);
     if (wanted === epoch || deriving) return;
     const now = performance.now();
-    if (failure !== undefined && now - this.#askedAt < retryMs) return;
+    if (failure !== undefined && now - this.#askedAt < (epoch === undefined ? firstRetryMs : retryMs)) return;
     this.#askedAt = now;
     engine.rotateTickets(wanted);
   }

@@ -14,7 +14,8 @@ import { generateTicketKey } from '../../src/pkcs11/provision.ts';
 import { keygate as command } from '../support/command.ts';
 import { FaultModule } from '../support/fault-module.ts';
 import { refusedKeygate, startKeygate } from '../support/keygate.ts';
-import type { Keygate } from '../support/keygate.ts';
+import type { Keygate, KeygateDocument } from '../support/keygate.ts';
+import { P11KitServer } from '../support/p11-kit.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
 import { assertEchoes, tlsClient } from '../support/tls-client.ts';
@@ -112,6 +113,31 @@ it('a reload changes from random keys to those of the token and back', async (te
   assert.equal(await resumes(keygate, 'TLSv1.3', await sessionOf(keygate, 'TLSv1.3')), true);
 });
 
+it('a token with the ticket key that is away at the start derives tickets once it is back', async (test) => {
+  const { token, start, document, add } = await fleet(test);
+  const server = new P11KitServer(test, token);
+  const other = await start();
+  const keygate = await add(
+    {
+      ...document({ key, tokens: ['far'] }),
+      tokens: { hsm: token.settings, far: { ...token.settings, module: server.module } },
+      certificates: { www: { ...token.certificates['www'], tokens: ['hsm'] } },
+    },
+    server.env,
+  );
+  const warning =
+    'no token with the ticket key is in reach: tickets are of random keys, good for this keygate alone, until one is';
+  await keygate.logged({ event: 'token_warning', message: warning });
+  assert.equal(await resumes(keygate, 'TLSv1.3', await sessionOf(keygate, 'TLSv1.3')), true);
+  const session = await sessionOf(other, 'TLSv1.3');
+  assert.equal(await resumes(keygate, 'TLSv1.3', session), false);
+  await server.start();
+  await until('secrets of the token', async () => (await keygate.status()).engine.tickets.epoch !== undefined, {
+    deadlineMs: 30_000,
+  });
+  assert.equal(await resumes(keygate, 'TLSv1.3', session), true);
+});
+
 it('a ticket key that is not there is refused at the start and by check, which name what is there', async (test) => {
   const { token, document, faults } = await fleet(test);
   const { exitCode, stderr } = await refusedKeygate(token, document({ key: 'pkcs11:object=ticket' }), {
@@ -152,7 +178,9 @@ interface Fleet {
   readonly faults: FaultModule;
   /** A keygate of the fleet, stopped when the test ends. Default: with the key. */
   start(tickets?: object, options?: { readonly env?: Readonly<Record<string, string>> }): Promise<Keygate>;
-  document(tickets: object): Parameters<typeof startKeygate>[1];
+  /** Another one, of its own configuration. */
+  add(document: KeygateDocument, env: Readonly<Record<string, string>>): Promise<Keygate>;
+  document(tickets: object): KeygateDocument;
 }
 
 async function fleet(test: TestContext): Promise<Fleet> {
@@ -177,15 +205,19 @@ async function fleet(test: TestContext): Promise<Fleet> {
     tokens: { hsm: { ...token.settings, module: faults.module } },
     tickets,
   });
+  const add = async (configuration: KeygateDocument, env: Readonly<Record<string, string>>): Promise<Keygate> => {
+    const keygate = await startKeygate(token, configuration, { env: { ...faults.env, ...env } });
+    started.push(keygate);
+    return keygate;
+  };
   return {
     token,
     faults,
     async start(...args) {
       const [tickets = { key }, { env = {} } = {}] = args;
-      const keygate = await startKeygate(token, document(tickets), { env: { ...faults.env, ...env } });
-      started.push(keygate);
-      return keygate;
+      return add(document(tickets), env);
     },
+    add,
     document,
   };
 }
