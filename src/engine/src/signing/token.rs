@@ -78,6 +78,9 @@ pub struct Token {
     disturbances: Mutex<Pace>,
     /// Signatures that failed since the last good one.
     failures_in_a_row: AtomicU32,
+    /// Milliseconds since `born` until the last good one, roughly.
+    signed_at_ms: AtomicU64,
+    born: Instant,
     lanes: u32,
     weight: AtomicU32,
     lost_after: Duration,
@@ -120,6 +123,10 @@ const FAILURES_MAX: u32 = 3;
 /// A key or a token that is really gone must not cost the others of its module an initialisation again and again.
 const DISTURBANCE_PAUSE_MIN: Duration = Duration::from_secs(1);
 const DISTURBANCE_PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// A token that has signed within that time does well.
+const DOING_WELL_MS: u64 = 10_000;
+const ROUGHLY_MS: u64 = 500;
 
 /// Which happens ever more rarely.
 const DISTURBED_MAX: u32 = 3;
@@ -367,7 +374,7 @@ impl Token {
         let Some(module) = self.module.get() else { return false };
         let is_neighbour = |other: Arc<Token>| {
             !std::ptr::eq(&raw const *other, self)
-                && other.is_up()
+                && other.does_well()
                 && other.module.get().is_some_and(|its| Arc::ptr_eq(its, module))
         };
         lock(&TOKENS).iter().filter_map(Weak::upgrade).any(is_neighbour)
@@ -386,6 +393,20 @@ impl Token {
         if self.failures_in_a_row.load(Ordering::Relaxed) != 0 {
             self.failures_in_a_row.store(0, Ordering::Relaxed);
         }
+        let now_ms = self.age_ms();
+        if now_ms - self.signed_at_ms.load(Ordering::Relaxed).min(now_ms) > ROUGHLY_MS {
+            self.signed_at_ms.store(now_ms, Ordering::Relaxed);
+        }
+    }
+
+    fn age_ms(&self) -> u64 {
+        u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// It is up, and not only because nobody asks it for anything.
+    fn does_well(&self) -> bool {
+        let signed_before_ms = self.age_ms().saturating_sub(self.signed_at_ms.load(Ordering::Relaxed));
+        self.is_up() && signed_before_ms < DOING_WELL_MS
     }
 
     /// True: that was one too many.
@@ -573,6 +594,8 @@ impl Token {
             keys_numbered: AtomicU64::new(0),
             disturbances: Mutex::new(Pace::between(DISTURBANCE_PAUSE_MIN, DISTURBANCE_PAUSE_MAX)),
             failures_in_a_row: AtomicU32::new(0),
+            signed_at_ms: AtomicU64::new(0),
+            born: Instant::now(),
             lanes: plan.lanes as u32,
             weight: AtomicU32::new(plan.weight),
             lost_after: plan.lost_after,
