@@ -80,7 +80,7 @@ export type WorkerMessage =
   | { readonly type: 'prepared'; readonly reload: number; readonly warnings: readonly string[] }
   /** The worker goes on with what it has. */
   | { readonly type: 'refused'; readonly reload: number; readonly failure: WorkerFailure }
-  | { readonly type: 'committed'; readonly reload: number; readonly hasNewPin: boolean }
+  | { readonly type: 'committed'; readonly reload: number }
   /** Said each second while it is so: it cannot mend a token that it needs, because calls into the module do not return. */
   | { readonly type: 'stuck'; readonly why: string }
   /** Every connection has ended; the worker waits for `leave`. */

@@ -61,7 +61,7 @@ export async function withToken<Result>(
     const token = findToken(module, chosen.uri);
     const session = openSession(token, access);
     try {
-      for (const warning of login(session, token, () => readPin(chosen.pin))) warn(warning);
+      for (const warning of login(session, token, () => readPin(chosen.pin), nativeGuard)) warn(warning);
       release();
       return await use({ session, token });
     } finally {

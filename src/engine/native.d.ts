@@ -125,12 +125,11 @@ export declare class Engine {
   prepare(settings: EngineSettings): void
   /**
    * What was prepared serves from now on; connections that are there go on with what they began with. `retired`
-   * sockets are accepted from no more, except for what waits in their queues: the caller may close them now. True: the PIN of
-   * a token that stays is another one; it is presented at the next login.
+   * sockets are accepted from no more, except for what waits in their queues: the caller may close them now.
    *
    * Throws when nothing is prepared.
    */
-  commit(retired: Array<number>): boolean
+  commit(retired: Array<number>): void
   /** Forgets what was prepared, if anything was. */
   discard(): void
   /** Frees what no handshake uses any more of former configurations. To be called now and then. */
@@ -150,8 +149,8 @@ export declare class Engine {
    */
   rotateTickets(epoch: number): void
   /**
-   * `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. Not while a token
-   * derives them.
+   * `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. Without effect when a token
+   * has derived them.
    */
   setTicketSecrets(secrets: Array<Buffer>): void
   /** New handshakes see them at once, and certificates of later configurations have them from the start. No handshake waits. */
@@ -480,6 +479,9 @@ export interface TokenSettings {
   /** The token's label, without padding. */
   label: string
   serial?: string
+  /** What it must say of itself beside that, if anything. */
+  manufacturer?: string
+  model?: string
   /** It was out of reach: it is waited for, and nothing of its module is called on the JavaScript thread. */
   away: boolean
   /** Overwritten with zeros when it has been taken. */
@@ -668,6 +670,12 @@ export declare function openListener(address: string, backlog: number, transpare
  * place of the one before.
  */
 export declare function outliveParent(forSeconds: number): void
+
+/** What C_Login returned to somebody else than lanes, so that they and the processes beside this one know it. */
+export declare function pinAnswered(module: string, serial: string, pin: Uint8Array, ckr: number): void
+
+/** The return code with which this token refused this PIN, in this process or in one beside it: it must not be presented again. */
+export declare function pinRefusedBefore(module: string, serial: string, pin: Uint8Array): number | null
 
 /** Throws if somebody already listens at the address, or if it cannot be bound. */
 export declare function probeAddress(address: string): void

@@ -31,6 +31,12 @@ export function ckrName(error: unknown): string | undefined {
   return error instanceof Error ? /\bCKR_[A-Z0-9_]+/.exec(error.message)?.[0] : undefined;
 }
 
+/** Its number; of a TokenError that was made of it, too. */
+export function ckrCode(error: unknown): number | undefined {
+  const { code } = (error instanceof TokenError ? error.cause : error) as { readonly code?: unknown };
+  return typeof code === 'number' ? code : undefined;
+}
+
 /** The CKR name, or what else went wrong in one line: pkcs11js appends a native stack with paths of its build. */
 export function failureReason(error: unknown): string {
   const text = error instanceof Error ? error.message : String(error);

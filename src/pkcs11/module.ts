@@ -12,7 +12,7 @@ import type { Session, Slot, Token } from 'graphene-pk11';
 import { formatPkcs11Uri } from '../config/pkcs11-uri.ts';
 import type { Pkcs11Uri } from '../config/pkcs11-uri.ts';
 import { KeygateError, TokenError } from '../errors.ts';
-import { ckrName, failureReason, tokenFailure } from './failure.ts';
+import { ckrCode, ckrName, failureReason, tokenFailure } from './failure.ts';
 
 /** What only native code can do for a module; the engine has it. */
 export interface NativeModuleGuard {
@@ -29,6 +29,19 @@ export interface NativeModuleGuard {
    * @throws when the lock is not free in time; the caller goes on and says so.
    */
   lockLogin(modulePath: string, waitMs: number): () => void;
+  /**
+   * The memory that this process and its siblings have of refused PINs: one is tried once. Asked before a login.
+   * @returns the return code (CKR_*) with which this PIN was refused, or undefined
+   */
+  pinRefusedBefore(token: PinOwner, pin: Buffer): number | undefined;
+  /** Told what C_Login answered: a return code, 0 for CKR_OK. */
+  pinAnswered(token: PinOwner, pin: Buffer, ckr: number): void;
+}
+
+/** Whose PIN it is. */
+export interface PinOwner {
+  readonly modulePath: string;
+  readonly serial: string;
 }
 
 /** A token that is present, as C_GetTokenInfo describes it (PKCS#11 v3.0 5.5); texts without blank padding. */
@@ -160,15 +173,35 @@ export function closeSession(session: Session): void {
  * Logs in as the user, once, unless the process is logged in to the token already; then the PIN is not sent at all.
  * Refuses to send a PIN that could lock the token.
  * @param readPin asked only when the PIN is needed; the buffer is zeroed here.
+ * @param guard remembers PINs that were refused, so that they are not sent again
  * @returns warnings for the operator.
  * @throws TokenError `token_pin_locked` or `token_login`.
  */
-export function login(session: Session, token: TokenInSlot, readPin: () => Buffer): string[] {
+export function login(
+  session: Session,
+  token: TokenInSlot,
+  readPin: () => Buffer,
+  guard: Pick<NativeModuleGuard, 'pinRefusedBefore' | 'pinAnswered'>,
+): string[] {
   if (isLoggedIn(session)) return [];
   refuseDangerousLogin(token);
   const pin = readPin();
+  const owner = { modulePath: token.slot.module.libFile, serial: token.serial };
   try {
+    const refused = guard.pinRefusedBefore(owner, pin);
+    if (refused !== undefined) {
+      throw new TokenError(
+        'token_login',
+        `token ${token.label}: it has refused this PIN before (CKR 0x${refused.toString(16)}), which is not sent again`,
+        { token: token.label, hint: 'correct it where it is kept, then reload' },
+      );
+    }
     sendPin(session, token.label, pin, UserType.USER);
+    guard.pinAnswered(owner, pin, 0);
+  } catch (error) {
+    const ckr = ckrCode(error);
+    if (ckr !== undefined) guard.pinAnswered(owner, pin, ckr);
+    throw error;
   } finally {
     pin.fill(0);
   }

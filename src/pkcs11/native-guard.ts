@@ -1,5 +1,6 @@
 /**
- * Owns: what the engine does for graphene in the same process: isolation of the module and the login lock.
+ * Owns: what the engine does for graphene in the same process: isolation of the module, the login lock, and the memory of
+ * refused PINs.
  * Must not know: graphene, tokens.
  * Runs: main thread of a worker, and of the commands that use a token.
  */
@@ -18,5 +19,9 @@ export const nativeGuard: NativeModuleGuard = {
     return () => {
       lock.release();
     };
+  },
+  pinRefusedBefore: ({ modulePath, serial }, pin) => engine().pinRefusedBefore(modulePath, serial, pin) ?? undefined,
+  pinAnswered({ modulePath, serial }, pin, ckr) {
+    engine().pinAnswered(modulePath, serial, pin, ckr);
   },
 };

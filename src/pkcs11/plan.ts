@@ -244,7 +244,7 @@ function enterModule(group: readonly TokenState[], modules: OpenModule[], { guar
     const opened = openModule(path, isolate, guard);
     modules.push(opened);
     const refused = new Map<string, KeygateError>();
-    for (const state of group) attempt(state, () => enterToken(state, opened.module, refused, readPin));
+    for (const state of group) attempt(state, () => enterToken(state, opened.module, refused, { guard, readPin }));
     for (const state of group) findKeys(state);
   } catch (error) {
     for (const state of group) state.error ??= asKeygateError(error, state);
@@ -272,7 +272,7 @@ function enterToken(
   state: TokenState,
   module: Module,
   refused: Map<string, KeygateError>,
-  readPin: PlanTools['readPin'],
+  { guard, readPin }: PlanTools,
 ): void {
   const token = findToken(module, state.config.uri);
   const slot = token.slot.handle.toString('hex');
@@ -281,7 +281,8 @@ function enterToken(
   const session = openSession(token);
   state.open = { session, token };
   try {
-    state.warnings.push(...login(session, token, () => readPin(state.config.pin, `tokens.${state.config.name}.pin`)));
+    const read = (): Buffer => readPin(state.config.pin, `tokens.${state.config.name}.pin`);
+    state.warnings.push(...login(session, token, read, guard));
   } catch (error) {
     const failure = asKeygateError(error, state);
     refused.set(slot, failure);

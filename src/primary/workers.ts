@@ -167,7 +167,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   #allReadySaid = false;
   /** A worker has logged in since the last loss. */
   #proved = false;
-  /** Until a token has another PIN: no process may be forked any more. */
+  /** Until a reload: no process may be forked any more. */
   #halted: WorkerFailure | undefined;
 
   /** @param staples what a worker that begins is to serve certificates with */
@@ -308,9 +308,11 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#book.keepOnly(reload.config);
     this.#warned.clear();
     this.#warn(reload.warnings);
-    // What kept them from starting may be mended.
+    // What kept them from starting may be mended. Whoever reloads vouches for the PINs: one worker tries them for all.
+    if (this.#halted !== undefined) this.#proved = false;
+    this.#halted = undefined;
     for (const slot of this.#slots) {
-      if (slot.state !== 'waiting' || this.#halted !== undefined) continue;
+      if (slot.state !== 'waiting') continue;
       slot.failuresInRow = 0;
       this.#replaceNow(slot);
     }
@@ -497,10 +499,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
           if (this.#reload?.number === message.reload) this.#reload.answers.get(slot)?.resolve(message.failure);
           return;
         case 'committed':
-          if (this.#reload?.number !== message.reload) return;
-          // Whatever was refused, it was another one.
-          if (message.hasNewPin) this.#halted = undefined;
-          hasCommitted(this.#reload, slot);
+          if (this.#reload?.number === message.reload) hasCommitted(this.#reload, slot);
           return;
         case 'snapshot':
           this.#book.enter(message.id, slot.page, message.snapshot);

@@ -228,7 +228,7 @@ function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>
   if (engine === undefined || sockets === undefined || logs === undefined || preparing?.reload !== reload) {
     throw new Error(`told to commit reload ${reload}, which is not prepared`);
   }
-  const hasNewPin = engine.commit(sockets.fds(retired));
+  engine.commit(sockets.fds(retired));
   sockets.close(retired);
   const { config, tlsa: asked } = preparing;
   logs.log.level = config.log.level;
@@ -237,7 +237,7 @@ function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>
   useTicketSecrets();
   useTlsa(asked);
   preparing = undefined;
-  tell({ type: 'committed', reload, hasNewPin });
+  tell({ type: 'committed', reload });
   giveBackMemorySoon(loadEngine());
 }
 
@@ -254,9 +254,8 @@ function measure(running: Engine): WorkerSnapshot {
 }
 
 function useTicketSecrets(): void {
-  // Also where a ticket key is configured, while no token with it was in reach.
-  if (engine?.snapshot().tickets.epoch === undefined)
-    engine?.setTicketSecrets(ticketSecrets.map((secret) => Buffer.from(secret)));
+  // Also where a ticket key is configured: no token with it may have been in reach.
+  engine?.setTicketSecrets(ticketSecrets.map((secret) => Buffer.from(secret)));
 }
 
 function engineStaple({ leaf, response }: Staple): EngineStaple {

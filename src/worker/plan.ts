@@ -128,11 +128,14 @@ export function assertNumbersFit(value: unknown, place = 'settings'): void {
 }
 
 function tokenSettings(token: TokenConfig, config: Config, { label, serial, isAway }: ProvedToken): TokenSettings {
+  const { manufacturer, model } = token.uri;
   return {
     name: token.name,
     module: token.module,
     label,
     ...(serial === undefined ? {} : { serial }),
+    ...(manufacturer === undefined ? {} : { manufacturer }),
+    ...(model === undefined ? {} : { model }),
     away: isAway,
     pin: readPin(token.pin, `tokens.${token.name}.pin`),
     ...lanesOf(token, config),

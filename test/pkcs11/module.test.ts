@@ -59,13 +59,13 @@ it('a login wipes the PIN, and a second login does not ask for it', (test) => {
   const session = openSession(token);
   const pin = Buffer.from(disposable.pin);
   assert.deepEqual(
-    login(session, token, () => pin),
+    login(session, token, () => pin, unguarded),
     [],
   );
   assert.ok(pin.every((byte) => byte === 0));
   const second = openSession(token);
   assert.deepEqual(
-    login(second, token, () => assert.fail('asked for a PIN')),
+    login(second, token, () => assert.fail('asked for a PIN'), unguarded),
     [],
   );
   closeSession(second);
@@ -78,7 +78,7 @@ it('a wrong PIN is wiped, is not in the error, and leaves a warning for the next
   const wrong = '66602840';
   const pin = Buffer.from(wrong);
   assert.throws(
-    () => login(session, findToken(module, { token: disposable.label }), () => pin),
+    () => login(session, findToken(module, { token: disposable.label }), () => pin, unguarded),
     (error) => {
       assert.ok(error instanceof TokenError);
       assert.equal(error.ckr, 'CKR_PIN_INCORRECT');
@@ -91,7 +91,7 @@ it('a wrong PIN is wiped, is not in the error, and leaves a warning for the next
   assert.ok(pin.every((byte) => byte === 0));
   const token = findToken(module, { token: disposable.label });
   assert.notEqual(token.flags & TokenFlag.USER_PIN_COUNT_LOW, 0);
-  assert.match(login(session, token, () => Buffer.from(disposable.pin)).join(), /wrong PIN was given/);
+  assert.match(login(session, token, () => Buffer.from(disposable.pin), unguarded).join(), /wrong PIN was given/);
   closeSession(session);
 });
 
@@ -106,7 +106,7 @@ it('no PIN is sent to a token that is locked, on its last try, without a PIN, or
     [{ ...token, remembered: true }, /C_GetTokenInfo/],
   ];
   for (const [state, message] of refused) {
-    assert.throws(() => login(session, state, () => assert.fail('asked for a PIN')), message);
+    assert.throws(() => login(session, state, () => assert.fail('asked for a PIN'), unguarded), message);
   }
   closeSession(session);
 });
@@ -116,7 +116,7 @@ it('a PIN that is not UTF-8 is not sent', (test) => {
   const token = findToken(module, { token: disposable.label });
   const session = openSession(token);
   assert.throws(
-    () => login(session, token, () => Buffer.from([0xff, 0x31, 0x32, 0x33])),
+    () => login(session, token, () => Buffer.from([0xff, 0x31, 0x32, 0x33]), unguarded),
     tokenError('pin_invalid', /UTF-8/),
   );
   assert.equal(findToken(module, { token: disposable.label }).flags & TokenFlag.USER_PIN_COUNT_LOW, 0);
@@ -129,7 +129,7 @@ it('an empty token is initialised once, with a label of up to 32 bytes, and neve
   assert.equal(initialiseToken(module, label, goodPins()).label, label);
   const token = findToken(module, { token: label });
   const session = openSession(token);
-  login(session, token, () => Buffer.from('87654321'));
+  login(session, token, () => Buffer.from('87654321'), unguarded);
   closeSession(session);
   assert.throws(
     () => initialiseToken(module, label, goodPins()),

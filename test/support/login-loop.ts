@@ -20,7 +20,7 @@ for (let round = 0; round < Number(rounds); round++) {
   const opened = openModule(path, true, nativeGuard);
   const token = findToken(opened.module, { token: label });
   const session = openSession(token);
-  login(session, token, () => readPin({ env: 'KEYGATE_TEST_PIN' }));
+  login(session, token, () => readPin({ env: 'KEYGATE_TEST_PIN' }), nativeGuard);
   const open = { session, token };
   const key = findPrivateKey(open, { object });
   release();

@@ -78,7 +78,7 @@ async function withOpenToken<Result>(
     const token = findToken(opened.module, { token: disposable.label });
     const session = openSession(token, 'read-write');
     try {
-      login(session, token, () => Buffer.from(disposable.pin));
+      login(session, token, () => Buffer.from(disposable.pin), unguarded);
       return await use({ session, token });
     } finally {
       closeSession(session);

@@ -33,7 +33,7 @@ const first = faults();
 const second = faults();
 const { module } = openModule(path, true, unguarded);
 const found = findToken(module, { token: label });
-login(openSession(found), found, () => readPin(pin));
+login(openSession(found), found, () => readPin(pin), unguarded);
 const third = faults();
 console.log(
   JSON.stringify({

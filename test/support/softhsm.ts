@@ -82,12 +82,17 @@ export function openDisposableToken(test: TestContext): {
     opened.close();
     disposable.dispose();
   });
-  login(session, token, () => Buffer.from(disposable.pin));
+  login(session, token, () => Buffer.from(disposable.pin), unguarded);
   return { disposable, open: { session, token } };
 }
 
 /** For processes that have the token directory to themselves: nobody to keep out, and Node's OpenSSL does for SoftHSM. */
-export const unguarded: NativeModuleGuard = { enter: () => () => {}, lockLogin: () => () => {} };
+export const unguarded: NativeModuleGuard = {
+  enter: () => () => {},
+  lockLogin: () => () => {},
+  pinRefusedBefore: () => undefined,
+  pinAnswered() {},
+};
 
 /** Easy to find in any output it leaks to. */
 const userPin = '73190264';

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use keygate_engine::signing::PrivateKey;
+use keygate_engine::signing::login::Maker;
 use keygate_engine::signing::pkcs11::{Matches, Module, Session};
 use keygate_engine::signing::public_key::PublicKey;
 use keygate_engine::signing::token::{Token, TokenPlan};
@@ -31,6 +32,7 @@ fn main() {
             module: module.into(),
             label: label.clone(),
             serial: None,
+            maker: Maker::default(),
             pin: pin.as_bytes().to_vec().into(),
             lanes,
             threads_max: lanes,

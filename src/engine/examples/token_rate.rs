@@ -12,6 +12,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use keygate_engine::signing::login::Maker;
 use keygate_engine::signing::pkcs11::{Matches, Mechanism, Module, Session};
 use keygate_engine::signing::public_key::PublicKey;
 use keygate_engine::signing::token::{Token, TokenPlan};
@@ -58,6 +59,7 @@ fn token_plan(flags: &Flags) -> TokenPlan {
         module: flags.text("module").into(),
         label: flags.text("token").to_owned(),
         serial: None,
+        maker: Maker::default(),
         pin: pin.trim_ascii().to_vec().into(),
         lanes: 1,
         threads_max: 1,

@@ -32,8 +32,11 @@ use crate::process;
 use crate::proxy_header::ProxyVersion;
 use crate::routing::{RoutePlan, RoutesPlan};
 use crate::sandbox;
+use crate::signing::ckr::Ckr;
+use crate::signing::login::Maker;
 use crate::signing::login_lock;
 use crate::signing::pkcs11::{Module, Visit};
+use crate::signing::refused_pins::Pin as UserPin;
 use crate::signing::token::{LOST_AFTER_DEADLINES, Token, TokenPlan};
 use crate::signing::token_error::TokenError;
 use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
@@ -56,6 +59,9 @@ pub struct TokenSettings {
     /// The token's label, without padding.
     pub label: String,
     pub serial: Option<String>,
+    /// What it must say of itself beside that, if anything.
+    pub manufacturer: Option<String>,
+    pub model: Option<String>,
     /// It was out of reach: it is waited for, and nothing of its module is called on the JavaScript thread.
     pub away: bool,
     /// Overwritten with zeros when it has been taken.
@@ -613,12 +619,12 @@ impl Engine {
         staples: Vec<Staple>,
     ) -> Result<Self> {
         let ticketer = Ticketer::new(tickets::LIFETIME_MAX);
-        rotate(&ticketer, ticket_secrets)?;
         let shared = Shared {
             ticketer,
             rotation: TicketRotation::default(),
             key_log: key_log.map(|log| Arc::new(KeyLog(log.log.clone()))),
         };
+        use_secrets(ticket_secrets, &shared)?;
         let mut kept = Staples::new();
         keep_staples(&mut kept, &staple_changes(staples)?);
         // Before the first lane: exit must not run a module's destructors under it.
@@ -630,7 +636,10 @@ impl Engine {
                 shared.rotation.begin(Some(key), &shared.ticketer);
             }
             match IoThread::start(plan, access_log.log.clone()) {
-                Ok(io) => Ok((current, io)),
+                Ok(io) => {
+                    current.begin();
+                    Ok((current, io))
+                }
                 Err(error) => {
                     current.stop_unless_in(&[], STOP_BUDGET);
                     Err(invalid(error.to_string()))
@@ -658,23 +667,22 @@ impl Engine {
     }
 
     /// What was prepared serves from now on; connections that are there go on with what they began with. `retired`
-    /// sockets are accepted from no more, except for what waits in their queues: the caller may close them now. True: the PIN of
-    /// a token that stays is another one; it is presented at the next login.
+    /// sockets are accepted from no more, except for what waits in their queues: the caller may close them now.
     ///
     /// Throws when nothing is prepared.
     #[napi(catch_unwind)]
-    pub fn commit(&mut self, retired: Vec<i32>) -> Result<bool> {
+    pub fn commit(&mut self, retired: Vec<i32>) -> Result<()> {
         let mut next =
             self.prepared.take().ok_or_else(|| invalid("expected a prepared configuration, found none"))?;
         let key = next.ticket_key.take();
-        let has_new_pin = next.begin();
+        next.begin();
         if key.is_some() || self.shared.rotation.standing().wanted {
             self.shared.rotation.begin(key, &self.shared.ticketer);
         }
         self.io.commit(retired).map_err(|error| invalid(error.to_string()))?;
         self.former.push(std::mem::replace(&mut self.current, next));
         self.let_go();
-        Ok(has_new_pin)
+        Ok(())
     }
 
     /// Forgets what was prepared, if anything was.
@@ -724,14 +732,11 @@ impl Engine {
         self.shared.rotation.rotate(epoch.unsigned_abs(), &self.shared.ticketer);
     }
 
-    /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. Not while a token
-    /// derives them.
+    /// `secrets`: 32 bytes for each epoch, the current one first. They are overwritten with zeros. Without effect when a token
+    /// has derived them.
     #[napi(catch_unwind)]
     pub fn set_ticket_secrets(&self, secrets: Vec<Buffer>) -> Result<()> {
-        if self.shared.rotation.standing().epoch.is_some() {
-            return Err(invalid("a token derives the ticket secrets"));
-        }
-        rotate(&self.shared.ticketer, secrets)
+        use_secrets(secrets, &self.shared)
     }
 
     /// New handshakes see them at once, and certificates of later configurations have them from the start. No handshake waits.
@@ -1270,6 +1275,24 @@ impl LoginLock {
     }
 }
 
+/// The return code with which this token refused this PIN, in this process or in one beside it: it must not be presented again.
+#[napi(catch_unwind)]
+pub fn pin_refused_before(module: String, serial: String, pin: &[u8]) -> Option<i64> {
+    let pin = UserPin { module: module.as_ref(), serial: &serial, pin };
+    pin.refused_before().map(|ckr| signed(ckr.0))
+}
+
+/// What C_Login returned to somebody else than lanes, so that they and the processes beside this one know it.
+#[napi(catch_unwind)]
+pub fn pin_answered(module: String, serial: String, pin: &[u8], ckr: i64) {
+    let pin = UserPin { module: module.as_ref(), serial: &serial, pin };
+    match Ckr(ckr.unsigned_abs()) {
+        Ckr::OK => pin.accepted(),
+        ckr if ckr.refuses_pin() => pin.refused(ckr),
+        _ => {}
+    }
+}
+
 fn wanted_token(mut settings: TokenSettings) -> WantedToken {
     let pin = Zeroizing::new(settings.pin.to_vec());
     settings.pin.as_mut().zeroize();
@@ -1278,6 +1301,7 @@ fn wanted_token(mut settings: TokenSettings) -> WantedToken {
         module: settings.module.into(),
         label: settings.label,
         serial: settings.serial,
+        maker: Maker { manufacturer: settings.manufacturer, model: settings.model },
         pin,
         lanes: settings.lanes as usize,
         threads_max: settings.threads_max as usize,
@@ -1703,14 +1727,14 @@ fn finding_snapshots(findings: &Findings) -> Vec<FindingSnapshot> {
         .collect()
 }
 
-fn rotate(ticketer: &Ticketer, secrets: Vec<Buffer>) -> Result<()> {
+fn use_secrets(secrets: Vec<Buffer>, Shared { ticketer, rotation, .. }: &Shared) -> Result<()> {
     // All are taken, and wiped in JavaScript's memory, before the first bad one is reported.
     let secrets: Vec<_> = secrets.into_iter().map(epoch_secret).collect();
     let secrets = secrets.into_iter().collect::<Result<Vec<_>>>()?;
     let Some((current, others)) = secrets.split_first() else {
         return Err(invalid("ticket secrets: expected at least one"));
     };
-    ticketer.rotate(current, others);
+    rotation.use_unless_derived(ticketer, current, others);
     Ok(())
 }
 

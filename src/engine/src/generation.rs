@@ -104,13 +104,12 @@ impl Generation {
         Ok(generation)
     }
 
-    /// It serves from now on. True: a token that was there before has another PIN.
-    pub fn begin(&mut self) -> bool {
-        let mut has_new_pin = false;
+    /// It serves from now on. Tokens that are away are looked for from here on, when nobody else begins with their modules.
+    pub fn begin(&mut self) {
         for started in &mut self.tokens {
-            has_new_pin |= started.token.adopt(&std::mem::take(&mut started.pin), started.weight);
+            started.token.adopt(&std::mem::take(&mut started.pin), started.weight);
+            started.token.look();
         }
-        has_new_pin
     }
 
     /// Finds the certificate's key in its tokens. One that is in use already needs no search, and one in a token that is away

@@ -78,7 +78,10 @@ impl TicketKey {
     /// Whether the other one derives the same secrets, as far as names can say.
     fn is_like(&self, other: &Self) -> bool {
         let is_same = |(own, its): (&Place, &Place)| {
-            Arc::ptr_eq(&own.token, &its.token) && (&own.id, &own.label) == (&its.id, &its.label)
+            let is_named = |own: bool, its: bool, is_equal: bool| !own || !its || is_equal;
+            Arc::ptr_eq(&own.token, &its.token)
+                && is_named(own.id.is_some(), its.id.is_some(), own.id == its.id)
+                && is_named(own.label.is_some(), its.label.is_some(), own.label == its.label)
         };
         self.rotation_ms == other.rotation_ms
             && self.places.len() == other.places.len()
@@ -181,7 +184,10 @@ impl TicketRotation {
             if !failures.is_empty() && !self.lock().arrive(key, *index) {
                 continue;
             }
-            let derived = key.derive_in(place, epoch);
+            let derived = match self.prove(key, place) {
+                Ok(()) => key.derive_in(place, epoch).map_err(|error| error.to_string()),
+                Err(why) => Err(why),
+            };
             let mut state = self.lock();
             if !state.has(key) {
                 return;
@@ -193,12 +199,31 @@ impl TicketRotation {
                     return state.adopt(secrets, ticketer);
                 }
                 Ok(_) => return,
-                Err(error) => failures.push(error.to_string()),
+                Err(error) => failures.push(error),
             }
         }
         let mut state = self.lock();
         if state.has(key) {
             state.failure = Some(failures.join("; "));
+        }
+    }
+
+    /// Of a token that was away when the key was named: that its key is the one that the others have.
+    fn prove(&self, key: &TicketKey, place: &Place) -> Result<(), String> {
+        let held = self.lock().held.as_ref().map(|held| (held.epoch, held.current.clone()));
+        let Some((epoch, current)) = held.filter(|_| place.is_away) else { return Ok(()) };
+        match key.derive_in(place, epoch) {
+            Ok(secrets) if *secrets.current == *current => Ok(()),
+            Ok(_) => Err(format!("token {} holds another ticket key than the others", place.token.name())),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Unless a token has derived others. Under the mutex under which that happens.
+    pub fn use_unless_derived(&self, ticketer: &Ticketer, current: &EpochSecret, others: &[EpochSecret]) {
+        let state = self.lock();
+        if state.epoch.is_none() {
+            ticketer.rotate(current, others);
         }
     }
 

@@ -97,6 +97,10 @@ impl Ckr {
         }
     }
 
+    pub fn refuses_pin(self) -> bool {
+        self.repair() == Repair::PinRefused
+    }
+
     /// The name in the standard, `None` for a vendor's own or an unknown code.
     pub fn name(self) -> Option<&'static str> {
         NAMES.iter().find(|(value, _)| *value == self.0).map(|(_, name)| *name)

@@ -179,6 +179,10 @@ impl Lane<'_> {
                     job.key.doubt();
                     return Err(SignError::Wrong.into());
                 }
+                Fault::Unfit(_) if job.key.is_doubted() => {
+                    job.key.doubt();
+                    return Err(SignError::KeyLost.into());
+                }
                 Fault::Unfit(problem) => {
                     self.down(unfit(&job.key, &problem), &job.key, true);
                     return Err(SignError::KeyLost.into());
@@ -337,11 +341,13 @@ impl Lane<'_> {
             }
         }
         self.close_session(ended_with);
-        let is_of_one_key = matches!(fault, Some(Fault::KeyMissing | Fault::KeyAmbiguous | Fault::Wrong(_)));
-        let has_no_key = is_of_one_key && !matches!(fault, Some(Fault::Wrong(_)));
-        if is_of_one_key && witnesses.iter().any(|witness| self.try_probe(Some(witness)).is_ok()) {
+        let has_no_key = matches!(fault, Some(Fault::KeyMissing | Fault::KeyAmbiguous));
+        let is_doubtful = matches!(fault, Some(Fault::Wrong(_) | Fault::Unfit(_)));
+        if (has_no_key || is_doubtful)
+            && witnesses.iter().any(|witness| self.try_probe(Some(witness)).is_ok())
+        {
             // The token does well, and its other keys must not wait for this one.
-            if let (Some(key), Some(Fault::Wrong(_))) = (key, &fault) {
+            if let Some(key) = key.filter(|_| is_doubtful) {
                 key.doubt();
             }
             return Probed::Up;

@@ -28,6 +28,7 @@ pub struct Login {
     label: String,
     /// As the token calls itself, once it was seen.
     serial: Option<String>,
+    maker: Maker,
     pin: SharedPin,
     lock_wait: Duration,
     anchor: Option<Session>,
@@ -43,8 +44,16 @@ pub struct LoginPlan {
     pub isolate: bool,
     pub label: String,
     pub serial: Option<String>,
+    pub maker: Maker,
     pub pin: SharedPin,
     pub lock_wait: Duration,
+}
+
+/// What else a token is to say of itself: the PIN is for no other one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Maker {
+    pub manufacturer: Option<String>,
+    pub model: Option<String>,
 }
 
 /// Can be replaced while a login hangs, and then is presented by the next one.
@@ -68,9 +77,22 @@ impl Place {
 impl Login {
     /// Nobody is logged in yet.
     pub fn new(plan: LoginPlan, stats: Arc<TokenStats>) -> Login {
-        let LoginPlan { path, isolate, label, serial, pin, lock_wait } = plan;
+        let LoginPlan { path, isolate, label, serial, maker, pin, lock_wait } = plan;
         let (place, pace) = (Place::UNKNOWN, Pace::default());
-        Login { path, isolate, place, label, serial, pin, lock_wait, anchor: None, is_in: false, pace, stats }
+        Login {
+            path,
+            isolate,
+            place,
+            label,
+            serial,
+            maker,
+            pin,
+            lock_wait,
+            anchor: None,
+            is_in: false,
+            pace,
+            stats,
+        }
     }
 
     /// Loads the module, finds the token, opens the anchor and logs in, unless this process is logged in already.
@@ -144,7 +166,7 @@ impl Login {
     pub fn may_log_in_again(&self, entered: &Entered) -> bool {
         let Some(module) = entered.get() else { return true };
         let is_risky = module.token_info(self.place.slot).is_ok_and(|token| refuse_risk(&token).is_err());
-        !is_risky && self.pin_of(&self.secret()).refused_before().is_none()
+        !is_risky && self.pin_of(&self.secret()).would_be_refused().is_none()
     }
 
     /// That there is another PIN: they need not heed the refusal of the former one.
@@ -177,7 +199,7 @@ impl Login {
     }
 
     fn find(&mut self, module: &Module) -> Result<TokenInfo, Problem> {
-        let (place, token) = find_slot(module, &self.label, self.serial.as_deref())?;
+        let (place, token) = find_slot(module, &self.label, self.serial.as_deref(), &self.maker)?;
         self.place = place;
         self.serial = Some(token.serial.clone());
         Ok(token)
@@ -193,7 +215,7 @@ impl Login {
         match anchor.login(&secret) {
             Ok(()) => {
                 self.stats.logged_in.add(1);
-                pin.is_another();
+                pin.accepted();
                 Ok(())
             }
             // Another thread of this process was faster.
@@ -203,7 +225,11 @@ impl Login {
             }
             Err(ckr) if ckr.repair() == Repair::PinRefused => {
                 pin.refused(ckr);
-                Err(Problem::PinRefused(ckr))
+                match *self.secret() == *secret {
+                    true => Err(Problem::PinRefused(ckr)),
+                    // It was replaced meanwhile, and that one was not tried.
+                    false => Err(Problem::call("C_Login")(ckr)),
+                }
             }
             Err(ckr) => Err(Problem::call("C_Login")(ckr)),
         }
@@ -237,13 +263,24 @@ fn open_anchor(module: &Arc<Module>, Place { slot, incarnation }: Place) -> Resu
     Session::open(module, slot, incarnation).map_err(Problem::call("C_OpenSession"))
 }
 
-fn find_slot(module: &Module, label: &str, serial: Option<&str>) -> Result<(Place, TokenInfo), Problem> {
+fn find_slot(
+    module: &Module,
+    label: &str,
+    serial: Option<&str>,
+    maker: &Maker,
+) -> Result<(Place, TokenInfo), Problem> {
     let incarnation = module.incarnation();
     let slots = module.slots().map_err(Problem::call("C_GetSlotList"))?;
     // A slot that cannot tell its token is none of ours; one broken reader must not hide the others.
     let tokens: Vec<(CK_SLOT_ID, TokenInfo)> =
         slots.into_iter().filter_map(|slot| Some((slot, module.token_info(slot).ok()?))).collect();
-    let matches = |info: &TokenInfo| info.label == label && serial.is_none_or(|serial| info.serial == serial);
+    let is = |wanted: Option<&str>, found: &str| wanted.is_none_or(|wanted| wanted == found);
+    let matches = |info: &TokenInfo| {
+        info.label == label
+            && is(serial, &info.serial)
+            && is(maker.manufacturer.as_deref(), &info.manufacturer)
+            && is(maker.model.as_deref(), &info.model)
+    };
     let matching: Vec<_> = tokens.iter().filter(|(_, info)| matches(info)).collect();
     match matching[..] {
         [(slot, info)] => Ok((Place { slot: *slot, incarnation }, info.clone())),

@@ -27,8 +27,8 @@ pub struct LoginLock {
     _held: Sender<()>,
 }
 
-/// Longer than a login and a search take.
-pub const HELD_MAX: Duration = Duration::from_secs(5);
+/// Longer than a login and a search take, and not longer than others wait by default.
+pub const HELD_MAX: Duration = Duration::from_secs(10);
 
 impl LoginLock {
     /// Waits for at most `wait`. Errors: `TimedOut` when another process still holds the lock (the caller may go on,

@@ -21,7 +21,7 @@ mod pace;
 pub mod pkcs11;
 pub mod public_key;
 pub mod queue;
-mod refused_pins;
+pub mod refused_pins;
 pub mod service_time;
 pub mod token;
 pub mod token_error;

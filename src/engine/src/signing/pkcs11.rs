@@ -312,6 +312,8 @@ impl Module {
         Ok(TokenInfo {
             label: unpad(&info.label),
             serial: unpad(&info.serialNumber),
+            manufacturer: unpad(&info.manufacturerID),
+            model: unpad(&info.model),
             pin_locked: info.flags & sys::CKF_USER_PIN_LOCKED != 0,
             pin_final_try: info.flags & sys::CKF_USER_PIN_FINAL_TRY != 0,
         })
@@ -408,6 +410,8 @@ const SLOTS_MAX: usize = 1024;
 pub struct TokenInfo {
     pub label: String,
     pub serial: String,
+    pub manufacturer: String,
+    pub model: String,
     pub pin_locked: bool,
     /// The next wrong PIN locks the token.
     pub pin_final_try: bool,

@@ -13,7 +13,7 @@ use super::ckr::Ckr;
 
 /// One token's PIN. A process knows which PIN was refused; its siblings are told only of which token, which is enough: the
 /// processes of one keygate have one PIN for it, and get another one together.
-pub(super) struct Pin<'a> {
+pub struct Pin<'a> {
     pub module: &'a Path,
     pub serial: &'a str,
     pub pin: &'a [u8],
@@ -32,10 +32,21 @@ struct Refused {
 }
 
 impl Pin<'_> {
-    /// With what it was refused, here or in a sibling.
+    /// With what it was refused, here or in a sibling. To be asked before each login, also by others than lanes.
     pub fn refused_before(&self) -> Option<Ckr> {
+        let ckr = self.would_be_refused()?;
         let (token, pin) = (self.digest(&[]), self.digest(self.pin));
         let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        if !refused.iter().any(|known| known.pin == pin) {
+            remember(&mut refused, Refused { token, pin, ckr, mark: None });
+        }
+        Some(ckr)
+    }
+
+    /// The same, of somebody who does not want to log in now, and is not held to the answer.
+    pub fn would_be_refused(&self) -> Option<Ckr> {
+        let (token, pin) = (self.digest(&[]), self.digest(self.pin));
+        let refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = refused.iter().find(|known| known.pin == pin) {
             return Some(known.ckr);
         }
@@ -44,9 +55,14 @@ impl Pin<'_> {
             return None;
         }
         // Without the file there is no module either: whoever logs in finds out.
-        let ckr = self.marked().ok()??;
-        remember(&mut refused, Refused { token, pin, ckr, mark: None });
-        Some(ckr)
+        self.marked().ok()?
+    }
+
+    /// Whatever was said of it, here and to siblings, is void.
+    pub fn accepted(&self) {
+        let pin = self.digest(self.pin);
+        REFUSED.lock().unwrap_or_else(PoisonError::into_inner).retain(|known| known.pin != pin);
+        self.is_another();
     }
 
     pub fn refused(&self, ckr: Ckr) {

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,13 +15,13 @@ use super::ckr::Ckr;
 use super::desk::{Desk, DeskPlan, DownReason, Health, Job, LaneWanted};
 use super::key_directory::KeyDirectory;
 use super::lane;
-use super::login::{Entered, Login, LoginFault, LoginPlan, Place, SharedPin};
+use super::login::{Entered, Login, LoginFault, LoginPlan, Maker, Place, SharedPin};
 use super::pace::Pace;
 use super::pkcs11::{Matches, Release, Session};
 use super::public_key::PublicKey;
 use super::service_time::ServiceTime;
 use super::token_error::{Problem, TokenError};
-use super::token_key::{Fault, KeyPlan, TokenKey};
+use super::token_key::{Fault, KeyPlan, TokenKey, exposure};
 use super::token_stats::TokenStats;
 use super::{Class, SignError};
 
@@ -33,6 +33,7 @@ pub struct TokenPlan {
     /// CKA label of the token, without its padding. Tokens are never addressed by slot id: those change.
     pub label: String,
     pub serial: Option<String>,
+    pub maker: Maker,
     /// Kept to log in again, in memory that is wiped when it is given up.
     pub pin: Zeroizing<Vec<u8>>,
     /// 1..=256. Threads are started when they are needed first.
@@ -76,11 +77,10 @@ pub struct Token {
     keys_numbered: AtomicU64,
     /// Initialisations of the module while somebody else does well with it.
     disturbances: Mutex<Pace>,
+    /// Counts keys that were witnesses of others.
+    probes: AtomicUsize,
     /// Signatures that failed since the last good one.
     failures_in_a_row: AtomicU32,
-    /// Milliseconds since `born` until the last good one, roughly.
-    signed_at_ms: AtomicU64,
-    born: Instant,
     lanes: u32,
     weight: AtomicU32,
     lost_after: Duration,
@@ -124,15 +124,11 @@ const FAILURES_MAX: u32 = 3;
 const DISTURBANCE_PAUSE_MIN: Duration = Duration::from_secs(1);
 const DISTURBANCE_PAUSE_MAX: Duration = Duration::from_secs(60);
 
-/// A token that has signed within that time does well.
-const DOING_WELL_MS: u64 = 10_000;
-const ROUGHLY_MS: u64 = 500;
-
 /// Which happens ever more rarely.
 const DISTURBED_MAX: u32 = 3;
 
 /// So many other keys are tried before a token is down for what one of them is wrong with.
-const WITNESSES_MAX: usize = 3;
+const WITNESSES_MAX: usize = 8;
 
 /// Of this process, whichever modules they are in.
 static TOKENS: Mutex<Vec<Weak<Token>>> = Mutex::new(Vec::new());
@@ -147,31 +143,32 @@ impl Token {
         start(plan).map_err(|problem| TokenError::token(&name, problem))
     }
 
-    /// One that is away: down until a lane has found it and logged in. Calls nothing of its module on this thread.
+    /// One that is away: down until a lane has found it and logged in, which `look` starts. Calls nothing of its module on this
+    /// thread.
     pub fn awaited(plan: TokenPlan) -> Result<Arc<Token>, TokenError> {
         let name = plan.name.clone();
         awaited(plan).map_err(|problem| TokenError::token(&name, problem))
     }
 
-    /// What may change while the token is in use: its PIN, for the next login, and its weight. True: the PIN is another one.
-    pub fn adopt(&self, pin: &Zeroizing<Vec<u8>>, weight: u32) -> bool {
+    /// What may change while the token is in use: its PIN, for the next login, and its weight. A token that is down is looked at
+    /// again: what kept it down may have been mended, and a PIN that was refused is not presented again for that.
+    pub fn adopt(&self, pin: &Zeroizing<Vec<u8>>, weight: u32) {
         self.weight.store(weight, Ordering::Relaxed);
         let mut known = lock(&self.pin);
         let is_new = **known != **pin;
         if is_new {
             known.clone_from(pin);
-            drop(known);
-            // Where somebody hangs in a login, that tells them.
-            if let Ok(login) = self.login.try_lock() {
-                login.tell_siblings();
-            }
-            self.desk.probe_soon();
         }
-        is_new
+        drop(known);
+        // Where somebody hangs in a login, that tells them.
+        if is_new && let Ok(login) = self.login.try_lock() {
+            login.tell_siblings();
+        }
+        self.desk.probe_soon();
     }
 
     /// Finds the private key, and proves with one verified signature that it is the certificate's. A key that is in use
-    /// for the same public key has been proved.
+    /// for the same public key has been proved, or will be before its first signature.
     pub fn find_key(self: &Arc<Self>, plan: KeyPlan) -> Result<Arc<TokenKey>, TokenError> {
         let identity = KeyIdentity::of(&plan);
         if let Some(known) = lock(&self.keys).get(&identity).and_then(Weak::upgrade) {
@@ -181,13 +178,17 @@ impl Token {
         let found =
             self.new_key(plan).and_then(|key| self.undisturbed(|| self.try_find_key(&key)).map(|()| key));
         let key = found.map_err(|problem| TokenError::key(&self.name, &name, problem))?;
+        self.keep(identity, &key);
+        Ok(key)
+    }
+
+    fn keep(&self, identity: KeyIdentity, key: &Arc<TokenKey>) {
         let mut keys = lock(&self.keys);
         // Keys that nobody uses any more go when there would be no room: looking at all each time is quadratic.
         if keys.len() == keys.capacity() {
             keys.retain(|_, key| key.strong_count() > 0);
         }
-        keys.insert(identity, Arc::downgrade(&key));
-        Ok(key)
+        keys.insert(identity, Arc::downgrade(key));
     }
 
     /// The private key of a token that cannot be asked now: it is found and proved before its first signature.
@@ -198,14 +199,14 @@ impl Token {
                 && (plan.id.is_none() || plan.id == *id)
                 && (plan.label.is_none() || plan.label == *label)
         };
-        let known = |(identity, key): (_, &Weak<TokenKey>)| key.upgrade().filter(|_| is_named(identity));
+        let known = |(identity, key): (_, &Weak<TokenKey>)| is_named(identity).then(|| key.upgrade())?;
         if let Some(known) = lock(&self.keys).iter().find_map(known) {
             return Ok(known);
         }
         let identity = KeyIdentity::of(&plan);
         let name = plan.name.clone();
         let key = self.new_key(plan).map_err(|problem| TokenError::key(&self.name, &name, problem))?;
-        lock(&self.keys).insert(identity, Arc::downgrade(&key));
+        self.keep(identity, &key);
         Ok(key)
     }
 
@@ -231,6 +232,8 @@ impl Token {
     pub fn stop(&self, budget: Duration) -> StopOutcome {
         match (self.desk.stop(budget), self.released.get()) {
             (0, Some(release)) => StopOutcome::Stopped(*release),
+            // It never had a lane.
+            (0, None) => StopOutcome::Stopped(Release::NotEntered),
             (lanes, _) => StopOutcome::LanesInside(lanes),
         }
     }
@@ -345,47 +348,57 @@ impl Token {
     }
 
     /// Whether the module may be initialised for the sake of a key that it does not show any more: SoftHSM never shows one
-    /// again whose file it once could not read. Whoever has it done has it counted by `disturbs`.
+    /// again whose file it once could not read.
     pub(super) fn may_search_anew(&self) -> bool {
         lock(&self.disturbances).may_begin().is_ok()
     }
 
-    /// Whether the module may be initialised because this token is gone, or shows no key: not by a lane of a token that another
-    /// one is lost in, nor soon again where others do well, nor where the login that is there could not be had again.
+    /// Whether the module may be initialised because this token is gone, or shows no key: not by a token that has a lane lost in
+    /// it, nor where a login that is there could not be had again, nor soon again where somebody has one.
     pub(super) fn may_reset(&self, for_a_key: bool) -> bool {
-        if self.stats.lanes_lost.get() > 0 {
-            return false;
-        }
-        if for_a_key && !lock(&self.login).may_log_in_again(&self.module) {
-            return false;
-        }
-        if for_a_key || self.has_neighbour() {
+        let neighbours = self.neighbours();
+        if for_a_key || !neighbours.is_empty() {
             let mut disturbances = lock(&self.disturbances);
             if disturbances.may_begin().is_err() {
                 return false;
             }
             disturbances.begin();
         }
-        true
+        // One that is busy with its login cannot be asked, and has not got it yet.
+        let is_safe =
+            |token: &Token| token.login.try_lock().is_ok_and(|login| login.may_log_in_again(&token.module));
+        self.stats.lanes_lost.get() == 0
+            && (!for_a_key || is_safe(self))
+            && neighbours.iter().all(|neighbour| is_safe(neighbour))
     }
 
-    /// Another token of the same module does well.
-    fn has_neighbour(&self) -> bool {
-        let Some(module) = self.module.get() else { return false };
-        let is_neighbour = |other: Arc<Token>| {
-            !std::ptr::eq(&raw const *other, self)
-                && other.does_well()
+    /// Tokens of the same module that are logged in. After an initialisation none is that nobody asks for a signature.
+    fn neighbours(&self) -> Vec<Arc<Token>> {
+        let Some(module) = self.module.get() else { return Vec::new() };
+        let is_neighbour = |other: &Arc<Token>| {
+            !std::ptr::eq(&raw const **other, self)
+                && other.is_up()
                 && other.module.get().is_some_and(|its| Arc::ptr_eq(its, module))
+                && lock(&other.place).incarnation == module.incarnation()
         };
-        lock(&TOKENS).iter().filter_map(Weak::upgrade).any(is_neighbour)
+        let mut tokens: Vec<_> = lock(&TOKENS).iter().filter_map(Weak::upgrade).collect();
+        // Not under the mutex: the last one to let go of a token does what may take long.
+        tokens.retain(is_neighbour);
+        tokens
     }
 
-    /// That are still in use, `suspect` first.
+    /// That are still in use, `suspect` first, then some others: rather such as were there when they were asked for last, and not
+    /// always the same.
     pub(super) fn keys_in_use(&self, suspect: Option<&Arc<TokenKey>>) -> Vec<Arc<TokenKey>> {
-        let keys = lock(&self.keys);
         let is_other = |key: &Arc<TokenKey>| suspect.is_none_or(|suspect| !Arc::ptr_eq(key, suspect));
-        let others = keys.values().filter_map(Weak::upgrade).filter(is_other);
-        suspect.cloned().into_iter().chain(others.take(WITNESSES_MAX)).collect()
+        let mut others: Vec<_> =
+            lock(&self.keys).values().filter_map(Weak::upgrade).filter(is_other).collect();
+        if !others.is_empty() {
+            let from = self.probes.fetch_add(WITNESSES_MAX, Ordering::Relaxed) % others.len();
+            others.rotate_left(from);
+        }
+        others.sort_by_key(|key| key.is_lost());
+        suspect.cloned().into_iter().chain(others.into_iter().take(WITNESSES_MAX)).collect()
     }
 
     pub(super) fn signature_succeeded(&self) {
@@ -393,20 +406,6 @@ impl Token {
         if self.failures_in_a_row.load(Ordering::Relaxed) != 0 {
             self.failures_in_a_row.store(0, Ordering::Relaxed);
         }
-        let now_ms = self.age_ms();
-        if now_ms - self.signed_at_ms.load(Ordering::Relaxed).min(now_ms) > ROUGHLY_MS {
-            self.signed_at_ms.store(now_ms, Ordering::Relaxed);
-        }
-    }
-
-    fn age_ms(&self) -> u64 {
-        u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    /// It is up, and not only because nobody asks it for anything.
-    fn does_well(&self) -> bool {
-        let signed_before_ms = self.age_ms().saturating_sub(self.signed_at_ms.load(Ordering::Relaxed));
-        self.is_up() && signed_before_ms < DOING_WELL_MS
     }
 
     /// True: that was one too many.
@@ -466,6 +465,11 @@ impl Token {
             Matches::None => return Err(Problem::KeyMissing),
             Matches::Several => return Err(Problem::KeyAmbiguous),
         };
+        if let Some((attribute, expected)) =
+            exposure(&session, handle).map_err(Problem::call("C_GetAttributeValue"))?
+        {
+            return Err(Problem::KeyExposed(attribute, expected));
+        }
         let mut derived = std::array::from_fn(|_| Zeroizing::new([0; 32]));
         for (input, secret) in inputs.into_iter().zip(&mut derived) {
             session.hmac_sha256(handle, input, secret).map_err(Problem::call("C_Sign"))?;
@@ -552,7 +556,7 @@ fn awaited(plan: TokenPlan) -> Result<Arc<Token>, Problem> {
     token.desk.begin_down(DownReason::Call("it was away at the start".into()));
     // Who does well with the module has just begun.
     lock(&token.disturbances).begin();
-    token.with_first_lane()
+    Ok(token)
 }
 
 impl Token {
@@ -578,6 +582,7 @@ impl Token {
             isolate: plan.isolate,
             label: plan.label,
             serial: plan.serial,
+            maker: plan.maker,
             pin: pin.clone(),
             lock_wait: plan.login_lock_wait,
         };
@@ -593,9 +598,8 @@ impl Token {
             directory: Mutex::default(),
             keys_numbered: AtomicU64::new(0),
             disturbances: Mutex::new(Pace::between(DISTURBANCE_PAUSE_MIN, DISTURBANCE_PAUSE_MAX)),
+            probes: AtomicUsize::new(0),
             failures_in_a_row: AtomicU32::new(0),
-            signed_at_ms: AtomicU64::new(0),
-            born: Instant::now(),
             lanes: plan.lanes as u32,
             weight: AtomicU32::new(plan.weight),
             lost_after: plan.lost_after,

@@ -180,6 +180,10 @@ impl TokenKey {
             place = self.searched.wait_timeout(place, left).map_or_else(|it| it.into_inner().0, |it| it.0);
         }
         place.searching_since = Some(Instant::now());
+        // A handle that was refused is nobody's any more, also when nothing is found.
+        if place.found.is_some_and(|found| Some(found.generation) == stale) {
+            place.found = None;
+        }
         drop(place);
         let searched = self.search(session);
         let mut place = self.place();
@@ -226,7 +230,7 @@ impl TokenKey {
         self.lost_until_ms.store(self.age_ms(pause), Relaxed);
     }
 
-    /// It was wrong while other keys of the token were right: from now on that is this key's matter alone, and it is asked ever
+    /// It was wrong, or unfit, while other keys of the token were right: from now on that is this key's matter alone, and it is asked ever
     /// more rarely until it is right.
     pub(super) fn doubt(&self) {
         let doubts = self.doubts.fetch_add(1, Relaxed).min(DOUBTS_MAX);
@@ -287,10 +291,8 @@ impl TokenKey {
         if session.flag(found.handle, cryptoki_sys::CKA_ALWAYS_AUTHENTICATE)? == Some(true) {
             return Err(Fault::Unfit(Problem::KeyAlwaysAuthenticates));
         }
-        for (attribute, name, expected) in CONFINED {
-            if session.flag(found.handle, attribute)? != Some(expected) {
-                return Err(Fault::Unfit(Problem::KeyExposed(name, expected)));
-            }
+        if let Some((attribute, expected)) = exposure(session, found.handle)? {
+            return Err(Fault::Unfit(Problem::KeyExposed(attribute, expected)));
         }
         self.prove(session, found)?;
         self.is_proved.store(true, Relaxed);
@@ -308,6 +310,19 @@ impl Place {
         }
         found
     }
+}
+
+/// The attribute by which the key could leave its token, and what it should be.
+pub(super) fn exposure(
+    session: &Session,
+    key: CK_OBJECT_HANDLE,
+) -> Result<Option<(&'static str, bool)>, Ckr> {
+    for (attribute, name, expected) in CONFINED {
+        if session.flag(key, attribute)? != Some(expected) {
+            return Ok(Some((name, expected)));
+        }
+    }
+    Ok(None)
 }
 
 /// What makes a key one that cannot leave its token (PKCS#11 v3.0 4.9).

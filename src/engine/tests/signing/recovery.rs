@@ -151,6 +151,19 @@ token_tests! {
         assert_eq!(token.stats().reinitialized.get(), 0);
     }
 
+    fn a_token_is_up_as_long_as_one_of_its_keys_is_there(world: World) {
+        let (token, keys) = world.start(&[Kind::P256; 6], |_| {});
+        for key in &keys[..5] {
+            crate::bystander::delete_private_key(&key.key.label);
+        }
+        for key in &keys[..5] {
+            // Not even asked, for a moment, where a probe has looked for it already.
+            assert!(key.submit().map_or(true, |pending| answer(pending).is_err()));
+            keys[5].sign().unwrap();
+        }
+        assert!(token.is_up());
+    }
+
     fn a_key_that_was_replaced_by_another_takes_only_itself_down(world: World) {
         let (token, keys) = world.start(&[Kind::P256, Kind::P256], |plan| plan.verify_ec_every = u32::MAX);
         keys.iter().for_each(|key| drop(key.sign().unwrap()));
@@ -177,10 +190,16 @@ token_tests! {
         let logins = world.calls(Function::Login);
         token.adopt(&PIN.as_bytes().to_vec().into(), 1);
         std::thread::sleep(SOON); // nothing is to happen
-        assert_eq!(world.calls(Function::Login), logins, "the one that was refused stays refused");
+        assert_eq!(world.calls(Function::Login), logins);
+        token.adopt(&b"neither".to_vec().into(), 1);
+        until("another one is tried", || world.calls(Function::Login) == logins + 1);
+        until("and refused", || matches!(token.down_reason(), Some(DownReason::Pin(_))));
+        token.adopt(&PIN.as_bytes().to_vec().into(), 1);
+        std::thread::sleep(SOON); // nothing is to happen
+        assert_eq!(world.calls(Function::Login), logins + 1, "the one that was refused stays refused");
         token.adopt(&b"battery-staple".to_vec().into(), 1);
         until_signs(&keys[0]);
-        assert_eq!(world.calls(Function::Login), logins + 1);
+        assert_eq!(world.calls(Function::Login), logins + 2);
     }
 
     fn a_wrong_pin_is_not_tried_again_after_an_initialisation(world: World) {

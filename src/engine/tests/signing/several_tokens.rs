@@ -11,7 +11,7 @@ use keygate_engine::signing::{PrivateKey, SignError, Signed};
 use tokio::time::Instant;
 
 use crate::control::{FOR_EVER, Function, FunctionControl, Word};
-use crate::world::{Kind, PATIENCE, World, answer, in_own_process, until};
+use crate::world::{Kind, PATIENCE, PIN, World, answer, in_own_process, until};
 
 /// One key in the tokens `a` and `b`; the plan of `b` can be changed.
 fn two_tokens(world: &World, change: impl FnOnce(&mut TokenPlan)) -> ([Arc<Token>; 2], Arc<PrivateKey>) {
@@ -111,6 +111,7 @@ token_tests! {
         let plan = || KeyPlan { id: None, label: Some("k".into()), spki: key.spki.clone(), name: "www".into() };
         let a = Token::start(world.plan("a")).unwrap();
         let b = Token::awaited(world.plan("b")).unwrap();
+        b.look();
         let both = PrivateKey::new(vec![a.find_key(plan()).unwrap(), b.expect_key(plan()).unwrap()]).unwrap();
         until("it is looked for", || {
             b.down_reason() == Some(DownReason::Call("its module shows no such token".into()))
@@ -137,6 +138,7 @@ token_tests! {
         let b = Token::awaited(world.plan("b")).unwrap();
         let plan = KeyPlan { id: None, label: Some("k".into()), spki: key.spki.clone(), name: "www".into() };
         let key = PrivateKey::new(vec![b.expect_key(plan).unwrap()]).unwrap();
+        b.look();
         until("it is found", || {
             matches!(b.down_reason(), Some(DownReason::Call(why)) if why.contains("CKA_EXTRACTABLE"))
         });
@@ -148,6 +150,7 @@ token_tests! {
         let ([a, b], key) = two_tokens(&world, |plan| plan.lanes = 2);
         let plan = KeyPlan { id: None, label: Some("k".into()), spki: key.spki().to_vec(), name: "www".into() };
         let of_b = PrivateKey::new(vec![b.find_key(plan).unwrap()]).unwrap();
+        let initialized = world.calls(Function::Initialize);
         only(&world.sign(), "b");
         world.sign().hang.store(1, SeqCst);
         let inside = of_b.sign(of_b.schemes()[0], b"message".to_vec()).unwrap();
@@ -158,7 +161,6 @@ token_tests! {
         let refused = of_b.sign(of_b.schemes()[0], b"message".to_vec()).unwrap();
         let tried = start.injected.load(SeqCst) + 20;
         until("it is probed again and again", || start.injected.load(SeqCst) >= tried);
-        let initialized = world.calls(Function::Initialize);
         assert_eq!(&*signature(&key, PATIENCE).unwrap().token, "a");
         assert!(a.is_up());
         start.rv.store(0, SeqCst);
@@ -167,5 +169,28 @@ token_tests! {
         drop(refused);
         assert_eq!(world.calls(Function::Initialize), initialized);
         assert_eq!(world.control.violations(), 0);
+    }
+
+    fn a_weight_is_adopted_without_another_start(world: World) {
+        let ([_a, b], key) = two_tokens(&world, |plan| plan.weight = 0);
+        assert_eq!(&*signature(&key, PATIENCE).unwrap().token, "a");
+        b.adopt(&PIN.as_bytes().to_vec().into(), u32::MAX);
+        assert_eq!(&*signature(&key, PATIENCE).unwrap().token, "b");
+    }
+
+    fn a_token_is_not_initialised_where_that_would_cost_another_one_its_login(world: World) {
+        world.init_token("a");
+        let key = world.make_key("a", "k", "A1", Kind::P256);
+        let a = Token::start(world.plan("a")).unwrap();
+        let plan = KeyPlan { id: None, label: Some("k".into()), spki: key.spki.clone(), name: "www".into() };
+        let key = PrivateKey::new(vec![a.find_key(plan).unwrap()]).unwrap();
+        world.control.word(Word::PinTries).store(2, SeqCst);
+        world.control.word(Word::PinsRefused).store(1, SeqCst);
+        let b = Token::awaited(world.plan("b")).unwrap();
+        b.look();
+        let lists = world.calls(Function::GetSlotList) + 20;
+        until("it is looked for again and again", || world.calls(Function::GetSlotList) >= lists);
+        assert_eq!(b.stats().reinitialized.get(), 0);
+        signature(&key, PATIENCE).unwrap();
     }
 }

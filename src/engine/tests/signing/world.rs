@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
+use keygate_engine::signing::login::Maker;
 use keygate_engine::signing::token::{Token, TokenPlan};
 use keygate_engine::signing::token_error::TokenError;
 use keygate_engine::signing::token_key::KeyPlan;
@@ -189,6 +190,7 @@ impl World {
             module: env::var_os("KEYGATE_TEST_FAULT_MODULE").expect("set by the parent").into(),
             label: label.to_owned(),
             serial: None,
+            maker: Maker::default(),
             pin: PIN.as_bytes().to_vec().into(),
             lanes: 1,
             threads_max: 4,
