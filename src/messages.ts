@@ -46,6 +46,8 @@ export type PrimaryMessage =
   /** Accept from a sibling's sockets too, until it is back. */
   | { readonly type: 'adopt'; readonly accept: readonly SocketUse[] }
   | { readonly type: 'release'; readonly sockets: readonly number[] }
+  /** Nobody has these any more: accept what waits there and close them, then answer with `retired`. */
+  | { readonly type: 'retire'; readonly sockets: readonly number[] }
   /** First phase of a reload: make this ready aside, and answer with `prepared` or `refused`. */
   | {
       readonly type: 'prepare';
@@ -56,7 +58,7 @@ export type PrimaryMessage =
       readonly accept: readonly SocketUse[];
     }
   /** Second phase: what was prepared serves from now on; answer with `committed`. */
-  | { readonly type: 'commit'; readonly reload: number; readonly retired: readonly number[] }
+  | { readonly type: 'commit'; readonly reload: number }
   /** Or not. */
   | { readonly type: 'discard'; readonly reload: number }
   /** Their files may have been renamed. */
@@ -81,6 +83,7 @@ export type WorkerMessage =
   /** The worker goes on with what it has. */
   | { readonly type: 'refused'; readonly reload: number; readonly failure: WorkerFailure }
   | { readonly type: 'committed'; readonly reload: number }
+  | { readonly type: 'retired' }
   /** Said each second while it is so: it cannot mend a token that it needs, because calls into the module do not return. */
   | { readonly type: 'stuck'; readonly why: string }
   /** Every connection has ended; the worker waits for `leave`. */

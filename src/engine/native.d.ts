@@ -124,12 +124,12 @@ export declare class Engine {
    */
   prepare(settings: EngineSettings): void
   /**
-   * What was prepared serves from now on; connections that are there go on with what they began with. `retired`
-   * sockets are accepted from no more, except for what waits in their queues: the caller may close them now.
+   * What was prepared serves from now on; connections that are there go on with what they began with. Sockets that it has
+   * no more are to be retired.
    *
    * Throws when nothing is prepared.
    */
-  commit(retired: Array<number>): void
+  commit(): void
   /** Forgets what was prepared, if anything was. */
   discard(): void
   /** Frees what no handshake uses any more of former configurations. To be called now and then. */
@@ -162,8 +162,11 @@ export declare class Engine {
   setTlsa(upstream: string, server: number, answer: TlsaAnswer): void
   /** Accepts no more connections; established ones go on. */
   drain(): void
-  /** As `drain`, but what waits in the accept queues is accepted first: nobody else will. Then the sockets may be closed. */
-  retire(): void
+  /**
+   * Sockets that nobody will accept from any more: what waits in their queues is accepted first, and then nothing. The
+   * caller may close them now.
+   */
+  retire(sockets: Array<number>): void
   /**
    * Ends every connection, the lanes and the PKCS#11 modules. Returns within about `budget_ms` (per token) even if a
    * token hangs; the process must then end.

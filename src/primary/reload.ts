@@ -20,7 +20,7 @@ import { giveBackMemorySoon } from '../engine/memory.ts';
 import { ConfigError, formatProblem, KeygateError } from '../errors.ts';
 import type { ErrorCode, Problem } from '../errors.ts';
 import type { Log } from '../log.ts';
-import { closeSockets, openListeners, shutSockets } from './listeners.ts';
+import { closeSockets, openListeners } from './listeners.ts';
 import type { ServiceManager } from './service-manager.ts';
 import type { Stapler } from './stapler.ts';
 import type { Workers } from './workers.ts';
@@ -56,7 +56,7 @@ export interface CertificateFacts {
 
 /** What a reload goes through; here only to be the same wherever it is needed. */
 interface ReloadParts {
-  readonly workers: Pick<Workers, 'listening' | 'prepare' | 'commit' | 'discard'>;
+  readonly workers: Pick<Workers, 'listening' | 'prepare' | 'commit' | 'discard' | 'retire'>;
   readonly stapler: Pick<Stapler, 'follow'>;
   readonly native: EngineBinding;
   readonly serviceManager: Pick<ServiceManager, 'reloading' | 'reloaded'>;
@@ -204,9 +204,7 @@ export class Reloads {
     void stapler.follow(next);
     this.#onCommit(next);
     admin?.commit();
-    // Every worker has accepted what waited there, and let go.
-    shutSockets(listeners.retired, native);
-    closeSockets(listeners.retired);
+    await workers.retire(listeners.retired);
     return { outcome: 'committed', changes, reasons: [] };
   }
 

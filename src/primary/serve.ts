@@ -158,7 +158,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   const upgrade = async (): Promise<{ readonly pid: number } | { readonly refused: string }> => {
     if (drainEndsAtMs !== Infinity) return { refused: 'keygate drains' };
     const done = reloads.without(async () => {
-      const pid = await handOver({
+      const { pid, retired } = await handOver({
         inheritance: { listeners: workers.listening, tickets: epochs.inheritance },
         env: serviceManager.env,
         deadlineMs: reloads.config.reloadDeadlineMs,
@@ -169,6 +169,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
       isSucceeded = true;
       serviceManager.succeededBy(pid);
       log.info({ event: 'upgraded', pid }, 'a successor has taken over');
+      await workers.retire(workers.listening.sockets.filter(({ socket }) => retired.includes(socket)));
       drainNow();
       return { pid };
     });
@@ -223,7 +224,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   if (predecessor !== undefined && workers.unreadiness === undefined) {
     await predecessor.prepared();
     await openOwnAdmin();
-    predecessor.serving();
+    predecessor.serving(listeners.retired.map(({ socket }) => socket));
   }
   giveBackMemory(engine());
   const { addresses } = workers.listening;

@@ -8,7 +8,8 @@
  *  old: spawn ──inheritance──> new: starts its workers on the same sockets
  *       closes its admin server <──prepared── all are ready: both accept
  *       ──go──> opens its admin server
- *       drains <──serving── the service manager's main process from now on
+ *       retires sockets that only it has <──serving── the service manager's main process from now on
+ *       drains
  * ```
  * Until `go` the new one can fail or be late without consequences, and afterwards the old one opens its admin server again.
  */
@@ -25,9 +26,10 @@ export interface Inheritance {
 }
 
 type FromFormer = { readonly type: 'inheritance'; readonly inheritance: Inheritance } | { readonly type: 'go' };
-interface FromSuccessor {
-  readonly type: 'prepared' | 'serving';
-}
+type FromSuccessor =
+  | { readonly type: 'prepared' }
+  /** `retired`: numbers of sockets that it does not go on with; an older release does not say. */
+  | { readonly type: 'serving'; readonly retired?: readonly number[] };
 
 /** Of the command that started keygate, as it was called: a link to it may lead to another release by now (bin/keygate). */
 const commandVariable = 'KEYGATE_COMMAND';
@@ -49,11 +51,17 @@ export interface Handover {
 
 class UpgradeError extends Error {}
 
+export interface Succession {
+  readonly pid: number;
+  /** Sockets that only the former keygate has now, by number. */
+  readonly retired: readonly number[];
+}
+
 /**
- * Starts a successor; resolves with its process when it serves.
+ * Starts a successor; resolves when it serves.
  * @throws UpgradeError the successor gave up, and why is in its log; or it was late. Nothing has changed.
  */
-export async function handOver(handover: Handover): Promise<number> {
+export async function handOver(handover: Handover): Promise<Succession> {
   const { inheritance, env, deadlineMs, closeAdmin, openAdmin, signal } = handover;
   const fds = inheritance.listeners.sockets.map(({ fd }) => fd);
   const child = start(fds, env);
@@ -61,13 +69,14 @@ export async function handOver(handover: Handover): Promise<number> {
   const late = setTimeout(end, deadlineMs);
   signal.addEventListener('abort', end);
   let isAdminClosed = false;
+  let retired: readonly number[];
   try {
     tell(child, { type: 'inheritance', inheritance });
     await heard(child, 'prepared');
     closeAdmin();
     isAdminClosed = true;
     tell(child, { type: 'go' });
-    await heard(child, 'serving');
+    ({ retired = [] } = await heard(child, 'serving'));
   } catch (error) {
     end();
     if (isAdminClosed) await openAdmin();
@@ -77,7 +86,7 @@ export async function handOver(handover: Handover): Promise<number> {
     signal.removeEventListener('abort', end);
   }
   child.unref();
-  return child.pid ?? 0;
+  return { pid: child.pid ?? 0, retired };
 }
 
 function start(fds: readonly number[], env: NodeJS.ProcessEnv): ChildProcess {
@@ -102,21 +111,25 @@ function tell(child: ChildProcess, message: FromFormer): void {
   child.send(message, () => {});
 }
 
-async function heard(child: ChildProcess, wanted: FromSuccessor['type']): Promise<void> {
+async function heard<Type extends FromSuccessor['type']>(
+  child: ChildProcess,
+  wanted: Type,
+): Promise<FromSuccessor & { readonly type: Type }> {
   const stop = new AbortController();
   const { signal } = stop;
-  const gone = async () => {
+  const gone = async (): Promise<never> => {
     const [code, killedBy] = (await once(child, 'exit', { signal })) as [number | null, string | null];
     const found = killedBy === 'SIGKILL' ? 'was not ready in time' : `left with ${code ?? killedBy}`;
     throw new UpgradeError(`the successor ${found}, before it was ${wanted}; the log says why`);
   };
   const said = async () => {
     const [message] = (await once(child, 'message', { signal })) as [FromSuccessor];
-    if (message.type !== wanted) throw new UpgradeError(`the successor said ${message.type}, expected ${wanted}`);
+    if (message.type === wanted) return message as FromSuccessor & { readonly type: Type };
+    throw new UpgradeError(`the successor said ${message.type}, expected ${wanted}`);
   };
   try {
     // `once` rejects with an error that the child emits: one that could not be started.
-    await Promise.race([gone(), said()]);
+    return await Promise.race([gone(), said()]);
   } catch (error) {
     throw error instanceof UpgradeError
       ? error
@@ -131,8 +144,8 @@ export interface Predecessor {
   readonly inheritance: Inheritance;
   /** Every worker is ready; resolves when it is the successor's turn. */
   prepared(): Promise<void>;
-  /** There is no way back from here. */
-  serving(): void;
+  /** There is no way back from here. @param retired the numbers of inherited sockets that this keygate does not go on with */
+  serving(retired: readonly number[]): void;
 }
 
 /** Undefined: nobody was here before. Takes what says so out of the environment: workers are nobody's successors. */
@@ -157,9 +170,9 @@ export async function findPredecessor(env: NodeJS.ProcessEnv): Promise<Predecess
       process.send?.({ type: 'prepared' } satisfies FromSuccessor);
       await heardOfFormer('go');
     },
-    serving() {
+    serving(retired) {
       process.off('disconnect', orphaned);
-      process.send?.({ type: 'serving' } satisfies FromSuccessor, undefined, {}, () => process.disconnect?.());
+      process.send?.({ type: 'serving', retired } satisfies FromSuccessor, undefined, {}, () => process.disconnect?.());
     },
   };
 }

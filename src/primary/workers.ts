@@ -1,6 +1,6 @@
 /**
  * Owns: the worker processes: forking the first alone, then the others; replacing the dead with growing delay; having a
- * sibling serve a dead worker's accept queue; both phases of a reload; draining; ending.
+ * sibling serve a dead worker's accept queue; both phases of a reload; retiring sockets; draining; ending.
  * Must not know: tokens, TLS, HTTP. Never loads a PKCS#11 module.
  * Runs: main thread of the primary.
  *
@@ -28,7 +28,8 @@ import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import type { PrimaryMessage, SocketUse, Staple, WorkerFailure, WorkerMessage, WorkerSandbox } from '../messages.ts';
-import type { Listeners, NextListeners } from './listeners.ts';
+import { closeSockets, shutSockets } from './listeners.ts';
+import type { Listeners, ListeningSocket, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
@@ -52,6 +53,8 @@ const stuckSilenceMs = 15_000;
 const killGraceMs = 2_000;
 /** A worker that has prepared a reload commits it in no time; one that does not is killed, and its replacement is whole. */
 const commitDeadlineMs = 15_000;
+/** A worker accepts what waits at a socket in no time; one whose JavaScript thread hangs does not know that it should. */
+const retireDeadlineMs = 2_000;
 /** What a worker inherits before its sockets: three standard descriptors, the channel for messages, that for sockets. */
 const handoverFd = 4;
 const firstSocketFd = 5;
@@ -152,6 +155,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
   readonly #slots: Slot[];
   /** Workers that have lost their slots to successors and end with their connections. */
   readonly #retired = new Set<Slot>();
+  /** Those that have not let go of sockets yet that nobody has any more. */
+  readonly #retiring = new Map<Slot, PromiseWithResolvers<void>>();
   readonly #book = new SnapshotBook();
   #observation = 0;
   #reloads = 0;
@@ -293,11 +298,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#listeners = reload.listeners;
     for (const { fd, backlog } of reload.listeners.resized) engine().setBacklog(fd, backlog);
     reload.committing = true;
-    const retired = reload.listeners.retired.map(({ socket }) => socket);
     const commits = [...reload.asked].map(async (slot) => {
       const committed = Promise.withResolvers<void>();
       reload.commits.set(slot, committed);
-      this.#tell(slot, { type: 'commit', reload: reload.number, retired });
+      this.#tell(slot, { type: 'commit', reload: reload.number });
       return committed.promise;
     });
     const late = setTimeout(() => {
@@ -319,6 +323,31 @@ export class Workers extends EventEmitter<WorkersEvents> {
     for (const slot of this.#slots) if (slot.adoptedBy !== undefined) this.#adopt(slot, slot.adoptedBy);
     this.#endReload();
     return undefined;
+  }
+
+  /**
+   * Nobody has these sockets any more: what waits there is accepted, then clients are refused. A worker that does not
+   * answer is not waited for; what waits for it is reset.
+   */
+  async retire(sockets: readonly ListeningSocket[]): Promise<void> {
+    if (sockets.length === 0) return;
+    const numbers = sockets.map(({ socket }) => socket);
+    const kept = this.#listeners.sockets.filter(({ socket }) => !numbers.includes(socket));
+    this.#listeners = { ...this.#listeners, sockets: kept };
+    const ready = this.#all.filter(({ state }) => state === 'ready');
+    const answers = ready.map(async (slot) => {
+      const retired = Promise.withResolvers<void>();
+      this.#retiring.set(slot, retired);
+      this.#tell(slot, { type: 'retire', sockets: numbers });
+      return retired.promise;
+    });
+    const deadline = Promise.withResolvers<void>();
+    const timer = setTimeout(deadline.resolve, retireDeadlineMs);
+    await Promise.race([Promise.all(answers), deadline.promise]);
+    clearTimeout(timer);
+    this.#retiring.clear();
+    shutSockets(sockets, engine());
+    closeSockets(sockets);
   }
 
   /** Every worker forgets what it prepared. */
@@ -501,6 +530,9 @@ export class Workers extends EventEmitter<WorkersEvents> {
         case 'committed':
           if (this.#reload?.number === message.reload) hasCommitted(this.#reload, slot);
           return;
+        case 'retired':
+          this.#retiring.get(slot)?.resolve();
+          return;
         case 'snapshot':
           this.#book.enter(message.id, slot.page, message.snapshot);
           return;
@@ -613,6 +645,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     clearTimeout(slot.killTimer);
     slot.worker = undefined;
     slot.state = 'waiting';
+    this.#retiring.get(slot)?.resolve();
     if (slot.handover !== undefined) closeSync(slot.handover);
     slot.handover = undefined;
     if (slot.replaces !== undefined) return this.#neverSucceeded(slot.replaces, worker, failure);

@@ -95,6 +95,10 @@ function obey(message: PrimaryMessage): void {
     case 'release':
       for (const fd of sockets?.fds(message.sockets) ?? []) engine?.stopAccepting(fd);
       return;
+    case 'retire':
+      retire(message.sockets);
+      tell({ type: 'retired' });
+      return;
     case 'prepare':
       void prepare(message);
       return;
@@ -192,8 +196,7 @@ function outlivePrimary(): void {
   if (engine === undefined || sockets === undefined || leaving) process.exit(1);
   logs?.log.error({ event: 'primary_lost', deadlineMs: drainDeadlineMs }, 'the primary is gone: draining');
   if (preparing !== undefined) discard(preparing.reload);
-  engine.retire();
-  sockets.closeAll();
+  retire(sockets.all);
   // One that drained already goes on, with the deadline that it has.
   if (!draining) drain(drainDeadlineMs);
 }
@@ -223,13 +226,12 @@ async function prepare({
   }
 }
 
-function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>): void {
+function commit({ reload }: Extract<PrimaryMessage, { type: 'commit' }>): void {
   // Half a reload would be worse than a new worker: whatever throws here ends this one.
   if (engine === undefined || sockets === undefined || logs === undefined || preparing?.reload !== reload) {
     throw new Error(`told to commit reload ${reload}, which is not prepared`);
   }
-  engine.commit(sockets.fds(retired));
-  sockets.close(retired);
+  engine.commit();
   const { config, tlsa: asked } = preparing;
   logs.log.level = config.log.level;
   ({ tickets, drainDeadlineMs } = config);
@@ -239,6 +241,13 @@ function commit({ reload, retired }: Extract<PrimaryMessage, { type: 'commit' }>
   preparing = undefined;
   tell({ type: 'committed', reload });
   giveBackMemorySoon(loadEngine());
+}
+
+/** Who waits there is taken, because nobody else will come for them. */
+function retire(retired: readonly number[]): void {
+  if (engine === undefined || sockets === undefined) return;
+  engine.retire(sockets.fds(retired));
+  sockets.close(retired);
 }
 
 function discard(reload: number): void {

@@ -44,8 +44,8 @@ export class Sockets {
     return accept.flatMap(({ socket, listener }) => this.fds([socket]).map((fd) => ({ listener, fd })));
   }
 
-  closeAll(): void {
-    this.close([...this.#fds.keys()]);
+  get all(): readonly number[] {
+    return [...this.#fds.keys()];
   }
 
   close(sockets: readonly number[]): void {

@@ -12,7 +12,7 @@ import { startKeygate } from '../support/keygate.ts';
 import type { Keygate, KeygateDocument } from '../support/keygate.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
-import { assertEchoes, tlsClient } from '../support/tls-client.ts';
+import { assertEchoes, rawClient, tlsClient } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
 import type { Upstream } from '../support/upstream.ts';
@@ -57,16 +57,37 @@ describe('a successor', { timeout: 110_000 }, () => {
   });
 
   it('may have settings that a reload cannot have, and successors of its own', async (test) => {
-    const keygate = await started(test, { workers: 1 });
+    const settings = (workers: number) => ({ workers, drainDeadline: '30s' });
+    const keygate = await started(test, settings(2));
     const port = keygate.port();
-    keygate.configure(document({ workers: 2 }));
+    // The former ones stay, and nobody may wait for them.
+    const stays = [await tlsClient({ port })];
+    for (const workers of [1, 2]) {
+      keygate.configure(document(settings(workers)));
+      await upgrade(keygate);
+      assert.equal((await keygate.workers()).length, workers);
+      for (let count = 0; count < 20; count += 1) await visit(port);
+      stays.push(await tlsClient({ port }));
+    }
+    for (const client of stays) {
+      await assertEchoes(client);
+      client.destroy();
+    }
+  });
+
+  it('may lack a listener: its clients stay, and who comes is refused at once', async (test) => {
+    const keygate = await started(test, { listeners: { https: {}, api: {} }, workers: 2, drainDeadline: '30s' });
+    const port = keygate.port('api');
+    const stays = await tlsClient({ port });
+    keygate.configure(document({ workers: 2, drainDeadline: '30s' }));
     await upgrade(keygate);
-    assert.equal((await keygate.workers()).length, 2);
-    for (let count = 0; count < 10; count += 1) await visit(port);
-    keygate.configure(document({ workers: 1 }));
-    await upgrade(keygate);
-    assert.equal((await keygate.workers()).length, 1);
-    for (let count = 0; count < 10; count += 1) await visit(port);
+    await keygate.logged({ event: 'drain_started' });
+    await assert.rejects(rawClient(port), { code: 'ECONNREFUSED' });
+    await visit(keygate.port());
+    await assertEchoes(stays);
+    assert.ok(isRunning(keygate.pid), 'the former waits for who stays');
+    stays.destroy();
+    await until('end of the former', () => !isRunning(keygate.pid));
   });
 
   it('that cannot start changes nothing, and why is said', async (test) => {

@@ -666,12 +666,12 @@ impl Engine {
         Ok(())
     }
 
-    /// What was prepared serves from now on; connections that are there go on with what they began with. `retired`
-    /// sockets are accepted from no more, except for what waits in their queues: the caller may close them now.
+    /// What was prepared serves from now on; connections that are there go on with what they began with. Sockets that it has
+    /// no more are to be retired.
     ///
     /// Throws when nothing is prepared.
     #[napi(catch_unwind)]
-    pub fn commit(&mut self, retired: Vec<i32>) -> Result<()> {
+    pub fn commit(&mut self) -> Result<()> {
         let mut next =
             self.prepared.take().ok_or_else(|| invalid("expected a prepared configuration, found none"))?;
         let key = next.ticket_key.take();
@@ -679,7 +679,7 @@ impl Engine {
         if key.is_some() || self.shared.rotation.standing().wanted {
             self.shared.rotation.begin(key, &self.shared.ticketer);
         }
-        self.io.commit(retired).map_err(|error| invalid(error.to_string()))?;
+        self.io.commit().map_err(|error| invalid(error.to_string()))?;
         self.former.push(std::mem::replace(&mut self.current, next));
         self.let_go();
         Ok(())
@@ -768,10 +768,11 @@ impl Engine {
         self.io.drain();
     }
 
-    /// As `drain`, but what waits in the accept queues is accepted first: nobody else will. Then the sockets may be closed.
+    /// Sockets that nobody will accept from any more: what waits in their queues is accepted first, and then nothing. The
+    /// caller may close them now.
     #[napi(catch_unwind)]
-    pub fn retire(&self) -> Result<()> {
-        self.io.retire().map_err(|error| invalid(error.to_string()))
+    pub fn retire(&self, sockets: Vec<i32>) -> Result<()> {
+        self.io.retire(sockets).map_err(|error| invalid(error.to_string()))
     }
 
     /// Ends every connection, the lanes and the PKCS#11 modules. Returns within about `budget_ms` (per token) even if a

@@ -81,12 +81,13 @@ enum Order {
         answer: mpsc::Sender<io::Result<()>>,
     },
     Commit {
-        retired: Vec<RawFd>,
         answer: mpsc::Sender<IoStats>,
     },
     Discard,
     Drain,
+    /// Nobody will accept from these sockets any more.
     Retire {
+        fds: Vec<RawFd>,
         answer: mpsc::Sender<()>,
     },
     Stop,
@@ -123,13 +124,12 @@ impl IoThread {
         self.ask(|answer| Order::Prepare { plan, answer })?
     }
 
-    /// What was prepared serves from now on; connections that are there go on with what they began with. From the
-    /// sockets of `retired` what waits is accepted, then nothing more: the caller may close them.
+    /// What was prepared serves from now on; connections that are there go on with what they began with.
     ///
     /// # Errors
     /// The thread has ended. (Nothing else can fail: without a prepared plan, nothing changes.)
-    pub fn commit(&mut self, retired: Vec<RawFd>) -> io::Result<()> {
-        self.stats = self.ask(|answer| Order::Commit { retired, answer })?;
+    pub fn commit(&mut self) -> io::Result<()> {
+        self.stats = self.ask(|answer| Order::Commit { answer })?;
         Ok(())
     }
 
@@ -143,12 +143,12 @@ impl IoThread {
         self.order(Order::Drain);
     }
 
-    /// As `drain`, but what waits in the queues is accepted first: nobody else will. Then the caller may close the sockets.
+    /// From these sockets what waits is accepted, because nobody else will, then nothing more: the caller may close them.
     ///
     /// # Errors
     /// The thread does not answer.
-    pub fn retire(&self) -> io::Result<()> {
-        self.ask(|answer| Order::Retire { answer })
+    pub fn retire(&self, fds: Vec<RawFd>) -> io::Result<()> {
+        self.ask(|answer| Order::Retire { fds, answer })
     }
 
     /// Ends the thread and every connection on it. False if it has not ended within `budget`.
@@ -253,7 +253,7 @@ impl Io {
             running: Arc::new(AtomicBool::new(true)),
         };
         io.prepare(plan)?;
-        io.commit(&[]);
+        io.commit();
         Ok(io)
     }
 
@@ -282,8 +282,8 @@ impl Io {
                 Order::Accept { listener, fd } => drop(self.adopt(&listener, fd)),
                 Order::StopAccepting { fd } => self.stop_accepting(fd),
                 Order::Prepare { plan, answer } => drop(answer.send(self.prepare(plan))),
-                Order::Commit { retired, answer } => {
-                    self.commit(&retired);
+                Order::Commit { answer } => {
+                    self.commit();
                     drop(answer.send(self.stats()));
                 }
                 Order::Discard => self.prepared = None,
@@ -293,9 +293,7 @@ impl Io {
                         task.abort();
                     }
                 }
-                Order::Retire { answer } => {
-                    self.draining = true;
-                    let fds: Vec<_> = self.accepting.keys().copied().collect();
+                Order::Retire { fds, answer } => {
                     fds.into_iter().for_each(|fd| self.retire(fd));
                     let _ = answer.send(());
                 }
@@ -333,7 +331,7 @@ impl Io {
             .is_some_and(|accepting| accepting.offer.borrow().listener.plan.name == listener)
     }
 
-    fn commit(&mut self, retired: &[RawFd]) {
+    fn commit(&mut self) {
         let Some(Prepared { plan, sockets }) = self.prepared.take() else { return };
         self.access_log = Rc::new(self.access_log.succeeded_by(plan.access));
         self.replace_upstreams(plan.upstreams);
@@ -345,7 +343,6 @@ impl Io {
             self.stop_accepting(fd);
             self.accept(&name, fd, socket);
         }
-        retired.iter().for_each(|fd| self.retire(*fd));
     }
 
     fn retire(&mut self, fd: RawFd) {
@@ -583,7 +580,7 @@ mod tests {
         io.prepare(plan("https", 2, Vec::new()).0).expect("prepared");
         clients.extend((0..2).map(|_| TcpStream::connect(address).expect("queued")));
         until(|| stats.connections_open.get() == 3);
-        io.commit(Vec::new()).expect("committed");
+        io.commit().expect("committed");
         clients.push(TcpStream::connect(address).expect("queued"));
         until(|| closed(&io, "connection_limit") == 1);
         assert_eq!((stats.connections_open.get(), stats.accepted.get()), (3, 4));
@@ -596,7 +593,7 @@ mod tests {
         io.accept("https".into(), fd);
         io.prepare(plan("other", 0, Vec::new()).0).expect("prepared");
         io.discard();
-        io.commit(Vec::new()).expect("nothing to do");
+        io.commit().expect("nothing to do");
         let client = TcpStream::connect(address).expect("queued");
         let stats = stats_of(&io, "https").expect("still there");
         until(|| stats.connections_open.get() == 1);
@@ -628,13 +625,14 @@ mod tests {
         until(|| stats.connections_open.get() == 1);
         for _ in 0..2 {
             io.prepare(plan("other", 10, Vec::new()).0).expect("prepared");
-            io.commit(vec![fd]).expect("committed");
+            io.commit().expect("committed");
+            io.retire(vec![fd]).expect("retired");
             assert!(stats_of(&io, "https").is_some());
         }
         drop(client);
         until(|| stats.connections_open.get() == 0);
         io.prepare(plan("other", 10, Vec::new()).0).expect("prepared");
-        io.commit(Vec::new()).expect("committed");
+        io.commit().expect("committed");
         assert!(stats_of(&io, "https").is_none());
         assert!(io.stop(SHORT));
     }
@@ -654,7 +652,7 @@ mod tests {
         }
         let relayed = server.accept().expect("the upstream's end");
         io.prepare(plan("https", 10, servers).0).expect("prepared");
-        io.commit(Vec::new()).expect("committed");
+        io.commit().expect("committed");
         until(|| former.strong_count() == 0);
         assert_eq!(stats_of(&io, "https").expect("measured").connections_open.get(), 1);
         drop(relayed);
