@@ -426,6 +426,24 @@ it('an address goes from one listener to another, and no client is refused', asy
   assert.deepEqual(await stream.end(), []);
 });
 
+it('a client that came too often is not forgiven by a reload', async (test) => {
+  const burst = 40;
+  const limits = { perClient: { rate: 1, burst } };
+  const { keygate, document } = await service(test, (parts) => withListener({ ...parts, workers: 1 }, { limits }));
+  const comesUntilShed = async () => {
+    for (let count = 0; ; count += 1) {
+      const client = await tlsClient({ port: keygate.port() }).catch(() => undefined);
+      if (client === undefined) return count;
+      client.destroy();
+    }
+  };
+  await comesUntilShed();
+  assert.equal((await keygate.reload(withListener(document, { certificates: ['other'] }))).outcome, 'committed');
+  // What a slow machine gives it time for, and no burst again.
+  const letIn = await comesUntilShed();
+  assert.ok(letIn < burst / 2, `${letIn} were let in`);
+});
+
 it('a token is added and another removed, without sending a PIN where the process is logged in already', async (test) => {
   const { keygate, faults, document } = await service(test);
   const established = await tlsClient({ port: keygate.port() });

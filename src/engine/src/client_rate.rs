@@ -8,6 +8,7 @@
 use std::cell::Cell;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
+use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -44,6 +45,12 @@ impl ClientRate {
     pub fn new(plan: ClientRatePlan) -> Self {
         let row = || Row { key: RandomState::new(), times: vec![Cell::new(0); PLACES].into() };
         Self { plan, began: Instant::now(), rows: [row(), row()] }
+    }
+
+    /// After a reload. Without a change it is `former` itself: what clients have come too often is not forgiven them.
+    pub fn succeeding(former: Option<&Rc<Self>>, plan: ClientRatePlan) -> Rc<Self> {
+        let same = former.filter(|former| former.plan == plan);
+        same.map_or_else(|| Rc::new(Self::new(plan)), Rc::clone)
     }
 
     /// Whether the client may come now; if so, it has.

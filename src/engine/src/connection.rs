@@ -50,7 +50,7 @@ async fn run(life: &mut Life, offer: Offer, client: &Stream) -> Close {
         Ok(parties) => life.identified(parties),
         Err(close) => return close,
     }
-    if life.facts.via.is_some() && listener.is_over_rate(life.source) {
+    if life.facts.via.is_some() && offer.is_over_rate(life.source) {
         client.reset_when_dropped();
         return Close::ProxyAcceptClientRate;
     }

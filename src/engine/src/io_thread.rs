@@ -392,8 +392,10 @@ impl Io {
                 let checked = self.upstreams.iter().find(|it| it.upstream.plan().name == name)?;
                 Some(Target { upstream: checked.upstream.clone(), tls: checked.tls.clone() })
             }));
+            let former = known.as_ref().and_then(|offer| offer.borrow().client_rate.clone());
+            let client_rate = plan.per_client.clone();
+            let client_rate = client_rate.map(|plan| ClientRate::succeeding(former.as_ref(), plan));
             let listener = Rc::new(Listener {
-                client_rate: plan.per_client.clone().map(ClientRate::new),
                 plan,
                 scratch: self.scratch.clone(),
                 stats,
@@ -401,7 +403,7 @@ impl Io {
                 negotiated: self.negotiated.clone(),
                 access_log: self.access_log.clone(),
             });
-            let offer = Offer { listener, tls, router };
+            let offer = Offer { listener, tls, router, client_rate };
             let current = match known {
                 Some(current) => {
                     current.replace(offer);
@@ -451,6 +453,7 @@ impl Drop for MarkEnded {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::client_rate::ClientRatePlan;
     use crate::close::CLOSE_REASONS;
     use crate::listener::Front;
     use crate::log;
@@ -634,6 +637,36 @@ mod tests {
         io.prepare(plan("other", 10, Vec::new()).0).expect("prepared");
         io.commit().expect("committed");
         assert!(stats_of(&io, "https").is_none());
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn a_reload_forgives_no_client_that_came_too_often_unless_the_rate_is_another() {
+        let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256, false).expect("a port");
+        let limited = |burst| {
+            let (mut plan, _) = plan("https", 1000, Vec::new());
+            let rate = ClientRatePlan { rate: 1, burst, ipv4_bits: 32, ipv6_bits: 64 };
+            plan.listeners[0].0.per_client = Some(rate);
+            plan
+        };
+        let mut io = IoThread::start(limited(50), unread()).expect("a thread");
+        io.accept("https".into(), fd);
+        let stats = stats_of(&io, "https").expect("measured");
+        // Of as many as a burst; and each second lets one in.
+        let turned_away = |io: &IoThread| {
+            let (accepted, before) = (stats.accepted.get(), closed(io, "client_rate"));
+            let clients: Vec<_> = (0..50).map(|_| TcpStream::connect(address).expect("queued")).collect();
+            until(|| stats.accepted.get() == accepted + 50);
+            drop(clients);
+            closed(io, "client_rate") - before
+        };
+        assert_eq!(turned_away(&io), 0);
+        for (burst, is_forgiven) in [(50, false), (60, true)] {
+            io.prepare(limited(burst)).expect("prepared");
+            io.commit().expect("committed");
+            let turned_away = turned_away(&io);
+            assert_eq!(turned_away < 25, is_forgiven, "{turned_away} with a burst of {burst}");
+        }
         assert!(io.stop(SHORT));
     }
 

@@ -71,7 +71,6 @@ pub enum Front {
 pub struct Listener {
     pub plan: ListenerPlan,
     pub scratch: Rc<Scratch>,
-    pub client_rate: Option<ClientRate>,
     pub stats: Arc<ListenerStats>,
     pub closes: Arc<CloseCounters>,
     pub negotiated: Arc<NegotiatedCounters>,
@@ -94,14 +93,16 @@ pub struct ListenerClients {
     pub status: Option<ClientStatus>,
 }
 
-/// What a listener offers to those who come now. TLS configurations, with their certificates, are given to handshakes and to
-/// nothing that lives longer: connections stay for days, and must not keep a former configuration in memory.
+/// What a listener offers to those who come now. TLS configurations, with their certificates, and the table of rates are given to
+/// handshakes and to nothing that lives longer: connections stay for days, and must not keep a former configuration in memory.
 #[derive(Clone)]
 pub struct Offer {
     pub listener: Rc<Listener>,
     /// Where TLS ends here.
     pub tls: Option<ListenerTls>,
     pub router: Rc<Router>,
+    /// None: a client may come as often as it likes.
+    pub client_rate: Option<Rc<ClientRate>>,
 }
 
 /// A reload puts another offer in its place; who accepts looks for each connection.
@@ -189,7 +190,7 @@ fn welcome(offer: &CurrentOffer, client: TcpStream, source: SocketAddr) {
     let offer = offer.borrow().clone();
     let listener = offer.listener.clone();
     listener.stats.accepted.add(1);
-    match listener.over_limit(source) {
+    match offer.over_limit(source) {
         // Counted now and not when the task first runs, so that a burst meets the limits.
         None => {
             drop(spawn_local(serve(Life::begin(listener, source), offer, Stream::Tcp(client))));
@@ -223,18 +224,21 @@ impl Listener {
             close,
         });
     }
+}
 
+impl Offer {
     /// Whether the client comes too often. Of who comes over a proxy this is known only when that has said who it is.
     pub fn is_over_rate(&self, client: SocketAddr) -> bool {
         self.client_rate.as_ref().is_some_and(|rate| !rate.admits(client.ip(), Instant::now()))
     }
 
     fn over_limit(&self, peer: SocketAddr) -> Option<Close> {
-        let is_proxy = self.plan.proxy_in.as_ref().is_some_and(|proxies| proxies.is_from(peer.ip()));
+        let Listener { plan, stats, .. } = &*self.listener;
+        let is_proxy = plan.proxy_in.as_ref().is_some_and(|proxies| proxies.is_from(peer.ip()));
         let at_least = |gauge: &Gauge, max: usize| usize::try_from(gauge.get()).is_ok_and(|now| now >= max);
-        if at_least(&self.stats.connections_open, self.plan.connections_max) {
+        if at_least(&stats.connections_open, plan.connections_max) {
             Some(Close::ProxyAcceptConnectionLimit)
-        } else if at_least(&self.stats.handshakes_in_flight, self.plan.handshakes_max) {
+        } else if at_least(&stats.handshakes_in_flight, plan.handshakes_max) {
             Some(Close::ProxyAcceptHandshakeLimit)
         } else if !is_proxy && self.is_over_rate(peer) {
             Some(Close::ProxyAcceptClientRate)
