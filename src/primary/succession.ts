@@ -79,7 +79,11 @@ export async function handOver(handover: Handover): Promise<Succession> {
     ({ retired = [] } = await heard(child, 'serving'));
   } catch (error) {
     end();
-    if (isAdminClosed) await openAdmin();
+    if (isAdminClosed) {
+      // It may have the address.
+      await ended(child);
+      await openAdmin();
+    }
     throw error;
   } finally {
     clearTimeout(late);
@@ -104,6 +108,14 @@ function start(fds: readonly number[], env: NodeJS.ProcessEnv): ChildProcess {
   // Whoever waits hears of it; afterwards it is on its own.
   child.on('error', () => {});
   return child;
+}
+
+async function ended(child: ChildProcess): Promise<void> {
+  if (child.exitCode !== null || child.signalCode !== null) return;
+  const { promise, resolve } = Promise.withResolvers<void>();
+  // Not `once` of node:events, which gives up at an error of the channel.
+  child.once('exit', () => resolve());
+  await promise;
 }
 
 function tell(child: ChildProcess, message: FromFormer): void {
