@@ -111,11 +111,13 @@ export declare class Engine {
   /**
    * Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
    * `ticket_secrets`: as for `set_ticket_secrets`. `access_log` gets the lines of connections; `key_log`, where there
-   * is one, the secrets of every connection. `staples`: as for `set_staples`.
+   * is one, the secrets of every connection. `staples`: as for `set_staples`. `inherited` is the engine's from now on.
    *
    * Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
    */
-  constructor(settings: EngineSettings, ticketSecrets: Array<Buffer>, accessLog: LineLog, keyLog: LineLog | undefined | null, staples: Array<Staple>)
+  constructor(settings: EngineSettings, ticketSecrets: Array<Buffer>, accessLog: LineLog, keyLog: LineLog | undefined | null, staples: Array<Staple>, inherited: InheritedSockets)
+  /** Takes the sockets that the primary has handed over for this reload, in their order; those of others are closed. */
+  takeOver(reload: number): Array<number>
   /**
    * Makes another configuration ready beside the one that serves, which notices nothing of it. Logs in to new tokens
    * and finds the keys of new certificates. In place of what was prepared before.
@@ -160,12 +162,9 @@ export declare class Engine {
    * that is not there, or not any more, is ignored.
    */
   setTlsa(upstream: string, server: number, answer: TlsaAnswer): void
-  /** Accepts no more connections; established ones go on. */
+  /** Accepts no more connections, and closes every socket; established connections go on. */
   drain(): void
-  /**
-   * Sockets that nobody will accept from any more: what waits in their queues is accepted first, and then nothing. The
-   * caller may close them now.
-   */
+  /** Sockets that nobody will accept from any more, or ever has: what waits in their queues is accepted, then they are closed. */
   retire(sockets: Array<number>): void
   /**
    * Ends every connection, the lanes and the PKCS#11 modules. Returns within about `budget_ms` (per token) even if a
@@ -238,6 +237,14 @@ export interface HealthSettings {
   timeoutMs: number
   fall: number
   rise: number
+}
+
+/** Descriptors. */
+export interface InheritedSockets {
+  /** Of all workers: each may have to accept from a sibling's. */
+  sockets: Array<number>
+  /** Through which others come. */
+  handover?: number
 }
 
 /** Where a token holds a key. At least one of id and label. */
@@ -669,8 +676,8 @@ export declare function openHandover(): HandoverChannel
 export declare function openListener(address: string, backlog: number, transparent: boolean): OpenedListener
 
 /**
- * As `endWithParent`, but by SIGALRM and `forSeconds` later: whatever becomes of JavaScript meanwhile. Each call holds in
- * place of the one before.
+ * As `endWithParent`, but by SIGALRM and `forSeconds` later, whatever becomes of JavaScript meanwhile; an engine retires all its
+ * sockets at once. Each call holds in place of the one before.
  */
 export declare function outliveParent(forSeconds: number): void
 
@@ -700,9 +707,6 @@ export declare function setBacklog(fd: number, backlog: number): void
 
 /** Refuses clients on a listening socket from now on, in every process that holds it. The descriptor stays open. */
 export declare function shutListener(fd: number): void
-
-/** Takes the sockets of this reload out of the channel, in their order; those of others are closed. The caller's to close. */
-export declare function takeOver(channel: number, reload: number): Array<number>
 
 /** Gives memory that is free inside this process back to the system. */
 export declare function trimMemory(): void

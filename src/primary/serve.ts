@@ -126,8 +126,12 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
     // Whoever asked before counts on it: a drain only becomes shorter.
     if (endsAtMs >= drainEndsAtMs) return;
     workers.drain(deadlineMs);
-    // Whoever has them now accepts from them.
-    if (drainEndsAtMs === Infinity && !isSucceeded) shutSockets(workers.listening.sockets, engine());
+    if (drainEndsAtMs === Infinity) {
+      const { sockets } = workers.listening;
+      // A successor's are not shut; should it go, nobody may wait in their queues.
+      if (isSucceeded) closeSockets(sockets);
+      else shutSockets(sockets, engine());
+    }
     drainEndsAtMs = endsAtMs;
     draining.abort();
     serviceManager.stopping();

@@ -96,7 +96,7 @@ function obey(message: PrimaryMessage): void {
       for (const fd of sockets?.fds(message.sockets) ?? []) engine?.stopAccepting(fd);
       return;
     case 'retire':
-      retire(message.sockets);
+      if (engine !== undefined) sockets?.retire(engine, message.sockets);
       tell({ type: 'retired' });
       return;
     case 'prepare':
@@ -131,7 +131,7 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   ({ tickets, drainDeadlineMs } = config);
   const opened = openLogs(config.log, Number(process.env['KEYGATE_SLOT']));
   logs = opened;
-  sockets = new Sockets(message.sockets, message.firstFd, message.handoverFd);
+  sockets = new Sockets(message.sockets, message.firstFd);
   const native = loadEngine();
   native.harden();
   native.endWithParent();
@@ -139,7 +139,8 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   native.endHandingDown();
   const { settings, warnings, asked } = await prove(config, sockets.uses(accept), opened.log);
   const secrets = ticketSecrets.map((secret) => Buffer.from(secret));
-  engine = new native.Engine(settings, secrets, opened.access, opened.key, earlyStaples.map(engineStaple));
+  const inherited = { sockets: sockets.fds(message.sockets), handover: message.handoverFd };
+  engine = new native.Engine(settings, secrets, opened.access, opened.key, earlyStaples.map(engineStaple), inherited);
   earlyStaples = [];
   useTlsa(asked);
   watch(engine, opened);
@@ -191,12 +192,13 @@ function prepareToOutlivePrimary(): void {
   if (cluster.worker !== undefined) cluster.worker.exitedAfterDisconnect = true;
 }
 
-/** What is established goes on. A primary that starts anew has other sockets and workers, so nobody may wait in the queues of these. */
+/** What is established goes on. The engine hears of it as well, also while this thread hangs: a primary that starts anew has other sockets. */
 function outlivePrimary(): void {
   if (engine === undefined || sockets === undefined || leaving) process.exit(1);
   logs?.log.error({ event: 'primary_lost', deadlineMs: drainDeadlineMs }, 'the primary is gone: draining');
   if (preparing !== undefined) discard(preparing.reload);
-  retire(sockets.all);
+  // In whichever order they hear of it.
+  sockets.retire(engine, sockets.all);
   // One that drained already goes on, with the deadline that it has.
   if (!draining) drain(drainDeadlineMs);
 }
@@ -213,7 +215,7 @@ async function prepare({
       throw new ServiceError('worker_failed', 'the worker does not serve');
     }
     preparing = { reload, sockets: message.sockets, config, tlsa: undefined };
-    sockets.take(reload, message.sockets);
+    sockets.take(engine, reload, message.sockets);
     const { settings, warnings, asked } = await prove(config, sockets.uses(accept), logs.log);
     // The primary may have thought better of it while names were looked up.
     if (preparing?.reload !== reload) return;
@@ -243,17 +245,10 @@ function commit({ reload }: Extract<PrimaryMessage, { type: 'commit' }>): void {
   giveBackMemorySoon(loadEngine());
 }
 
-/** Who waits there is taken, because nobody else will come for them. */
-function retire(retired: readonly number[]): void {
-  if (engine === undefined || sockets === undefined) return;
-  engine.retire(sockets.fds(retired));
-  sockets.close(retired);
-}
-
 function discard(reload: number): void {
   if (preparing?.reload !== reload) return;
   engine?.discard();
-  sockets?.close(preparing.sockets);
+  if (engine !== undefined) sockets?.retire(engine, preparing.sockets);
   preparing = undefined;
 }
 

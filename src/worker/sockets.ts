@@ -1,32 +1,33 @@
 /**
- * Owns: which descriptor of this process is which listening socket.
+ * Owns: which descriptor of this process is which listening socket. The descriptors themselves are the engine's.
  * Must not know: who accepts from them, when.
  * Runs: main thread of a worker.
  */
-import { closeSync } from 'node:fs';
-import { engine } from '../engine/binding.ts';
+import type { Engine } from '../engine/native.d.ts';
 import { ServiceError } from '../errors.ts';
 import type { SocketUse } from '../messages.ts';
 
 export class Sockets {
   readonly #fds = new Map<number, number>();
-  readonly #handoverFd: number;
 
   /** @param sockets inherited from descriptor `firstFd` on. */
-  constructor(sockets: readonly number[], firstFd: number, handoverFd: number) {
+  constructor(sockets: readonly number[], firstFd: number) {
     for (const [index, socket] of sockets.entries()) this.#fds.set(socket, firstFd + index);
-    this.#handoverFd = handoverFd;
+  }
+
+  get all(): readonly number[] {
+    return [...this.#fds.keys()];
   }
 
   /**
    * Takes what the primary has put into the channel for this reload, before it said so.
    * @throws ServiceError `engine_failed` when that is not what it said; then nothing was taken.
    */
-  take(reload: number, sockets: readonly number[]): void {
+  take(engine: Engine, reload: number, sockets: readonly number[]): void {
     if (sockets.length === 0) return;
-    const fds = engine().takeOver(this.#handoverFd, reload);
+    const fds = engine.takeOver(reload);
     if (fds.length !== sockets.length) {
-      for (const fd of fds) closeSync(fd);
+      engine.retire(fds);
       throw new ServiceError(
         'engine_failed',
         `expected ${sockets.length} sockets from the primary, found ${fds.length}`,
@@ -44,12 +45,9 @@ export class Sockets {
     return accept.flatMap(({ socket, listener }) => this.fds([socket]).map((fd) => ({ listener, fd })));
   }
 
-  get all(): readonly number[] {
-    return [...this.#fds.keys()];
-  }
-
-  close(sockets: readonly number[]): void {
-    for (const fd of this.fds(sockets)) closeSync(fd);
+  /** Who waits there is taken, because nobody else will come for them. */
+  retire(engine: Engine, sockets: readonly number[]): void {
+    engine.retire(this.fds(sockets));
     for (const socket of sockets) this.#fds.delete(socket);
   }
 }

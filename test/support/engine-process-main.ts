@@ -142,7 +142,9 @@ function start(sockets: number[]): Engine {
       },
     ],
   };
-  return new native.Engine(settings, [Buffer.alloc(32, 1)], native.LineLog.open('/dev/null', false), undefined, []);
+  return new native.Engine(settings, [Buffer.alloc(32, 1)], native.LineLog.open('/dev/null', false), undefined, [], {
+    sockets,
+  });
 }
 
 function answer(message: EngineAnswer): void {

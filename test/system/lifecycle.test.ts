@@ -13,6 +13,7 @@ import { join } from 'node:path';
 import { describe, it } from 'node:test';
 import type { TestContext } from 'node:test';
 import type { TLSSocket } from 'node:tls';
+import { freePort } from '../../bench/processes.ts';
 import { FaultModule } from '../support/fault-module.ts';
 import { launchKeygate, refusedKeygate, startKeygate } from '../support/keygate.ts';
 import type { Keygate, KeygateDocument, LogLine } from '../support/keygate.ts';
@@ -235,6 +236,29 @@ it('a killed primary costs nothing that is established, and the next keygate ser
   await next.stop();
 });
 
+it('the next keygate starts at once also while a worker of a killed primary hangs in a reload', async (test) => {
+  const { keygate, ...parts } = await service(test, { drainDeadline: '60s' });
+  const established = await tlsClient({ port: keygate.port() });
+  parts.faults.only('C_Sign', { pid: await pidOf(keygate, 0) });
+  parts.faults.hang('C_Sign');
+  // The worker hangs when it has taken the new socket; that of the second reload is on its way to it.
+  const [taken, onItsWay] = [await freePort(), await freePort()];
+  const listeners = (port: number) => ({ https: {}, api: { bind: [`127.0.0.1:${port}`] } });
+  const reload = { ...parts.document, reloadDeadline: '500ms', listeners: listeners(taken) };
+  assert.equal((await keygate.reload(reload)).outcome, 'rolled_back');
+  keygate.reload({ ...parts.document, listeners: listeners(onItsWay) }).catch(() => {});
+  await until('socket of the second reload', () => isListenedOn(onItsWay));
+
+  process.kill(keygate.pid, 'SIGKILL');
+  const ports = [keygate.port(), taken, onItsWay];
+  for (const port of ports) await untilRefused(port);
+  const bind = ports.map((port) => `127.0.0.1:${port}`);
+  const next = await start(test, { ...parts, document: { ...parts.document, listeners: { https: { bind } } } });
+  await assertServes(next);
+  await assertEchoes(established);
+  established.destroy();
+});
+
 it('who waits in the accept queue when the primary is killed is served', async (test) => {
   const { keygate } = await service(test, { drainDeadline: '60s' });
   const worker = await stoppedWorker(keygate, 0);
@@ -422,16 +446,23 @@ async function echoWhile(goesOn: () => boolean, client: TLSSocket): Promise<bool
   }
 }
 
-/** How many clients are in the accept queue: proc(5), `/proc/net/tcp`, the rx_queue of a listening socket. */
+/** How many clients are in the accept queue: the rx_queue of a listening socket. */
 function clientsWaiting(port: number): number {
+  const queues = listeningAt(port).map(([, , , , queues]) => queues);
+  return queues.reduce((sum, queue) => sum + Number.parseInt(queue?.split(':')[1] ?? '', 16), 0);
+}
+
+function isListenedOn(port: number): boolean {
+  return listeningAt(port).length > 0;
+}
+
+/** Lines of proc(5), `/proc/net/tcp`. */
+function listeningAt(port: number): string[][] {
   const local = `0100007F:${port.toString(16).toUpperCase().padStart(4, '0')}`;
   const lines = readFileSync('/proc/net/tcp', 'utf8')
     .split('\n')
     .map((line) => line.trim().split(/\s+/));
-  const queues = lines
-    .filter(([, address, , state]) => address === local && state === '0A')
-    .map(([, , , , queues]) => queues);
-  return queues.reduce((sum, queue) => sum + Number.parseInt(queue?.split(':')[1] ?? '', 16), 0);
+  return lines.filter(([, address, , state]) => address === local && state === '0A');
 }
 
 /** Resolves when the peer has ended the connection, be it by a reset. */

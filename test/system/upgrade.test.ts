@@ -12,7 +12,7 @@ import { startKeygate } from '../support/keygate.ts';
 import type { Keygate, KeygateDocument } from '../support/keygate.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
-import { assertEchoes, rawClient, tlsClient } from '../support/tls-client.ts';
+import { assertEchoes, rawClient, tlsClient, untilRefused } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
 import type { Upstream } from '../support/upstream.ts';
@@ -88,6 +88,20 @@ describe('a successor', { timeout: 110_000 }, () => {
     assert.ok(isRunning(keygate.pid), 'the former waits for who stays');
     stays.destroy();
     await until('end of the former', () => !isRunning(keygate.pid));
+  });
+
+  it('that is killed leaves its addresses to the next keygate, also while the former drains', async (test) => {
+    const keygate = await started(test, { drainDeadline: '30s' });
+    const port = keygate.port();
+    const stays = await tlsClient({ port });
+    const { admin } = await upgrade(keygate);
+    await keygate.logged({ event: 'drain_started' });
+    process.kill((await admin()).pid, 'SIGKILL');
+    await untilRefused(port);
+    const next = await started(test, { listeners: { https: { bind: [`127.0.0.1:${port}`] } } });
+    await visit(next.port());
+    await assertEchoes(stays);
+    stays.destroy();
   });
 
   it('that cannot start changes nothing, and why is said', async (test) => {

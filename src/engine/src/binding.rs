@@ -39,6 +39,7 @@ use crate::signing::pkcs11::{Module, Visit};
 use crate::signing::refused_pins::Pin as UserPin;
 use crate::signing::token::{LOST_AFTER_DEADLINES, Token, TokenPlan};
 use crate::signing::token_error::TokenError;
+use crate::sockets::Sockets;
 use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
 use crate::ticket_keys::{TicketRotation, TicketStanding};
 use crate::tickets::{self, EpochSecret, Ticketer};
@@ -584,6 +585,15 @@ pub struct EngineSnapshot {
     pub io_cpu_us: i64,
 }
 
+/// Descriptors.
+#[napi(object)]
+pub struct InheritedSockets {
+    /// Of all workers: each may have to accept from a sibling's.
+    pub sockets: Vec<i32>,
+    /// Through which others come.
+    pub handover: Option<i32>,
+}
+
 /// The data path of one worker.
 #[napi]
 pub struct Engine {
@@ -607,7 +617,7 @@ struct Shared {
 impl Engine {
     /// Logs in to the tokens, finds the keys, starts to accept. Takes as long as the tokens' logins do. Every PIN is tried once.
     /// `ticket_secrets`: as for `set_ticket_secrets`. `access_log` gets the lines of connections; `key_log`, where there
-    /// is one, the secrets of every connection. `staples`: as for `set_staples`.
+    /// is one, the secrets of every connection. `staples`: as for `set_staples`. `inherited` is the engine's from now on.
     ///
     /// Throws an error whose message names the token, key or listener; a token's fault begins with `token_fault <code>: `.
     #[napi(constructor, catch_unwind)]
@@ -617,7 +627,12 @@ impl Engine {
         access_log: &LineLog,
         key_log: Option<&LineLog>,
         staples: Vec<Staple>,
+        inherited: InheritedSockets,
     ) -> Result<Self> {
+        let InheritedSockets { sockets, handover } = inherited;
+        // SAFETY: the worker inherited them for this and leaves them to the engine.
+        let sockets = unsafe { Sockets::inherited(&sockets, handover) }
+            .map_err(|error| invalid(format!("inherited sockets: {error}")))?;
         let ticketer = Ticketer::new(tickets::LIFETIME_MAX);
         let shared = Shared {
             ticketer,
@@ -635,7 +650,7 @@ impl Engine {
             if let Some(key) = current.ticket_key.take() {
                 shared.rotation.begin(Some(key), &shared.ticketer);
             }
-            match IoThread::start(plan, access_log.log.clone()) {
+            match IoThread::start(plan, access_log.log.clone(), sockets) {
                 Ok(io) => {
                     current.begin();
                     Ok((current, io))
@@ -648,6 +663,12 @@ impl Engine {
         });
         let (current, io) = started.inspect_err(|_| process::engine_runs(false))?;
         Ok(Self { io, current, former: Vec::new(), prepared: None, shared, staples: kept })
+    }
+
+    /// Takes the sockets that the primary has handed over for this reload, in their order; those of others are closed.
+    #[napi(catch_unwind)]
+    pub fn take_over(&self, reload: u32) -> Result<Vec<i32>> {
+        self.io.take_over(reload).map_err(|error| invalid(format!("sockets of the primary: {error}")))
     }
 
     /// Makes another configuration ready beside the one that serves, which notices nothing of it. Logs in to new tokens
@@ -762,14 +783,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Accepts no more connections; established ones go on.
+    /// Accepts no more connections, and closes every socket; established connections go on.
     #[napi(catch_unwind)]
     pub fn drain(&self) {
         self.io.drain();
     }
 
-    /// Sockets that nobody will accept from any more: what waits in their queues is accepted first, and then nothing. The
-    /// caller may close them now.
+    /// Sockets that nobody will accept from any more, or ever has: what waits in their queues is accepted, then they are closed.
     #[napi(catch_unwind)]
     pub fn retire(&self, sockets: Vec<i32>) -> Result<()> {
         self.io.retire(sockets).map_err(|error| invalid(error.to_string()))
@@ -1065,13 +1085,6 @@ pub fn hand_over(channel: i32, reload: u32, fds: Vec<i32>) -> Result<()> {
     handover::send(channel, reload, &fds).map_err(|error| invalid(format!("sendmsg: {error}")))
 }
 
-/// Takes the sockets of this reload out of the channel, in their order; those of others are closed. The caller's to close.
-#[napi(catch_unwind)]
-pub fn take_over(channel: i32, reload: u32) -> Result<Vec<i32>> {
-    let fds = handover::receive(channel, reload).map_err(|error| invalid(format!("recvmsg: {error}")))?;
-    Ok(handover::into_raw(fds))
-}
-
 /// No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN.
 #[napi(catch_unwind)]
 pub fn harden() -> Result<()> {
@@ -1157,8 +1170,8 @@ pub fn end_with_parent() -> Result<()> {
     process::end_with_parent().map_err(|error| invalid(format!("prctl: {error}")))
 }
 
-/// As `endWithParent`, but by SIGALRM and `forSeconds` later: whatever becomes of JavaScript meanwhile. Each call holds in
-/// place of the one before.
+/// As `endWithParent`, but by SIGALRM and `forSeconds` later, whatever becomes of JavaScript meanwhile; an engine retires all its
+/// sockets at once. Each call holds in place of the one before.
 #[napi(catch_unwind)]
 pub fn outlive_parent(for_seconds: u32) -> Result<()> {
     process::outlive_parent(for_seconds).map_err(|error| invalid(format!("sigaction or prctl: {error}")))

@@ -1,11 +1,11 @@
 //! Owns handing listening sockets to a process that runs already: a channel of its own between the primary and each worker,
 //! inherited at fork, through which descriptors pass (unix(7), SCM_RIGHTS). Must not know what a socket is for.
-//! JavaScript thread only, of the primary and of workers; never blocks.
+//! JavaScript thread of the primary, I/O thread of workers; never blocks.
 
 use std::ffi::c_void;
 use std::io;
 use std::mem::{size_of, zeroed};
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use socket2::{Domain, Socket, Type};
 
@@ -122,11 +122,6 @@ unsafe fn fds_in(message: &libc::msghdr) -> Vec<OwnedFd> {
         }
     }
     fds
-}
-
-/// For JavaScript, which closes them itself.
-pub fn into_raw(fds: Vec<OwnedFd>) -> Vec<RawFd> {
-    fds.into_iter().map(IntoRawFd::into_raw_fd).collect()
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::future::pending;
 use std::io;
 use std::os::fd::RawFd;
 use std::rc::Rc;
@@ -12,7 +13,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
 
@@ -25,9 +26,10 @@ use crate::listener::{
 };
 use crate::log::Log;
 use crate::policy::NegotiatedCounters;
-use crate::process::ThreadClock;
+use crate::process::{ThreadClock, parent_end};
 use crate::relay::Scratch;
 use crate::routing::{Router, Target};
+use crate::sockets::Sockets;
 use crate::upstream::{Upstream, UpstreamPlan, UpstreamStats};
 use crate::upstream_tls::UpstreamTls;
 
@@ -76,6 +78,10 @@ enum Order {
     StopAccepting {
         fd: RawFd,
     },
+    TakeOver {
+        reload: u32,
+        answer: mpsc::Sender<io::Result<Vec<RawFd>>>,
+    },
     Prepare {
         plan: IoPlan,
         answer: mpsc::Sender<io::Result<()>>,
@@ -85,7 +91,7 @@ enum Order {
     },
     Discard,
     Drain,
-    /// Nobody will accept from these sockets any more.
+    /// Nobody will accept from these sockets any more, or ever has: those of a reload that came to nothing.
     Retire {
         fds: Vec<RawFd>,
         answer: mpsc::Sender<()>,
@@ -97,13 +103,13 @@ impl IoThread {
     /// Starts the thread; returns when it accepts.
     ///
     /// # Errors
-    /// The thread or its runtime cannot be made, or a descriptor is not a listening socket.
-    pub fn start(plan: IoPlan, access_log: Log) -> io::Result<Self> {
+    /// The thread or its runtime cannot be made, or a descriptor of the plan is not a listening socket among `sockets`.
+    pub fn start(plan: IoPlan, access_log: Log, sockets: Sockets) -> io::Result<Self> {
         let (orders, inbox) = unbounded_channel();
         let (started, start) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("keygate-io".into())
-            .spawn(move || run(plan, access_log, inbox, &started))?;
+            .spawn(move || run(plan, access_log, sockets, inbox, &started))?;
         let stats = start.recv().map_err(|_| io::Error::other("the I/O thread ended while it started"))??;
         Ok(Self { orders, thread: Some(thread), stats })
     }
@@ -114,6 +120,14 @@ impl IoThread {
 
     pub fn stop_accepting(&self, fd: RawFd) {
         self.order(Order::StopAccepting { fd });
+    }
+
+    /// Takes the sockets that the primary has sent for this reload, in their order. Who does not want them retires them.
+    ///
+    /// # Errors
+    /// As recvmsg(2); or the thread drains.
+    pub fn take_over(&self, reload: u32) -> io::Result<Vec<RawFd>> {
+        self.ask(|answer| Order::TakeOver { reload, answer })?
     }
 
     /// Makes everything of a plan that can fail, beside what serves. In place of what was prepared before.
@@ -138,12 +152,13 @@ impl IoThread {
         self.order(Order::Discard);
     }
 
-    /// Accepts nothing any more; what is established goes on. `connections_open` tells when the last one has ended.
+    /// Accepts nothing any more, and closes the sockets: they are for others. What is established goes on; `connections_open`
+    /// tells when the last one has ended.
     pub fn drain(&self) {
         self.order(Order::Drain);
     }
 
-    /// From these sockets what waits is accepted, because nobody else will, then nothing more: the caller may close them.
+    /// From these sockets what waits is accepted, because nobody else will, then they are closed.
     ///
     /// # Errors
     /// The thread does not answer.
@@ -182,6 +197,7 @@ impl IoThread {
 fn run(
     plan: IoPlan,
     access_log: Log,
+    sockets: Sockets,
     inbox: UnboundedReceiver<Order>,
     started: &mpsc::Sender<io::Result<IoStats>>,
 ) {
@@ -191,7 +207,7 @@ fn run(
     };
     let tasks = LocalSet::new();
     tasks.block_on(&runtime, async {
-        match Io::start(plan, access_log) {
+        match Io::start(plan, access_log, sockets) {
             Err(error) => drop(started.send(Err(error))),
             Ok(io) => {
                 let _ended = MarkEnded(io.running.clone());
@@ -203,12 +219,21 @@ fn run(
     // Dropping the set drops every task, and with it every connection: each counts its own end.
 }
 
+async fn heard(parent_end: &UnixStream) {
+    // An error is the runtime's end, and says nothing of the parent.
+    if parent_end.readable().await.is_err() {
+        pending::<()>().await;
+    }
+}
+
 struct Io {
     listeners: HashMap<String, CurrentOffer>,
     /// Removed by reloads.
     departed: HashMap<String, Arc<ListenerStats>>,
     upstreams: Vec<CheckedUpstream>,
+    sockets: Sockets,
     accepting: HashMap<RawFd, Accepting>,
+    parent_end: UnixStream,
     prepared: Option<Prepared>,
     draining: bool,
     scratch: Rc<Scratch>,
@@ -237,12 +262,14 @@ struct Prepared {
 }
 
 impl Io {
-    fn start(plan: IoPlan, access_log: Log) -> io::Result<Self> {
+    fn start(plan: IoPlan, access_log: Log, sockets: Sockets) -> io::Result<Self> {
         let mut io = Self {
             listeners: HashMap::new(),
             departed: HashMap::new(),
             upstreams: Vec::new(),
+            sockets,
             accepting: HashMap::new(),
+            parent_end: UnixStream::from_std(parent_end()?)?,
             prepared: None,
             draining: false,
             scratch: Rc::new(Scratch::default()),
@@ -275,12 +302,23 @@ impl Io {
     }
 
     async fn obey(mut self, mut inbox: UnboundedReceiver<Order>) {
-        // Who asked and does not listen any more has given up this thread.
-        while let Some(order) = inbox.recv().await {
+        let mut is_orphan = false;
+        loop {
+            let order = tokio::select! {
+                order = inbox.recv() => order,
+                () = heard(&self.parent_end), if !is_orphan => {
+                    is_orphan = true;
+                    self.outlive_parent();
+                    continue;
+                }
+            };
+            // Who asked and does not listen any more has given up this thread.
+            let Some(order) = order else { return };
             match order {
                 // A socket that cannot be adopted is the sibling's again when it is back; nothing is lost meanwhile.
                 Order::Accept { listener, fd } => drop(self.adopt(&listener, fd)),
                 Order::StopAccepting { fd } => self.stop_accepting(fd),
+                Order::TakeOver { reload, answer } => drop(answer.send(self.sockets.take_over(reload))),
                 Order::Prepare { plan, answer } => drop(answer.send(self.prepare(plan))),
                 Order::Commit { answer } => {
                     self.commit();
@@ -292,6 +330,7 @@ impl Io {
                     for (_, Accepting { task, .. }) in self.accepting.drain() {
                         task.abort();
                     }
+                    self.sockets.close_all();
                 }
                 Order::Retire { fds, answer } => {
                     fds.into_iter().for_each(|fd| self.retire(fd));
@@ -300,6 +339,16 @@ impl Io {
                 Order::Stop => return,
             }
         }
+    }
+
+    /// A primary that starts anew has other sockets and workers, and wants the addresses: nobody may wait in the queues of
+    /// these, also while the JavaScript thread, which is told as well, hangs in a token.
+    fn outlive_parent(&mut self) {
+        self.draining = true;
+        self.prepared = None;
+        let fds: Vec<_> = self.accepting.keys().copied().collect();
+        fds.into_iter().for_each(|fd| self.retire(fd));
+        self.sockets.close_all();
     }
 
     fn prepare(&mut self, plan: IoPlan) -> io::Result<()> {
@@ -317,7 +366,7 @@ impl Io {
             }
             for fd in &listener.sockets {
                 if !self.accepts_for(name, *fd) {
-                    sockets.push((name.clone(), *fd, socket_of(*fd)?));
+                    sockets.push((name.clone(), *fd, socket_of(self.sockets.get(*fd)?)?));
                 }
             }
         }
@@ -349,8 +398,9 @@ impl Io {
         if let Some(Accepting { offer, task }) = self.accepting.remove(&fd) {
             task.abort();
             // It was accepted from a moment ago, so it is a socket; out of descriptors, those who wait are reset.
-            drop(accept_waiting(&offer, fd));
+            drop(self.sockets.get(fd).and_then(|socket| accept_waiting(&offer, socket)));
         }
+        self.sockets.close(fd);
     }
 
     fn replace_upstreams(&mut self, plans: Vec<(UpstreamPlan, Option<Arc<UpstreamTls>>)>) {
@@ -421,7 +471,7 @@ impl Io {
     /// Accepts also from a sibling's socket.
     fn adopt(&mut self, listener: &str, fd: RawFd) -> io::Result<()> {
         if !self.accepting.contains_key(&fd) {
-            self.accept(listener, fd, socket_of(fd)?);
+            self.accept(listener, fd, socket_of(self.sockets.get(fd)?)?);
         }
         Ok(())
     }
@@ -469,8 +519,14 @@ mod tests {
 
     fn started(connections_max: usize) -> (IoThread, RawFd, SocketAddr) {
         let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256, false).expect("a port");
-        let io = IoThread::start(plan("https", connections_max, Vec::new()).0, unread()).expect("a thread");
+        let (plan, _) = plan("https", connections_max, Vec::new());
+        let io = IoThread::start(plan, unread(), holding(fd)).expect("a thread");
         (io, fd, address)
+    }
+
+    fn holding(fd: RawFd) -> Sockets {
+        // SAFETY: `open_listener` has just given it away.
+        unsafe { Sockets::inherited(&[fd], None) }.expect("open")
     }
 
     fn unread() -> Log {
@@ -574,6 +630,30 @@ mod tests {
     }
 
     #[test]
+    fn a_retired_socket_refuses_clients_and_those_who_wait_are_accepted() {
+        let (mut io, fd, address) = started(1000);
+        // Whatever the thread has accepted by itself until the order comes.
+        io.accept("https".into(), fd);
+        let waiting: Vec<_> = (0..200).map(|_| TcpStream::connect(address).expect("queued")).collect();
+        io.retire(vec![fd]).expect("retired");
+        assert_eq!(stats_of(&io, "https").expect("measured").accepted.get(), 200);
+        until(|| TcpStream::connect(address).is_err());
+        drop(waiting);
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
+    fn a_worker_that_drains_holds_no_socket() {
+        let (mut io, fd, address) = started(1000);
+        io.accept("https".into(), fd);
+        io.drain();
+        until(|| TcpStream::connect(address).is_err());
+        io.accept("https".into(), fd);
+        assert!(io.take_over(1).is_err());
+        assert!(io.stop(SHORT));
+    }
+
+    #[test]
     fn a_prepared_plan_serves_when_it_is_committed_and_not_before_and_connections_stay() {
         let (mut io, fd, address) = started(10);
         io.accept("https".into(), fd);
@@ -649,7 +729,7 @@ mod tests {
             plan.listeners[0].0.per_client = Some(rate);
             plan
         };
-        let mut io = IoThread::start(limited(50), unread()).expect("a thread");
+        let mut io = IoThread::start(limited(50), unread(), holding(fd)).expect("a thread");
         io.accept("https".into(), fd);
         let stats = stats_of(&io, "https").expect("measured");
         // Of as many as a burst; and each second lets one in.
@@ -677,7 +757,7 @@ mod tests {
         let (fd, address) = open_listener(([127, 0, 0, 1], 0).into(), 256, false).expect("a port");
         let (first, mut client) = plan("https", 10, servers.clone());
         let former = Arc::downgrade(&first.listeners[0].1.as_ref().expect("TLS").config);
-        let mut io = IoThread::start(first, unread()).expect("a thread");
+        let mut io = IoThread::start(first, unread(), holding(fd)).expect("a thread");
         io.accept("https".into(), fd);
         let mut wire = TcpStream::connect(address).expect("queued");
         while client.is_handshaking() {

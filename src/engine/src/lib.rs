@@ -27,6 +27,7 @@ mod relay;
 mod routing;
 mod sandbox;
 pub mod signing;
+mod sockets;
 pub mod stats;
 mod step;
 pub mod stream;

@@ -1,11 +1,9 @@
-//! Owns a listener inside a worker: accepting from its sockets, its limits, its measurements. The sockets were opened by
-//! the primary and are shared with it and the sibling workers: nothing here may change their flags or shut them down.
-//! I/O thread only.
+//! Owns a listener inside a worker: accepting from its sockets, its limits, its measurements. I/O thread only.
 
 use std::cell::RefCell;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -128,12 +126,12 @@ impl ListenerStats {
     }
 }
 
-/// A listening socket as this thread sees it. The socket itself is the primary's, and stays open when this is dropped.
+/// A listening socket as this thread's runtime sees it. It stays open when this is dropped.
 ///
 /// # Errors
-/// `fd` is not a listening TCP socket.
-pub fn socket_of(fd: RawFd) -> io::Result<TcpListener> {
-    TcpListener::from_std(duplicate(fd)?)
+/// `socket` is not a listening TCP socket.
+pub fn socket_of(socket: &OwnedFd) -> io::Result<TcpListener> {
+    TcpListener::from_std(socket.try_clone()?.into())
 }
 
 /// Accepts from a listening socket until the task is aborted.
@@ -144,9 +142,9 @@ pub fn accept_from(offer: CurrentOffer, socket: TcpListener) -> AbortHandle {
 /// Accepts what waits in the queue of a socket that is about to be closed, and would be reset.
 ///
 /// # Errors
-/// `fd` is not a socket.
-pub fn accept_waiting(offer: &CurrentOffer, fd: RawFd) -> io::Result<()> {
-    let socket = duplicate(fd)?;
+/// `socket` is not a socket.
+pub fn accept_waiting(offer: &CurrentOffer, socket: &OwnedFd) -> io::Result<()> {
+    let socket = std::net::TcpListener::from(socket.try_clone()?);
     for _ in 0..BACKLOG_MAX {
         match socket.accept() {
             Ok((client, source)) => {
@@ -158,15 +156,6 @@ pub fn accept_waiting(offer: &CurrentOffer, fd: RawFd) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn duplicate(fd: RawFd) -> io::Result<std::net::TcpListener> {
-    if fd < 0 {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    // SAFETY: not negative; the JavaScript thread closes a socket only after it had this thread retire it. A number that
-    // is not open makes the duplication fail.
-    Ok(unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned()?.into())
 }
 
 async fn accept(offer: CurrentOffer, socket: TcpListener) {

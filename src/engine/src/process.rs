@@ -6,11 +6,11 @@
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{BorrowedFd, IntoRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram};
-use std::sync::Arc;
+use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -172,8 +172,8 @@ fn end_signal(signal: libc::c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// Has the kernel end this process `for_seconds` after the one that forked it, in place of at once; 1..=`u32::MAX`. May be called
-/// again, for another time.
+/// Has the kernel end this process `for_seconds` after the one that forked it, in place of at once; 1..=`u32::MAX`. Who has asked for
+/// `parent_end` before hears of it then. May be called again, for another time.
 ///
 /// # Errors
 /// As sigaction(2) and prctl(2).
@@ -196,6 +196,33 @@ static OUTLIVES_SECONDS: AtomicU32 = AtomicU32::new(1);
 /// On the monotonic clock; 0: the parent lives.
 static ENDS_AT_SECONDS: AtomicU64 = AtomicU64::new(0);
 
+/// Becomes readable when the process that forked this one has ended, and stays so; see `outlive_parent`. Non-blocking.
+///
+/// # Errors
+/// As socketpair(2) and fcntl(2).
+pub fn parent_end() -> io::Result<UnixStream> {
+    let (heard, _) = match PARENT_END.get() {
+        Some(pair) => pair,
+        None => {
+            let pair = UnixStream::pair()?;
+            pair.0.set_nonblocking(true)?;
+            pair.1.set_nonblocking(true)?;
+            PARENT_END.get_or_init(|| pair)
+        }
+    };
+    heard.try_clone()
+}
+
+/// Where it is heard and where it is said.
+static PARENT_END: OnceLock<(UnixStream, UnixStream)> = OnceLock::new();
+
+fn say_that_parent_ended() {
+    if let Some((_, said)) = PARENT_END.get() {
+        // SAFETY: async-signal-safe; reads a byte that lives through the call, and the descriptor is never closed.
+        unsafe { libc::write(said.as_raw_fd(), [1_u8].as_ptr().cast(), 1) };
+    }
+}
+
 /// The parent's end is told once for each of its threads, then the alarm is.
 extern "C" fn parent_ended(_: libc::c_int) {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -204,8 +231,11 @@ extern "C" fn parent_ended(_: libc::c_int) {
     let now = now.tv_sec.unsigned_abs();
     let for_seconds = OUTLIVES_SECONDS.load(Relaxed);
     match ENDS_AT_SECONDS.compare_exchange(0, now + u64::from(for_seconds), Relaxed, Relaxed) {
-        // SAFETY: async-signal-safe; takes a number and touches no memory of ours.
-        Ok(_) => drop(unsafe { libc::alarm(for_seconds) }),
+        Ok(_) => {
+            say_that_parent_ended();
+            // SAFETY: async-signal-safe; takes a number and touches no memory of ours.
+            unsafe { libc::alarm(for_seconds) };
+        }
         // SAFETY: async-signal-safe; a thread may be inside a module, whose destructors do not run.
         Err(ends_at) if now >= ends_at => unsafe { libc::_exit(1) },
         Err(_) => {}
