@@ -19,6 +19,7 @@ import { FaultModule } from '../support/fault-module.ts';
 import { residentBytes, startKeygate } from '../support/keygate.ts';
 import type { Keygate } from '../support/keygate.ts';
 import { Load } from '../support/load.ts';
+import { NameServer, whyNoNameServer } from '../support/name-server.ts';
 import { P11KitServer } from '../support/p11-kit.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import { assertEchoes, tlsClient, untilRefused } from '../support/tls-client.ts';
@@ -45,11 +46,14 @@ interface Fault {
   readonly token?: object;
   readonly document?: object;
   readonly env?: (directory: string) => Readonly<Record<string, string>>;
+  /** The server has a name, and the name server can be made to fail; default: it is known by its address. */
+  readonly named?: 'alone' | 'beside another';
+  readonly skip?: string | false;
   readonly inject: (parts: Parts) => void | Promise<void>;
   /** Default: no fault any more. @returns the keygate that serves from now on, where it is another */
   readonly lift?: (parts: Parts) => void | Promise<void | Keygate>;
   /** What is to be seen while it lasts. */
-  readonly during?: (token: TokenSnapshot, load: Load, keygate: Keygate) => boolean | Promise<boolean>;
+  readonly during?: (token: TokenSnapshot, load: Load, keygate: Keygate, parts: Parts) => boolean | Promise<boolean>;
   /** Nobody gets through while it lasts: those who come wait, or are turned away. */
   readonly turnsAway?: boolean;
   /** Full handshakes that fail for it; default: none. */
@@ -169,15 +173,36 @@ const faultTable: readonly Fault[] = [
     refuses: true,
   },
   {
-    name: 'a name of a server that DNS does not know any more, at a reload',
-    async inject({ keygate }) {
-      const document = readFileSync(keygate.file, 'utf8');
-      writeFileSync(keygate.file, document.replace(/(servers:\n\s+- )(.*)\n/, '$1$2\n      - nobody.invalid:80\n'));
+    name: 'a name of the only server that DNS does not know any more, at a reload',
+    named: 'alone',
+    skip: whyNoNameServer(),
+    async inject({ names, keygate, upstream }) {
+      assert.ok(upstream.sockets.size > 0, 'the server is in use');
+      names?.answer('unknown');
+      const { outcome, reasons } = await keygate.reload();
+      assert.deepEqual([outcome, reasons.map(({ code }) => code)], ['rolled_back', ['upstream_unresolved']]);
+    },
+    during: async (_, load) => fullHandshakes(load),
+    lift: knownAgain,
+  },
+  {
+    name: 'a resolver that does not answer any more, at a reload, and one of two servers has a name',
+    named: 'beside another',
+    skip: whyNoNameServer(),
+    async inject({ names, keygate, upstream, other }) {
+      assert.ok(upstream.sockets.size > 0 && other.sockets.size > 0, 'both servers are in use');
+      names?.answer('silence');
       const { outcome } = await keygate.reload();
       assert.equal(outcome, 'committed');
     },
-    lift: () => {},
-    during: (_, __, keygate) => keygate.log.some(({ event }) => event === 'upstream_unresolved'),
+    during: async (_, load, keygate, { upstream, other }) => {
+      const [before, beside] = [upstream.accepted, other.accepted];
+      await fullHandshakes(load);
+      // What came with the former configuration may still have been on its way.
+      const isLeftOut = upstream.accepted === before && other.accepted > beside;
+      return isLeftOut && keygate.log.some(({ event }) => event === 'upstream_unresolved');
+    },
+    lift: knownAgain,
   },
   {
     name: 'the only server stops listening, and comes back',
@@ -196,6 +221,23 @@ const faultTable: readonly Fault[] = [
     refuses: true,
   },
 ];
+
+async function fullHandshakes(load: Load): Promise<boolean> {
+  const before = load.full.length;
+  return until('full handshakes', () => load.full.length > before + 10);
+}
+
+/** Of resolv.conf(5): as it is by default keygate gives up before the resolver does, after some seconds. */
+const resolving = isLong ? '' : 'timeout:1 attempts:1';
+
+/** Names have addresses again, and a reload asks for them. */
+async function knownAgain({ names, keygate, upstream }: Parts): Promise<void> {
+  names?.answer('truth');
+  const { outcome } = await keygate.reload();
+  assert.equal(outcome, 'committed');
+  const { accepted } = upstream;
+  await until('connection to the server with the name', () => upstream.accepted > accepted);
+}
 
 /** libfaketime looks into the file again and again; what is monotonic stays so. */
 function fakedClock(directory: string): Readonly<Record<string, string>> {
@@ -301,7 +343,7 @@ const clients: readonly (Client & { readonly what: string })[] = isLong
 for (const fault of faultTable) {
   for (const { kind, version, what } of clients) {
     const name = `${fault.name}${what}`;
-    it(`${name}: nothing established is lost, and nobody restarts`, async (test) => {
+    it(`${name}: nothing established is lost, and nobody restarts`, { skip: fault.skip ?? false }, async (test) => {
       const parts = await underLoad(test, fault, { kind, version });
       const { faults, load, before } = parts;
       let { keygate } = parts;
@@ -309,7 +351,7 @@ for (const fault of faultTable) {
       await fault.inject(parts);
       if (fault.during !== undefined) {
         const { during } = fault;
-        await until(`effect of ${name}`, async () => during(await tokenOf(keygate), load, keygate), {
+        await until(`effect of ${name}`, async () => during(await tokenOf(keygate), load, keygate, parts), {
           deadlineMs: 15_000,
           found: () => keygate.log.slice(-20),
         });
@@ -532,6 +574,10 @@ interface Parts extends UnderLoad {
   /** Of the token. */
   readonly directory: string;
   readonly upstream: Upstream;
+  /** Known by its address; configured with the server with a name that is `beside another`. */
+  readonly other: Upstream;
+  /** Of a server that is `named`. */
+  readonly names: NameServer | undefined;
   /** Starts another keygate, with the same configuration and ports, in place of one that was killed. */
   readonly another: () => Promise<Keygate>;
 }
@@ -539,25 +585,28 @@ interface Parts extends UnderLoad {
 /** On a token that can be made to fail; with a second key, so that handles can be confused. Ends with the test. */
 async function underLoad(
   test: TestContext,
-  { token = {}, document = {}, env = () => ({}) }: Pick<Fault, 'token' | 'document' | 'env'> = {},
+  { token = {}, document = {}, env = () => ({}), named }: Pick<Fault, 'token' | 'document' | 'env' | 'named'> = {},
   { kind, version }: Client = { kind: 'p256', version: 'TLSv1.3' },
 ): Promise<Parts & { readonly before: Vitals }> {
   const provisioned = await provisionedToken({ www: { kind }, other: { kind, dns: ['other.test'] } });
   await provisioned.use((open) => generateTicketKey(open, 'tickets'));
   const { directory } = provisioned;
-  const upstream = await echoUpstream();
+  const [upstream, other] = [await echoUpstream(), await echoUpstream()];
+  const names = named === undefined ? undefined : await NameServer.start({ 'echo.test': '127.0.0.1' }, resolving);
+  const servers = [names === undefined ? upstream.address : upstream.address.replace('127.0.0.1', 'echo.test')];
+  if (named === 'beside another') servers.push(other.address);
   const faults = new FaultModule(provisioned);
   const start = async (https: object): Promise<Keygate> =>
     startKeygate(
       provisioned,
       {
-        upstreams: { echo: { servers: [upstream.address] } },
+        upstreams: { echo: { servers } },
         listeners: { https },
         tokens: { hsm: { ...provisioned.settings, module: faults.module, ...token } },
         drainDeadline: '10s',
         ...document,
       },
-      { env: { ...faults.env, ...env(directory) } },
+      { env: { ...faults.env, ...env(directory) }, launcher: names?.launcher ?? [] },
     );
   const keygate = await start({});
   let serving = keygate;
@@ -581,12 +630,12 @@ async function underLoad(
       await keygate.ended();
       assert.deepEqual(faults.broken, []);
     } finally {
-      await upstream.close();
+      await Promise.all([upstream.close(), other.close(), names?.[Symbol.asyncDispose]()]);
       faults.close();
       provisioned.dispose();
     }
   });
-  return { faults, keygate, load, directory, upstream, another, before };
+  return { faults, keygate, load, directory, upstream, other, names, another, before };
 }
 
 async function behindSocket(test: TestContext): Promise<UnderLoad & { readonly server: P11KitServer }> {
