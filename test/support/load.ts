@@ -16,6 +16,12 @@ import { until } from './until.ts';
 const internalError = /^ERR_SSL_(TLSV1|SSL\/TLS)_ALERT_INTERNAL_ERROR$/;
 const establishedCount = 4;
 
+/** In milliseconds of `performance`. */
+interface Handshake {
+  readonly beganAt: number;
+  readonly succeededAt: number;
+}
+
 export class Load {
   /** Of established connections; each was echoing. */
   lost = 0;
@@ -24,9 +30,9 @@ export class Load {
   refused = 0;
   /** Whether keygate may have nothing to serve clients with. */
   mayTurnAway = false;
-  /** When full and resumed handshakes succeeded, in milliseconds of `performance`. */
-  readonly full: number[] = [];
-  readonly resumed: number[] = [];
+  /** Those that succeeded, in this order. */
+  readonly full: Handshake[] = [];
+  readonly resumed: Handshake[] = [];
   /** Codes of errors that no client may see: a signature that is wrong is one. */
   readonly unexpected: string[] = [];
   readonly #options: TlsOptions;
@@ -58,10 +64,13 @@ export class Load {
     ];
   }
 
-  /** @returns after how many milliseconds from now a full handshake that began since succeeded */
-  async healed(deadlineMs = 10_000): Promise<number> {
-    const from = performance.now();
-    return until('full handshake', () => this.full.find((at) => at > from), { deadlineMs }).then((at) => at - from);
+  /** @returns how many milliseconds after `from`, of `performance`, a full handshake succeeded that began after this call */
+  async healed({ from = performance.now(), deadlineMs = 10_000 } = {}): Promise<number> {
+    const calledAt = performance.now();
+    const first = await until('full handshake', () => this.full.find(({ beganAt }) => beganAt > calledAt), {
+      deadlineMs,
+    });
+    return first.succeededAt - from;
   }
 
   async stop(): Promise<void> {
@@ -82,14 +91,15 @@ export class Load {
     }
   }
 
-  async #handshakes(succeeded: number[], session?: Buffer): Promise<void> {
+  async #handshakes(succeeded: Handshake[], session?: Buffer): Promise<void> {
     while (!this.#isOver) {
+      const beganAt = performance.now();
       try {
         const client = await tlsClient({ ...this.#options, ...(session === undefined ? {} : { session }) });
         assert.equal(client.isSessionReused(), session !== undefined, 'resumed as it was meant to be');
         await assertEchoes(client);
         client.destroy();
-        succeeded.push(performance.now());
+        succeeded.push({ beganAt, succeededAt: performance.now() });
       } catch (error) {
         const { code, message } = error as NodeJS.ErrnoException;
         const isTurnedAway = message === 'the peer ended early' || code === 'ECONNRESET' || code === 'ECONNREFUSED';

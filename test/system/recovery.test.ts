@@ -52,7 +52,9 @@ interface Fault {
   readonly inject: (parts: Parts) => void | Promise<void>;
   /** Default: no fault any more. @returns the keygate that serves from now on, where it is another */
   readonly lift?: (parts: Parts) => void | Promise<void | Keygate>;
-  /** What is to be seen while it lasts. */
+  /** Nobody lifts it: keygate itself ends it, or lives with it. */
+  readonly liftedByNobody?: boolean;
+  /** What is to be seen while it lasts, or when keygate has ended it. */
   readonly during?: (token: TokenSnapshot, load: Load, keygate: Keygate, parts: Parts) => boolean | Promise<boolean>;
   /** Nobody gets through while it lasts: those who come wait, or are turned away. */
   readonly turnsAway?: boolean;
@@ -67,13 +69,13 @@ const faultTable: readonly Fault[] = [
       for (const call of ['C_SignInit', 'C_OpenSession'] as const)
         faults.fail(call, deviceError, { heal: 'initialize' });
     },
-    lift: () => {},
+    liftedByNobody: true,
     during: ({ reinitialized }) => reinitialized === 1,
   },
   {
     name: 'a module that has forgotten that it was initialised',
     inject: ({ faults }) => faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' }),
-    lift: () => {},
+    liftedByNobody: true,
     during: ({ reinitialized }) => reinitialized === 1,
   },
   {
@@ -100,13 +102,13 @@ const faultTable: readonly Fault[] = [
   {
     name: 'somebody else who logs everybody out',
     inject: ({ faults }) => faults.set('logoutLeft', 1),
-    lift: () => {},
+    liftedByNobody: true,
     during: ({ loggedIn }) => loggedIn === 2,
   },
   {
     name: 'a session that is closed behind our back',
     inject: ({ faults }) => faults.set('closeLeft', 1),
-    lift: () => {},
+    liftedByNobody: true,
     during: ({ reopened }) => reopened === 1,
   },
   {
@@ -152,6 +154,7 @@ const faultTable: readonly Fault[] = [
     name: 'a full disk for the log',
     document: { log: { access: { file: '/dev/full' } } },
     inject: () => {},
+    liftedByNobody: true,
     during: async (_, __, keygate) =>
       ((await keygate.metric('keygate_log_lines_total', { outcome: 'dropped' })) ?? 0) > 0,
   },
@@ -270,7 +273,7 @@ async function limitDescriptors(keygate: Keygate, to: 'none' | 'enough'): Promis
 interface Finding {
   readonly fault: string;
   readonly lost: number;
-  readonly healedMs: number;
+  readonly healed: string;
   readonly wrong: number;
   readonly refused: number;
   readonly descriptors: readonly [number, number];
@@ -280,16 +283,8 @@ const findings: Finding[] = [];
 
 after(() => {
   const heads = ['fault', 'established lost', 'healed after', 'wrong signatures', 'refused', 'descriptors', 'memory'];
-  const lines = findings.map(({ fault, lost, healedMs, wrong, refused, descriptors, megabytes }) =>
-    [
-      fault,
-      lost,
-      `${Math.ceil(healedMs)} ms`,
-      wrong,
-      refused,
-      descriptors.join(' → '),
-      `${megabytes.join(' → ')} MB`,
-    ].join(' | '),
+  const lines = findings.map(({ fault, lost, healed, wrong, refused, descriptors, megabytes }) =>
+    [fault, lost, healed, wrong, refused, descriptors.join(' → '), `${megabytes.join(' → ')} MB`].join(' | '),
   );
   const table = [heads.join(' | '), heads.map(() => '---').join(' | '), ...lines].map((line) => `| ${line} |\n`);
   const artifacts = join(import.meta.dirname, '../../.keygate/artifacts');
@@ -348,6 +343,7 @@ for (const fault of faultTable) {
       const { faults, load, before } = parts;
       let { keygate } = parts;
       load.mayTurnAway = fault.turnsAway ?? false;
+      const struckAt = performance.now();
       await fault.inject(parts);
       if (fault.during !== undefined) {
         const { during } = fault;
@@ -356,13 +352,17 @@ for (const fault of faultTable) {
           found: () => keygate.log.slice(-20),
         });
       }
+      let healedMs = fault.liftedByNobody === true ? await load.healed({ from: struckAt }) : undefined;
       await pause(lastsMs);
       const [resumedBefore, echoesBefore] = [load.resumed.length, load.echoes];
       await until('echoes', () => load.echoes > echoesBefore + 20);
       if (fault.turnsAway !== true) await until('resumed handshakes', () => load.resumed.length > resumedBefore + 5);
-      if (fault.lift === undefined) faults.clear();
-      else keygate = (await fault.lift(parts)) ?? keygate;
-      const healedMs = await assertHealed(test, load, fault.refuses ?? false);
+      if (healedMs === undefined) {
+        if (fault.lift === undefined) faults.clear();
+        else keygate = (await fault.lift(parts)) ?? keygate;
+        healedMs = await load.healed({ deadlineMs: 20_000 });
+      }
+      await assertHealed(test, load, healedMs, { mayRefuse: fault.refuses ?? false });
       await until('token that is up', async () => (await tokenOf(keygate)).up);
       await assertNeverRestarted(keygate);
       assert.deepEqual(faults.broken, []);
@@ -370,7 +370,7 @@ for (const fault of faultTable) {
       findings.push({
         fault: name,
         lost: load.lost,
-        healedMs,
+        healed: `${Math.ceil(healedMs)} ms${fault.liftedByNobody === true ? ' from its start' : ''}`,
         wrong: load.unexpected.length,
         refused: load.refused,
         descriptors: [before.descriptors, now.descriptors],
@@ -467,14 +467,17 @@ for (const { name, break: breakIt, mend } of outOfProcess) {
   it(`a token behind a socket ${name}: nothing established is lost, and nobody restarts`, async (test) => {
     const { server, keygate, load } = await behindSocket(test);
     const before = keygate.log.length;
+    let from = performance.now();
     await breakIt(server);
     if (mend !== undefined) {
       await until('refusals', () => load.refused > 0);
       const resumed = load.resumed.length;
       await until('resumed handshakes', () => load.resumed.length > resumed + 5);
       await mend(server);
+      from = performance.now();
     }
-    await assertHealed(test, load, true, mend === undefined && name.includes('for good') ? 20_000 : healedMsMax);
+    const deadlineMs = mend === undefined && name.includes('for good') ? 20_000 : healedMsMax;
+    await assertHealed(test, load, await load.healed({ from, deadlineMs: 20_000 }), { mayRefuse: true, deadlineMs });
     const replaced = keygate.log.slice(before).some(({ event }) => event === 'worker_replaced');
     assert.equal(replaced, name.includes('for good'));
     assert.deepEqual(
@@ -667,13 +670,13 @@ async function behindSocket(test: TestContext): Promise<UnderLoad & { readonly s
   return { server, keygate, load };
 }
 
+/** Ends the load. */
 async function assertHealed(
   test: TestContext,
   load: Load,
-  mayRefuse: boolean,
-  deadlineMs = healedMsMax,
-): Promise<number> {
-  const healedMs = await load.healed(20_000);
+  healedMs: number,
+  { mayRefuse, deadlineMs = healedMsMax }: { readonly mayRefuse: boolean; readonly deadlineMs?: number },
+): Promise<void> {
   const { refused } = load;
   test.diagnostic(
     `healed in ${healedMs.toFixed(0)} ms; refused ${refused}, full ${load.full.length}, resumed ${load.resumed.length}, echoes ${load.echoes}`,
@@ -682,7 +685,6 @@ async function assertHealed(
   await load.stop();
   assert.deepEqual([load.lost, load.unexpected], [0, []]);
   if (!mayRefuse) assert.equal(refused, 0);
-  return healedMs;
 }
 
 async function tokenOf(keygate: Keygate, name = 'hsm'): Promise<TokenSnapshot> {
