@@ -38,8 +38,8 @@ const tokenNotPresent = 0xe0;
 const isLong = process.env['KEYGATE_FAULTS'] === 'long';
 /** How long a fault goes on once it is to be seen. */
 const lastsMs = isLong ? 3000 : 0;
-/** What caches and allocators may keep; a leak of each connection would be more. */
-const growthBytesMax = 48 * 1024 * 1024;
+/** What caches and allocators may keep: twice what they do. A leak of each connection would be more. */
+const growthBytesMax = 24 * 1024 * 1024;
 
 interface Fault {
   readonly name: string;
@@ -312,15 +312,15 @@ async function vitalsOf(keygate: Keygate): Promise<Vitals> {
 /** When nobody is connected: no descriptor is left of those who were, and no memory that grows with them. */
 async function assertNoGrowth(keygate: Keygate, before: Vitals): Promise<Vitals> {
   let now = before;
+  // What a reload needed is given back some seconds later (src/engine/memory.ts).
   await until(
-    'state without descriptors that were not there before',
+    'state without descriptors and memory that were not there before',
     async () => {
       now = await vitalsOf(keygate);
-      return now.descriptors <= before.descriptors;
+      return now.descriptors <= before.descriptors && now.bytes - before.bytes < growthBytesMax;
     },
     { found: () => ({ before, now }) },
   );
-  assert.ok(now.bytes - before.bytes < growthBytesMax, JSON.stringify({ before, now }));
   return now;
 }
 
