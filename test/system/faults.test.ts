@@ -204,7 +204,7 @@ it('a token that fails once costs no client its handshake', async (test) => {
 });
 
 it('a token that goes on failing is taken out of service, and comes back by itself', async (test) => {
-  const { faults, keygate } = await faulty(test, {});
+  const { faults, keygate } = await faulty(test, { token: { queue: { age: '300ms' } } });
   const codes = {
     ...repairedUnseen,
     CKR_DEVICE_REMOVED: 0x32,
