@@ -36,6 +36,8 @@ export type PrimaryMessage =
       /** Those of the worker's own slot. */
       readonly accept: readonly SocketUse[];
       readonly ticketSecrets: readonly Uint8Array[];
+      /** 32 bytes with which workers tell each other of refused PINs. */
+      readonly refusalSecret: Uint8Array;
       /** Also of certificates that are not served yet. */
       readonly staples: readonly Staple[];
     }

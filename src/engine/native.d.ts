@@ -705,6 +705,12 @@ export declare function revocationListFault(der: Buffer): string | null
 /** Sets the length of a listening socket's accept queue, also of one that has waiting connections. */
 export declare function setBacklog(fd: number, backlog: number): void
 
+/**
+ * 32 random bytes that all workers of a keygate have, and nobody else: with it they tell each other which PINs were refused.
+ * Before the first login.
+ */
+export declare function shareRefusals(secret: Uint8Array): void
+
 /** Refuses clients on a listening socket from now on, in every process that holds it. The descriptor stays open. */
 export declare function shutListener(fd: number): void
 

@@ -21,6 +21,7 @@ import cluster from 'node:cluster';
 import type { Worker } from 'node:cluster';
 import { EventEmitter } from 'node:events';
 import { closeSync } from 'node:fs';
+import { randomBytes } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
 import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
@@ -165,6 +166,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
   #settled: (() => void) | undefined;
   #draining = false;
   #everReady = false;
+  /** Of this keygate alone. */
+  readonly #refusalSecret = randomBytes(32);
   /** What was said of the tokens since the configuration was committed. */
   readonly #warned = new Set<string>();
   /** What is missing in the sandbox, as it was logged last. */
@@ -554,6 +557,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       handoverFd,
       accept: usesOf(this.#listeners, slot),
       ticketSecrets: this.#epochs.secrets,
+      refusalSecret: this.#refusalSecret,
       staples: this.#staples(),
     });
   }

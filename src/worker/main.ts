@@ -135,6 +135,7 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   const native = loadEngine();
   native.harden();
   native.endWithParent();
+  native.shareRefusals(message.refusalSecret);
   const sandbox = enterSandbox(config, native, opened.log);
   native.endHandingDown();
   const { settings, warnings, asked } = await prove(config, sockets.uses(accept), opened.log);

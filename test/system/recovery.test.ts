@@ -487,7 +487,7 @@ for (const { name, break: breakIt, mend } of outOfProcess) {
   });
 }
 
-it('a PIN that was changed in the token is taken from a reload', async (test) => {
+it('a PIN that was changed in the token, or mistyped for a while, is taken from a reload', async (test) => {
   const provisioned = await provisionedToken({ www: { kind: 'p256' } });
   await using upstream = await echoUpstream();
   const faults = new FaultModule(provisioned);
@@ -521,6 +521,15 @@ it('a PIN that was changed in the token is taken from a reload', async (test) =>
   await keygate.logged({ event: 'worker_ready', worker: second?.slot }, { since });
   await until('token that is up', async () => (await tokenOf(keygate)).up);
   for (let client = 0; client < 10; client++) await fullHandshake(keygate);
+
+  // A typo costs the next worker its start. The right one, put back, is no other than those who serve have.
+  writeFileSync(provisioned.pinFile, 'mistyped\n');
+  const mistyped = keygate.log.length;
+  process.kill((await keygate.workers()).find(({ slot }) => slot === second?.slot)?.pid ?? 0, 'SIGKILL');
+  await keygate.logged({ event: 'worker_lost', code: 'token_login' }, { since: mistyped });
+  writeFileSync(provisioned.pinFile, 'another-one\n');
+  assert.equal((await keygate.reload()).outcome, 'committed');
+  await keygate.logged({ event: 'worker_ready', worker: second?.slot }, { since: mistyped });
 });
 
 it('one of two tokens that is away at the start, and again at a reload, is used once it is back', async (test) => {

@@ -36,7 +36,7 @@ use crate::signing::ckr::Ckr;
 use crate::signing::login::Maker;
 use crate::signing::login_lock;
 use crate::signing::pkcs11::{Module, Visit};
-use crate::signing::refused_pins::Pin as UserPin;
+use crate::signing::refused_pins::{self, Pin as UserPin};
 use crate::signing::token::{LOST_AFTER_DEADLINES, Token, TokenPlan};
 use crate::signing::token_error::TokenError;
 use crate::sockets::Sockets;
@@ -1287,6 +1287,16 @@ impl LoginLock {
     pub fn release(&mut self) {
         self.lock = None;
     }
+}
+
+/// 32 random bytes that all workers of a keygate have, and nobody else: with it they tell each other which PINs were refused.
+/// Before the first login.
+#[napi(catch_unwind)]
+pub fn share_refusals(secret: &[u8]) -> Result<()> {
+    let secret = <[u8; 32]>::try_from(secret)
+        .map_err(|_| invalid(format!("expected 32 bytes, found {}", secret.len())))?;
+    refused_pins::share(secret);
+    Ok(())
 }
 
 /// The return code with which this token refused this PIN, in this process or in one beside it: it must not be presented again.

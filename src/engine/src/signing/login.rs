@@ -169,11 +169,6 @@ impl Login {
         !is_risky && self.pin_of(&self.secret()).would_be_refused().is_none()
     }
 
-    /// That there is another PIN: they need not heed the refusal of the former one.
-    pub fn tell_siblings(&self) {
-        self.pin_of(&[]).is_another();
-    }
-
     pub fn is_in(&self) -> bool {
         self.is_in
     }
@@ -219,10 +214,7 @@ impl Login {
                 Ok(())
             }
             // Another thread of this process was faster.
-            Err(Ckr::USER_ALREADY_LOGGED_IN) => {
-                pin.is_another();
-                Ok(())
-            }
+            Err(Ckr::USER_ALREADY_LOGGED_IN) => Ok(()),
             Err(ckr) if ckr.repair() == Repair::PinRefused => {
                 pin.refused(ckr);
                 match *self.secret() == *secret {

@@ -5,14 +5,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
-use aws_lc_rs::digest;
+use aws_lc_rs::hmac;
 
 use super::ckr::Ckr;
 
-/// One token's PIN. A process knows which PIN was refused; its siblings are told only of which token, which is enough: the
-/// processes of one keygate have one PIN for it, and get another one together.
+/// One token's PIN.
 pub struct Pin<'a> {
     pub module: &'a Path,
     pub serial: &'a str,
@@ -24,70 +23,73 @@ static REFUSED: Mutex<Vec<Refused>> = Mutex::new(Vec::new());
 const REFUSED_MAX: usize = 256;
 
 struct Refused {
-    token: [u8; 32],
     pin: [u8; 32],
     ckr: Ckr,
     /// What siblings see; none when a sibling was refused.
-    mark: Option<File>,
+    _mark: Option<File>,
+}
+
+/// What the digests are made with: whoever does not know it cannot guess PINs by them.
+static SECRET: OnceLock<[u8; 32]> = OnceLock::new();
+
+/// Makes this process one of those that tell each other which PINs were refused. To be called before the first login; without
+/// it a process is alone.
+pub fn share(secret: [u8; 32]) {
+    // A second secret would make strangers of siblings.
+    let _ = SECRET.set(secret);
 }
 
 impl Pin<'_> {
     /// With what it was refused, here or in a sibling. To be asked before each login, also by others than lanes.
     pub fn refused_before(&self) -> Option<Ckr> {
         let ckr = self.would_be_refused()?;
-        let (token, pin) = (self.digest(&[]), self.digest(self.pin));
+        let pin = self.digest();
         let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
         if !refused.iter().any(|known| known.pin == pin) {
-            remember(&mut refused, Refused { token, pin, ckr, mark: None });
+            // For when the sibling is no more.
+            remember(&mut refused, Refused { pin, ckr, _mark: None });
         }
         Some(ckr)
     }
 
     /// The same, of somebody who does not want to log in now, and is not held to the answer.
     pub fn would_be_refused(&self) -> Option<Ckr> {
-        let (token, pin) = (self.digest(&[]), self.digest(self.pin));
+        let pin = self.digest();
         let refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = refused.iter().find(|known| known.pin == pin) {
             return Some(known.ckr);
-        }
-        // Then the mark is about the PIN that there was before.
-        if refused.iter().any(|known| known.token == token) {
-            return None;
         }
         // Without the file there is no module either: whoever logs in finds out.
         self.marked().ok()?
     }
 
-    /// Whatever was said of it, here and to siblings, is void.
-    pub fn accepted(&self) {
-        let pin = self.digest(self.pin);
-        REFUSED.lock().unwrap_or_else(PoisonError::into_inner).retain(|known| known.pin != pin);
-        self.is_another();
-    }
-
     pub fn refused(&self, ckr: Ckr) {
         let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
-        let (token, pin) = (self.digest(&[]), self.digest(self.pin));
-        remember(&mut refused, Refused { token, pin, ckr, mark: self.mark(ckr).ok() });
+        remember(&mut refused, Refused { pin: self.digest(), ckr, _mark: self.mark(ckr).ok() });
     }
 
-    /// Than the one that was refused: siblings may try, they have it too.
-    pub fn is_another(&self) {
-        let token = self.digest(&[]);
-        let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.iter_mut().filter(|known| known.token == token).for_each(|known| known.mark = None);
+    /// It may have been wrong before; the token has changed its mind.
+    pub fn accepted(&self) {
+        let pin = self.digest();
+        REFUSED.lock().unwrap_or_else(PoisonError::into_inner).retain(|known| known.pin != pin);
     }
 
     /// The mark is a read lock on bytes of the module file far beyond its end, as many as the return code says. It needs no file
-    /// that somebody would have to name or clean up, and ends with the process. Where it is says nothing about the PIN:
-    /// everybody can see it in /proc/locks.
+    /// that somebody would have to name or clean up, and ends with the process. Everybody can see where it is, in /proc/locks;
+    /// that says nothing to those who do not know the secret.
     fn mark(&self, ckr: Ckr) -> io::Result<File> {
+        if SECRET.get().is_none() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let file = File::open(self.module)?;
         self.lock(&file, libc::F_OFD_SETLK, libc::F_RDLCK, ckr.0 as libc::off_t)?;
         Ok(file)
     }
 
     fn marked(&self) -> io::Result<Option<Ckr>> {
+        if SECRET.get().is_none() {
+            return Ok(None);
+        }
         let file = File::open(self.module)?;
         let found = self.lock(&file, libc::F_OFD_GETLK, libc::F_WRLCK, 1)?;
         Ok((i32::from(found.l_type) != libc::F_UNLCK).then_some(Ckr(found.l_len as u64)))
@@ -107,23 +109,24 @@ impl Pin<'_> {
         }
     }
 
-    /// Of this keygate, which is known by the process that forked it.
     fn place(&self) -> libc::off_t {
-        let digest = self.digest(&std::os::unix::process::parent_id().to_be_bytes());
+        let digest = self.digest();
         let mut place = [0; 8];
         place.copy_from_slice(&digest[..8]);
         // Beyond the end of any file, and with room behind it.
         (i64::from_be_bytes(place) & (i64::MAX >> 1)) | (1 << 60)
     }
 
-    fn digest(&self, of: &[u8]) -> [u8; 32] {
-        let mut context = digest::Context::new(&digest::SHA256);
-        for part in [self.module.as_os_str().as_encoded_bytes(), self.serial.as_bytes(), of] {
+    fn digest(&self) -> [u8; 32] {
+        // Who is alone keeps the digests to itself.
+        let secret = SECRET.get().copied().unwrap_or_default();
+        let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, &secret));
+        for part in [self.module.as_os_str().as_encoded_bytes(), self.serial.as_bytes(), self.pin] {
             context.update(&(part.len() as u64).to_be_bytes());
             context.update(part);
         }
         let mut digest = [0; 32];
-        digest.copy_from_slice(context.finish().as_ref());
+        digest.copy_from_slice(context.sign().as_ref());
         digest
     }
 }

@@ -154,16 +154,7 @@ impl Token {
     /// again: what kept it down may have been mended, and a PIN that was refused is not presented again for that.
     pub fn adopt(&self, pin: &Zeroizing<Vec<u8>>, weight: u32) {
         self.weight.store(weight, Ordering::Relaxed);
-        let mut known = lock(&self.pin);
-        let is_new = **known != **pin;
-        if is_new {
-            known.clone_from(pin);
-        }
-        drop(known);
-        // Where somebody hangs in a login, that tells them.
-        if is_new && let Ok(login) = self.login.try_lock() {
-            login.tell_siblings();
-        }
+        lock(&self.pin).clone_from(pin);
         self.desk.probe_soon();
     }
 

@@ -261,9 +261,13 @@ impl TokenKey {
         let mut room = [0; SIGNATURE_BYTES_MAX];
         let length = session.sign(mechanism, found.handle, &input, &mut room)?;
         let signature = self.public.tls_signature(&room[..length]).map_err(Fault::Wrong)?;
-        // Somebody may have logged in meanwhile, and the handle have become another key's.
-        if verify || self.is_doubted() || self.token.epoch() != found.epoch {
-            self.public.verify(scheme, message, &signature).map_err(Fault::Wrong)?;
+        // Somebody may have logged in meanwhile, and the handle have become another key's: then it is looked for again.
+        let is_stale = self.token.epoch() != found.epoch;
+        if verify || is_stale || self.is_doubted() {
+            self.public.verify(scheme, message, &signature).map_err(|wrong| match is_stale {
+                true => Fault::Call(Ckr(cryptoki_sys::CKR_KEY_HANDLE_INVALID)),
+                false => Fault::Wrong(wrong),
+            })?;
             if self.is_doubted() {
                 self.doubts.store(0, Relaxed);
                 self.lost_until_ms.store(0, Relaxed);

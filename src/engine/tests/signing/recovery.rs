@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use keygate_engine::signing::SignError;
 use keygate_engine::signing::desk::{DownReason, Health};
 use keygate_engine::signing::pkcs11::Release;
+use keygate_engine::signing::refused_pins;
 use keygate_engine::signing::token::{StopOutcome, Token};
 
 use crate::control::{Damage, FOR_EVER, Function, Heal, Word};
@@ -220,9 +221,10 @@ token_tests! {
             world.init_token("t");
             world.make_key("t", "k", "A1", Kind::P256);
             world.run_copies("recovery::a_pin_that_is_refused_is_tried_by_one_process_for_all", 4);
-            assert_eq!(world.control.of(Function::Login).injected.load(SeqCst), 1);
+            assert_eq!(world.control.of(Function::Login).injected.load(SeqCst), 2);
             return;
         }
+        refused_pins::share([7; 32]);
         let token = Token::start(world.plan("t")).unwrap();
         let key = find(&token, world.made_key("t", "k", "A1")).unwrap();
         // All have logged in before anybody is refused.
@@ -233,7 +235,18 @@ token_tests! {
         assert!(key.sign().is_err());
         assert_eq!(token.down_reason(), Some(DownReason::Pin("C_Login returned CKR_PIN_INCORRECT (0xA0)".into())));
         // Whoever leaves takes what it knows with it, so nobody does before all know.
-        world.meet(4);
+        world.meet("first", 4);
+        // And another PIN, which all get together.
+        let logins = login.calls.load(SeqCst);
+        token.adopt(&b"another".to_vec().into(), 1);
+        until("it is refused, too", || login.injected.load(SeqCst) == 2);
+        until("all know", || {
+            assert!(key.sign().is_err());
+            token.down_reason() == Some(DownReason::Pin("C_Login returned CKR_PIN_INCORRECT (0xA0)".into()))
+        });
+        world.meet("second", 4);
+        assert!(login.calls.load(SeqCst) <= logins + 1);
+        assert_eq!(login.injected.load(SeqCst), 2);
     }
 
     fn initialisations_follow_each_other_ever_more_slowly(world: World) {

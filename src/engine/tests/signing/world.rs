@@ -173,8 +173,8 @@ impl World {
     }
 
     /// Waits until so many copies are here.
-    pub fn meet(&self, count: usize) {
-        let place = self.dir.join("meeting");
+    pub fn meet(&self, what: &str, count: usize) {
+        let place = self.dir.join(format!("meeting-{what}"));
         fs::create_dir_all(&place).expect("a directory");
         fs::write(place.join(std::process::id().to_string()), "").expect("a file");
         until("everybody is here", || fs::read_dir(&place).expect("there").count() == count);
