@@ -33,7 +33,8 @@ export function ckrName(error: unknown): string | undefined {
 
 /** Its number; of a TokenError that was made of it, too. */
 export function ckrCode(error: unknown): number | undefined {
-  const { code } = (error instanceof TokenError ? error.cause : error) as { readonly code?: unknown };
+  const cause = error instanceof TokenError ? error.cause : error;
+  const code = cause instanceof Error && 'code' in cause ? cause.code : undefined;
   return typeof code === 'number' ? code : undefined;
 }
 
