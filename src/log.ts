@@ -64,6 +64,7 @@ export const logEvents = {
   signal: 'SIGTERM or SIGINT was received',
   upgrade_requested: 'somebody asked the admin server for a successor',
   upgrade_failed: 'the successor could not take over, and why; nothing has changed',
+  retire_failed: 'sockets that a successor does not have could not be closed; keygate drains all the same',
   upgraded: 'a successor has taken over; what is open here ends here',
   drain_requested: 'somebody asked the admin server for a drain',
   drain_started: 'nobody is accepted any more; connections may end',

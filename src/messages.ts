@@ -23,6 +23,12 @@ export interface Staple {
   readonly response: Uint8Array | undefined;
 }
 
+/** A PIN that a token refused, as the workers of one keygate know it: 32 bytes made with their secret. */
+export interface PinRefusal {
+  readonly digest: Uint8Array;
+  readonly ckr: number;
+}
+
 export type PrimaryMessage =
   /** The first message to every worker. `ticketSecrets`: 32 bytes each, the current epoch first. */
   | {
@@ -38,6 +44,8 @@ export type PrimaryMessage =
       readonly ticketSecrets: readonly Uint8Array[];
       /** 32 bytes with which workers tell each other of refused PINs. */
       readonly refusalSecret: Uint8Array;
+      /** What workers that are no more knew of them. */
+      readonly refusals: readonly PinRefusal[];
       /** Also of certificates that are not served yet. */
       readonly staples: readonly Staple[];
     }
@@ -80,7 +88,7 @@ export type WorkerMessage =
   /** The tokens are logged in, the keys proved, connections accepted. */
   | { readonly type: 'ready'; readonly warnings: readonly string[]; readonly sandbox: WorkerSandbox | undefined }
   /** The worker cannot serve and exits. */
-  | { readonly type: 'failed'; readonly failure: WorkerFailure }
+  | { readonly type: 'failed'; readonly failure: WorkerFailure; readonly refusals: readonly PinRefusal[] }
   | { readonly type: 'prepared'; readonly reload: number; readonly warnings: readonly string[] }
   /** The worker goes on with what it has. */
   | { readonly type: 'refused'; readonly reload: number; readonly failure: WorkerFailure }

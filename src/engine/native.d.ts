@@ -366,6 +366,14 @@ export interface OpenedListener {
   address: string
 }
 
+/** A PIN that a token refused, as the workers of one keygate know it. */
+export interface PinRefusal {
+  /** Made with their secret. */
+  digest: Buffer
+  /** The return code of C_Login. */
+  ckr: number
+}
+
 /** What may be agreed on in TLS. Of lists, what is preferred stands first, and an empty one means everything. */
 export interface PolicySettings {
   /** `1.2`, `1.3`. */
@@ -684,6 +692,9 @@ export declare function outliveParent(forSeconds: number): void
 /** What C_Login returned to somebody else than lanes, so that they and the processes beside this one know it. */
 export declare function pinAnswered(module: string, serial: string, pin: Uint8Array, ckr: number): void
 
+/** What this process knows, for those that come after it. */
+export declare function pinRefusals(): Array<PinRefusal>
+
 /** The return code with which this token refused this PIN, in this process or in one beside it: it must not be presented again. */
 export declare function pinRefusedBefore(module: string, serial: string, pin: Uint8Array): number | null
 
@@ -702,14 +713,17 @@ export declare function refuseRings(): void
 /** Why this is not a list of revoked certificates (DER) that the engine understands; undefined: it is one. */
 export declare function revocationListFault(der: Buffer): string | null
 
+/** Has a worker accept nothing any more, also one whose JavaScript thread hangs. No socket can be handed to it after that. */
+export declare function sayFarewell(channel: number): void
+
 /** Sets the length of a listening socket's accept queue, also of one that has waiting connections. */
 export declare function setBacklog(fd: number, backlog: number): void
 
 /**
- * 32 random bytes that all workers of a keygate have, and nobody else: with it they tell each other which PINs were refused.
- * Before the first login.
+ * `secret`: 32 random bytes that all workers of a keygate have, and nobody else: with it they tell each other which PINs were
+ * refused. `known`: by those that are no more. Before the first login.
  */
-export declare function shareRefusals(secret: Uint8Array): void
+export declare function shareRefusals(secret: Uint8Array, known: Array<PinRefusal>): void
 
 /** Refuses clients on a listening socket from now on, in every process that holds it. The descriptor stays open. */
 export declare function shutListener(fd: number): void

@@ -17,10 +17,11 @@ import { loadConfig } from '../config/load.ts';
 import { isSoftHsm } from '../config/softhsm.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { giveBackMemorySoon } from '../engine/memory.ts';
+import { engine } from '../engine/binding.ts';
 import { ConfigError, formatProblem, KeygateError } from '../errors.ts';
 import type { ErrorCode, Problem } from '../errors.ts';
 import type { Log } from '../log.ts';
-import { closeSockets, openListeners } from './listeners.ts';
+import { closeSockets, openListeners, shutSockets } from './listeners.ts';
 import type { ServiceManager } from './service-manager.ts';
 import type { Stapler } from './stapler.ts';
 import type { Workers } from './workers.ts';
@@ -188,6 +189,8 @@ export class Reloads {
     if (refusal !== undefined) {
       workers.discard();
       void stapler.follow(this.#config);
+      // A worker that hangs has them still, and whoever listens there next must be able to.
+      shutSockets(listeners.opened, engine());
       closeSockets(listeners.opened);
       const { code, message, hint } = refusal.failure;
       const worker = refusal.worker === undefined ? {} : { worker: refusal.worker };

@@ -173,7 +173,12 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
       isSucceeded = true;
       serviceManager.succeededBy(pid);
       log.info({ event: 'upgraded', pid }, 'a successor has taken over');
-      await workers.retire(workers.listening.sockets.filter(({ socket }) => retired.includes(socket)));
+      try {
+        await workers.retire(workers.listening.sockets.filter(({ socket }) => retired.includes(socket)));
+      } catch (error) {
+        log.error({ event: 'retire_failed', error }, 'sockets that the successor does not have could not be closed');
+      }
+      // Whatever happened: two must not serve.
       drainNow();
       return { pid };
     });

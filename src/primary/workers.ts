@@ -28,7 +28,15 @@ import { engine } from '../engine/binding.ts';
 import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { PrimaryMessage, SocketUse, Staple, WorkerFailure, WorkerMessage, WorkerSandbox } from '../messages.ts';
+import type {
+  PinRefusal,
+  PrimaryMessage,
+  SocketUse,
+  Staple,
+  WorkerFailure,
+  WorkerMessage,
+  WorkerSandbox,
+} from '../messages.ts';
 import { closeSockets, shutSockets } from './listeners.ts';
 import type { Listeners, ListeningSocket, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
@@ -168,6 +176,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
   #everReady = false;
   /** Of this keygate alone. */
   readonly #refusalSecret = randomBytes(32);
+  /** Of workers that could not start, by their digests: a reload lets others try, and not the same PIN. */
+  readonly #refusals = new Map<string, PinRefusal>();
   /** What was said of the tokens since the configuration was committed. */
   readonly #warned = new Set<string>();
   /** What is missing in the sandbox, as it was logged last. */
@@ -315,7 +325,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#book.keepOnly(reload.config);
     this.#warned.clear();
     this.#warn(reload.warnings);
-    // What kept them from starting may be mended. Whoever reloads vouches for the PINs: one worker tries them for all.
+    // What kept them from starting may be mended. A PIN that was refused is not tried again, and another one by one worker for all.
     if (this.#halted !== undefined) this.#proved = false;
     this.#halted = undefined;
     for (const slot of this.#slots) {
@@ -401,6 +411,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
     const { worker } = slot;
     if (worker === undefined) return;
     this.#tell(slot, { type: 'drain', deadlineMs });
+    // Its JavaScript thread may hang, and then would go on to accept beside whoever has its place.
+    if (slot.handover !== undefined) engine().sayFarewell(slot.handover);
     clearTimeout(slot.killTimer);
     slot.killTimer = setTimeout(() => worker.process.kill('SIGKILL'), deadlineMs + killGraceMs);
   }
@@ -514,6 +526,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
           return;
         case 'failed':
           failure = message.failure;
+          for (const refusal of message.refusals)
+            this.#refusals.set(Buffer.from(refusal.digest).toString('hex'), refusal);
           return;
         case 'stuck':
           this.#stuck(slot, message.why);
@@ -558,6 +572,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       accept: usesOf(this.#listeners, slot),
       ticketSecrets: this.#epochs.secrets,
       refusalSecret: this.#refusalSecret,
+      refusals: [...this.#refusals.values()],
       staples: this.#staples(),
     });
   }

@@ -12,7 +12,7 @@ import { readPin } from '../config/pin.ts';
 import { ConfigError, exitCodes, KeygateError, pinCodes, ServiceError } from '../errors.ts';
 import { openLogs } from '../log.ts';
 import type { Log, Logs } from '../log.ts';
-import type { PrimaryMessage, Staple, WorkerFailure, WorkerMessage, WorkerSnapshot } from '../messages.ts';
+import type { PinRefusal, PrimaryMessage, Staple, WorkerFailure, WorkerMessage, WorkerSnapshot } from '../messages.ts';
 import { nativeGuard } from '../pkcs11/native-guard.ts';
 import { provePlan } from '../pkcs11/plan.ts';
 import { engineSettings } from './plan.ts';
@@ -135,7 +135,8 @@ async function start(message: Extract<PrimaryMessage, { type: 'start' }>): Promi
   const native = loadEngine();
   native.harden();
   native.endWithParent();
-  native.shareRefusals(message.refusalSecret);
+  const known = message.refusals.map(({ digest, ckr }) => ({ digest: Buffer.from(digest), ckr }));
+  native.shareRefusals(message.refusalSecret, known);
   const sandbox = enterSandbox(config, native, opened.log);
   native.endHandingDown();
   const { settings, warnings, asked } = await prove(config, sockets.uses(accept), opened.log);
@@ -310,7 +311,15 @@ function leave(): void {
 function fail(error: unknown): void {
   const failure = describeFailure(error);
   // Exit only when the primary has the reason: process.exit would drop what the channel still holds.
-  tell({ type: 'failed', failure }, () => process.exit(failure.exitCode));
+  tell({ type: 'failed', failure, refusals: pinRefusals() }, () => process.exit(failure.exitCode));
+}
+
+function pinRefusals(): PinRefusal[] {
+  try {
+    return loadEngine().pinRefusals();
+  } catch {
+    return []; // without the engine nobody has logged in
+  }
 }
 
 function describeFailure(error: unknown): WorkerFailure {

@@ -283,6 +283,8 @@ it('a worker that hangs in a reload for good is replaced, keeps its connections,
   assert.equal((await keygate.reload({ ...other, reloadDeadline: '500ms' })).outcome, 'rolled_back');
   await keygate.logged({ event: 'worker_replaced', worker: hung.slot }, { deadlineMs: 40_000 });
   await Promise.all(established.map(async (client) => assertEchoes(client)));
+  // Its lanes would hang, too.
+  for (let client = 0; client < 30; client++) await assertCertificate(keygate, 'www');
   assert.equal((await keygate.reload({ ...other, drainDeadline: '5s' })).outcome, 'committed');
   for (const client of established) client.destroy();
 });

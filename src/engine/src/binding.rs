@@ -1085,6 +1085,12 @@ pub fn hand_over(channel: i32, reload: u32, fds: Vec<i32>) -> Result<()> {
     handover::send(channel, reload, &fds).map_err(|error| invalid(format!("sendmsg: {error}")))
 }
 
+/// Has a worker accept nothing any more, also one whose JavaScript thread hangs. No socket can be handed to it after that.
+#[napi(catch_unwind)]
+pub fn say_farewell(channel: i32) {
+    handover::say_farewell(channel);
+}
+
 /// No new privileges, no core dump, no ptrace by the same user: for processes that hold a PIN.
 #[napi(catch_unwind)]
 pub fn harden() -> Result<()> {
@@ -1289,14 +1295,33 @@ impl LoginLock {
     }
 }
 
-/// 32 random bytes that all workers of a keygate have, and nobody else: with it they tell each other which PINs were refused.
-/// Before the first login.
+/// A PIN that a token refused, as the workers of one keygate know it.
+#[napi(object)]
+pub struct PinRefusal {
+    /// Made with their secret.
+    pub digest: Buffer,
+    /// The return code of C_Login.
+    pub ckr: i64,
+}
+
+/// `secret`: 32 random bytes that all workers of a keygate have, and nobody else: with it they tell each other which PINs were
+/// refused. `known`: by those that are no more. Before the first login.
 #[napi(catch_unwind)]
-pub fn share_refusals(secret: &[u8]) -> Result<()> {
-    let secret = <[u8; 32]>::try_from(secret)
-        .map_err(|_| invalid(format!("expected 32 bytes, found {}", secret.len())))?;
-    refused_pins::share(secret);
+pub fn share_refusals(secret: &[u8], known: Vec<PinRefusal>) -> Result<()> {
+    let bytes = |bytes: &[u8]| {
+        <[u8; 32]>::try_from(bytes).map_err(|_| invalid(format!("expected 32 bytes, found {}", bytes.len())))
+    };
+    let known =
+        known.into_iter().map(|PinRefusal { digest, ckr }| Ok((bytes(&digest)?, Ckr(ckr.unsigned_abs()))));
+    refused_pins::share(bytes(secret)?, known.collect::<Result<Vec<_>>>()?);
     Ok(())
+}
+
+/// What this process knows, for those that come after it.
+#[napi(catch_unwind)]
+pub fn pin_refusals() -> Vec<PinRefusal> {
+    let refusals = refused_pins::known().into_iter();
+    refusals.map(|(digest, ckr)| PinRefusal { digest: digest.to_vec().into(), ckr: signed(ckr.0) }).collect()
 }
 
 /// The return code with which this token refused this PIN, in this process or in one beside it: it must not be presented again.
@@ -1312,7 +1337,7 @@ pub fn pin_answered(module: String, serial: String, pin: &[u8], ckr: i64) {
     let pin = UserPin { module: module.as_ref(), serial: &serial, pin };
     match Ckr(ckr.unsigned_abs()) {
         Ckr::OK => pin.accepted(),
-        ckr if ckr.refuses_pin() => pin.refused(ckr),
+        ckr if ckr.blames_pin() => pin.refused(ckr),
         _ => {}
     }
 }

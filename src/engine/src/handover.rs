@@ -23,6 +23,21 @@ pub fn open() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((primary.into(), worker.into()))
 }
 
+/// The worker is to accept nothing any more: no socket will come. Heard by its I/O thread, whatever its JavaScript thread does.
+/// One that has gone needs no farewell.
+pub fn say_farewell(channel: RawFd) {
+    // SAFETY: takes numbers and touches no memory.
+    unsafe { libc::shutdown(channel, libc::SHUT_WR) };
+}
+
+/// Whether the primary's end is closed, as it is when the primary has ended, and not only silent for good.
+pub fn is_closed(channel: RawFd) -> bool {
+    let mut polled = libc::pollfd { fd: channel, events: 0, revents: 0 };
+    // SAFETY: one pollfd that lives through the call, which does not wait.
+    unsafe { libc::poll(&raw mut polled, 1, 0) };
+    polled.revents & libc::POLLHUP != 0
+}
+
 /// Sends the sockets, marked with the number of the reload that opened them. They stay open here.
 ///
 /// # Errors

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::future::pending;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -13,6 +13,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use tokio::io::Interest;
 use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
@@ -20,6 +21,7 @@ use tokio::task::{AbortHandle, LocalSet, spawn_local};
 use crate::access_log::{AccessCounts, AccessLog, AccessPlan};
 use crate::client_rate::ClientRate;
 use crate::close::CloseCounters;
+use crate::handover;
 use crate::listener::{
     CurrentOffer, Listener, ListenerPlan, ListenerStats, ListenerTls, Offer, accept_from, accept_waiting,
     socket_of,
@@ -226,6 +228,22 @@ async fn heard(parent_end: &UnixStream) {
     }
 }
 
+/// The primary, which lives, wants nothing more of this worker.
+async fn bidden_farewell(channel: Option<&UnixStream>) {
+    let Some(channel) = channel else { return pending().await };
+    while let Ok(ready) = channel.ready(Interest::READABLE).await {
+        if !ready.is_read_closed() {
+            // Sockets of a reload, which are taken when the worker is told of it: until then there is nothing to read.
+            let _ = channel.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        } else if handover::is_closed(channel.as_raw_fd()) {
+            break; // its end is heard otherwise
+        } else {
+            return;
+        }
+    }
+    pending().await
+}
+
 struct Io {
     listeners: HashMap<String, CurrentOffer>,
     /// Removed by reloads.
@@ -234,6 +252,8 @@ struct Io {
     sockets: Sockets,
     accepting: HashMap<RawFd, Accepting>,
     parent_end: UnixStream,
+    /// None: nothing more is to be heard.
+    channel: Option<UnixStream>,
     prepared: Option<Prepared>,
     draining: bool,
     scratch: Rc<Scratch>,
@@ -263,7 +283,14 @@ struct Prepared {
 
 impl Io {
     fn start(plan: IoPlan, access_log: Log, sockets: Sockets) -> io::Result<Self> {
+        let watched = |channel| {
+            let channel = std::os::unix::net::UnixStream::from(channel);
+            channel.set_nonblocking(true)?;
+            UnixStream::from_std(channel)
+        };
+        let channel = sockets.channel()?.map(watched).transpose()?;
         let mut io = Self {
+            channel,
             listeners: HashMap::new(),
             departed: HashMap::new(),
             upstreams: Vec::new(),
@@ -311,6 +338,10 @@ impl Io {
                     self.outlive_parent();
                     continue;
                 }
+                () = bidden_farewell(self.channel.as_ref()) => {
+                    self.drain();
+                    continue;
+                }
             };
             // Who asked and does not listen any more has given up this thread.
             let Some(order) = order else { return };
@@ -325,13 +356,7 @@ impl Io {
                     drop(answer.send(self.stats()));
                 }
                 Order::Discard => self.prepared = None,
-                Order::Drain => {
-                    self.draining = true;
-                    for (_, Accepting { task, .. }) in self.accepting.drain() {
-                        task.abort();
-                    }
-                    self.sockets.close_all();
-                }
+                Order::Drain => self.drain(),
                 Order::Retire { fds, answer } => {
                     fds.into_iter().for_each(|fd| self.retire(fd));
                     let _ = answer.send(());
@@ -341,11 +366,22 @@ impl Io {
         }
     }
 
+    fn drain(&mut self) {
+        self.draining = true;
+        self.prepared = None;
+        self.channel = None;
+        for (_, Accepting { task, .. }) in self.accepting.drain() {
+            task.abort();
+        }
+        self.sockets.close_all();
+    }
+
     /// A primary that starts anew has other sockets and workers, and wants the addresses: nobody may wait in the queues of
     /// these, also while the JavaScript thread, which is told as well, hangs in a token.
     fn outlive_parent(&mut self) {
         self.draining = true;
         self.prepared = None;
+        self.channel = None;
         let fds: Vec<_> = self.accepting.keys().copied().collect();
         fds.into_iter().for_each(|fd| self.retire(fd));
         self.sockets.close_all();

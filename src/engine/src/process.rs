@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixDatagram, UnixStream};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -179,6 +179,10 @@ fn end_signal(signal: libc::c_int) -> io::Result<()> {
 /// As sigaction(2) and prctl(2).
 pub fn outlive_parent(for_seconds: u32) -> io::Result<()> {
     OUTLIVES_SECONDS.store(for_seconds.max(1), Relaxed);
+    // SAFETY: takes nothing and cannot fail.
+    let parent = unsafe { libc::getppid() };
+    // Not that of an orphan, which it was told of already.
+    let _ = PARENT.compare_exchange(0, parent, Relaxed, Relaxed);
     // SAFETY: an all-zero sigaction is valid; the handler does what is async-signal-safe (signal-safety(7)).
     let installed = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
@@ -192,6 +196,8 @@ pub fn outlive_parent(for_seconds: u32) -> io::Result<()> {
     end_signal(libc::SIGALRM)
 }
 
+/// Who forked this process; 0: not looked up yet.
+static PARENT: AtomicI32 = AtomicI32::new(0);
 static OUTLIVES_SECONDS: AtomicU32 = AtomicU32::new(1);
 /// On the monotonic clock; 0: the parent lives.
 static ENDS_AT_SECONDS: AtomicU64 = AtomicU64::new(0);
@@ -225,6 +231,10 @@ fn say_that_parent_ended() {
 
 /// The parent's end is told once for each of its threads, then the alarm is.
 extern "C" fn parent_ended(_: libc::c_int) {
+    // SAFETY: async-signal-safe; takes nothing and cannot fail. The kernel gives an orphan another parent before it signals.
+    if unsafe { libc::getppid() } == PARENT.load(Relaxed) {
+        return; // a library's alarm, or anybody's
+    }
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: async-signal-safe; writes a timespec that lives through the call, and cannot fail with this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };

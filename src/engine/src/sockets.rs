@@ -51,6 +51,14 @@ impl Sockets {
         Ok(fds)
     }
 
+    /// To hear by that no socket will come any more.
+    ///
+    /// # Errors
+    /// As fcntl(2).
+    pub fn channel(&self) -> io::Result<Option<OwnedFd>> {
+        self.channel.as_ref().map(OwnedFd::try_clone).transpose()
+    }
+
     /// One that is not held is left alone.
     pub fn close(&mut self, fd: RawFd) {
         self.held.remove(&fd);

@@ -97,8 +97,9 @@ impl Ckr {
         }
     }
 
-    pub fn refuses_pin(self) -> bool {
-        self.repair() == Repair::PinRefused
+    /// Whether it says that this PIN is wrong; it is, until it is another. A locked one may be right again.
+    pub fn blames_pin(self) -> bool {
+        matches!(self.0, sys::CKR_PIN_INCORRECT | sys::CKR_PIN_INVALID | sys::CKR_PIN_LEN_RANGE)
     }
 
     /// The name in the standard, `None` for a vendor's own or an unknown code.

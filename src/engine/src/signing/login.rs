@@ -216,7 +216,9 @@ impl Login {
             // Another thread of this process was faster.
             Err(Ckr::USER_ALREADY_LOGGED_IN) => Ok(()),
             Err(ckr) if ckr.repair() == Repair::PinRefused => {
-                pin.refused(ckr);
+                if ckr.blames_pin() {
+                    pin.refused(ckr);
+                }
                 match *self.secret() == *secret {
                     true => Err(Problem::PinRefused(ckr)),
                     // It was replaced meanwhile, and that one was not tried.

@@ -32,11 +32,20 @@ struct Refused {
 /// What the digests are made with: whoever does not know it cannot guess PINs by them.
 static SECRET: OnceLock<[u8; 32]> = OnceLock::new();
 
-/// Makes this process one of those that tell each other which PINs were refused. To be called before the first login; without
-/// it a process is alone.
-pub fn share(secret: [u8; 32]) {
+/// Makes this process one of those that tell each other which PINs were refused, and tells it what was `known` before it was
+/// there. To be called before the first login; without it a process is alone.
+pub fn share(secret: [u8; 32], known: impl IntoIterator<Item = ([u8; 32], Ckr)>) {
     // A second secret would make strangers of siblings.
-    let _ = SECRET.set(secret);
+    if SECRET.set(secret).is_ok() {
+        let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        known.into_iter().for_each(|(pin, ckr)| remember(&mut refused, Refused { pin, ckr, _mark: None }));
+    }
+}
+
+/// What this process knows, for those that come after it: digests under the secret.
+pub fn known() -> Vec<([u8; 32], Ckr)> {
+    let refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+    refused.iter().map(|known| (known.pin, known.ckr)).collect()
 }
 
 impl Pin<'_> {
@@ -132,7 +141,8 @@ impl Pin<'_> {
 }
 
 fn remember(refused: &mut Vec<Refused>, entry: Refused) {
-    if refused.len() < REFUSED_MAX {
-        refused.push(entry);
+    if refused.len() >= REFUSED_MAX {
+        refused.remove(0);
     }
+    refused.push(entry);
 }

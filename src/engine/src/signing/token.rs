@@ -341,12 +341,15 @@ impl Token {
     /// Whether the module may be initialised for the sake of a key that it does not show any more: SoftHSM never shows one
     /// again whose file it once could not read.
     pub(super) fn may_search_anew(&self) -> bool {
-        lock(&self.disturbances).may_begin().is_ok()
+        self.stats.lanes_lost.get() == 0 && lock(&self.disturbances).may_begin().is_ok()
     }
 
     /// Whether the module may be initialised because this token is gone, or shows no key: not by a token that has a lane lost in
     /// it, nor where a login that is there could not be had again, nor soon again where somebody has one.
     pub(super) fn may_reset(&self, for_a_key: bool) -> bool {
+        if self.stats.lanes_lost.get() > 0 {
+            return false;
+        }
         let neighbours = self.neighbours();
         if for_a_key || !neighbours.is_empty() {
             let mut disturbances = lock(&self.disturbances);
@@ -358,9 +361,7 @@ impl Token {
         // One that is busy with its login cannot be asked, and has not got it yet.
         let is_safe =
             |token: &Token| token.login.try_lock().is_ok_and(|login| login.may_log_in_again(&token.module));
-        self.stats.lanes_lost.get() == 0
-            && (!for_a_key || is_safe(self))
-            && neighbours.iter().all(|neighbour| is_safe(neighbour))
+        (!for_a_key || is_safe(self)) && neighbours.iter().all(|neighbour| is_safe(neighbour))
     }
 
     /// Tokens of the same module that are logged in. After an initialisation none is that nobody asks for a signature.

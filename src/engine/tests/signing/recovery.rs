@@ -224,7 +224,7 @@ token_tests! {
             assert_eq!(world.control.of(Function::Login).injected.load(SeqCst), 2);
             return;
         }
-        refused_pins::share([7; 32]);
+        refused_pins::share([7; 32], []);
         let token = Token::start(world.plan("t")).unwrap();
         let key = find(&token, world.made_key("t", "k", "A1")).unwrap();
         // All have logged in before anybody is refused.
