@@ -278,9 +278,15 @@ async function startServer(network: Network): Promise<AsyncDisposable> {
   const child = spawn(command, [...args, process.execPath, '-e', serverScript], {
     stdio: ['ignore', 'pipe', 'inherit'],
   });
+  // A line for each port; both may come at once.
   const lines = createInterface({ input: child.stdout });
-  await once(lines, 'line');
-  await once(lines, 'line');
+  const { promise: isListening, resolve } = Promise.withResolvers<void>();
+  let ports = 0;
+  lines.on('line', () => {
+    ports += 1;
+    if (ports === 2) resolve();
+  });
+  await isListening;
   return {
     async [Symbol.asyncDispose]() {
       const ended = once(child, 'exit');
