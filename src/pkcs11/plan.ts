@@ -387,23 +387,24 @@ function asKeygateError(error: unknown, { config }: TokenState): KeygateError {
 function planOf(tokens: readonly TokenState[], certificates: readonly CertificateState[]): ProvedPlan | undefined {
   const shared = tokens.flatMap(({ keys }) => [...keys.values()]);
   const ticketKeys = tokens.flatMap(({ ticketKey }) => ticketKey ?? []);
-  const states = [...tokens, ...certificates.flatMap(({ keys }) => keys), ...ticketKeys];
-  // One for each thing that failed, however many share it.
-  const errors = [...new Set(states.flatMap(({ error }) => error ?? []))];
-  if (!errors.every(isOutOfReach)) return undefined;
+  const keys = certificates.flatMap((certificate) => certificate.keys);
+  const states = [
+    ...tokens.map((token) => ({ token, error: token.error })),
+    ...ticketKeys,
+    ...keys.map(({ shared: { token }, error }) => ({ token, error })),
+  ];
+  const errors = states.flatMap(({ token, error }) => (error === undefined ? [] : [{ token, error }]));
+  if (!errors.every(({ error }) => isOutOfReach(error))) return undefined;
   const proved = certificates.flatMap(provedCertificate);
   if (proved.length < certificates.length) return undefined;
-  const keys = certificates.flatMap((certificate) => certificate.keys);
-  const errorsOf = (token: TokenState) =>
-    [token, token.ticketKey, ...keys.filter((key) => key.shared.token === token)].flatMap(
-      (state) => state?.error ?? [],
-    );
+  // With what is wrong with it first of all.
+  const away = new Map(errors.toReversed().map(({ token, error }) => [token, error]));
   const isUnreachable = ticketKeys.length > 0 && ticketKeys.every(({ mac }) => mac === undefined);
   return {
     tokens: tokens.map((token) => {
       const { name, uri } = token.config;
       const { label = uri.token ?? '', serial = uri.serial } = token.open?.token ?? {};
-      return { name, label, serial, isAway: errorsOf(token).length > 0 };
+      return { name, label, serial, isAway: away.has(token) };
     }),
     certificates: proved,
     ticketKey: ticketKeys.map(keyInToken),
@@ -412,11 +413,10 @@ function planOf(tokens: readonly TokenState[], certificates: readonly Certificat
         reading.warnings.map((warning) => `certificate ${name}: ${warning}`),
       ),
       ...[...tokens, ...shared, ...ticketKeys].flatMap(({ warnings }) => warnings),
-      ...tokens.flatMap((token) =>
-        errorsOf(token)
-          .slice(0, 1)
-          .map(({ message }) => `token ${token.config.name} is used once it is back: ${message}`),
-      ),
+      ...tokens.flatMap((token) => {
+        const error = away.get(token);
+        return error === undefined ? [] : [`token ${token.config.name} is used once it is back: ${error.message}`];
+      }),
       // A worker that came back must not want more than one that is running.
       ...(isUnreachable
         ? [
