@@ -17,7 +17,6 @@ import { loadConfig } from '../config/load.ts';
 import { isSoftHsm } from '../config/softhsm.ts';
 import type { EngineBinding } from '../engine/binding.ts';
 import { giveBackMemorySoon } from '../engine/memory.ts';
-import { engine } from '../engine/binding.ts';
 import { ConfigError, formatProblem, KeygateError } from '../errors.ts';
 import type { ErrorCode, Problem } from '../errors.ts';
 import type { Log } from '../log.ts';
@@ -190,7 +189,7 @@ export class Reloads {
       workers.discard();
       void stapler.follow(this.#config);
       // A worker that hangs has them still, and whoever listens there next must be able to.
-      shutSockets(listeners.opened, engine());
+      shutSockets(listeners.opened, native);
       closeSockets(listeners.opened);
       const { code, message, hint } = refusal.failure;
       const worker = refusal.worker === undefined ? {} : { worker: refusal.worker };

@@ -19,9 +19,9 @@
  */
 import cluster from 'node:cluster';
 import type { Worker } from 'node:cluster';
+import { randomBytes } from 'node:crypto';
 import { EventEmitter } from 'node:events';
 import { closeSync } from 'node:fs';
-import { randomBytes } from 'node:crypto';
 import { fileURLToPath } from 'node:url';
 import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';

@@ -379,12 +379,9 @@ impl Io {
     /// A primary that starts anew has other sockets and workers, and wants the addresses: nobody may wait in the queues of
     /// these, also while the JavaScript thread, which is told as well, hangs in a token.
     fn outlive_parent(&mut self) {
-        self.draining = true;
-        self.prepared = None;
-        self.channel = None;
         let fds: Vec<_> = self.accepting.keys().copied().collect();
         fds.into_iter().for_each(|fd| self.retire(fd));
-        self.sockets.close_all();
+        self.drain();
     }
 
     fn prepare(&mut self, plan: IoPlan) -> io::Result<()> {
