@@ -112,6 +112,17 @@ export async function refusalOf(options: TlsOptions): Promise<string> {
   return assert.fail('the handshake succeeded');
 }
 
+/** A handshake and an echo. @returns the names in the certificate, as Node writes them */
+export async function assertServes(port: number): Promise<string> {
+  const client = await tlsClient({ port });
+  try {
+    await assertEchoes(client);
+    return client.getPeerCertificate().subjectaltname ?? '';
+  } finally {
+    client.destroy();
+  }
+}
+
 /** Sends and awaits the same bytes back. */
 export async function assertEchoes(socket: Socket, what = 'are you there?'): Promise<void> {
   socket.write(what);

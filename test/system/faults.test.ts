@@ -17,7 +17,7 @@ import { FaultModule } from '../support/fault-module.ts';
 import { startKeygate } from '../support/keygate.ts';
 import type { Keygate } from '../support/keygate.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
-import { assertEchoes, clientHello, refusalOf, tlsClient } from '../support/tls-client.ts';
+import { assertEchoes, assertServes, clientHello, refusalOf, tlsClient } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
 
@@ -109,7 +109,7 @@ it('a client that leaves while its signature is pending is closed at once, and w
   faults.release('C_Sign');
   await until('two cancelled signatures', async () => (await tokenOf(keygate)).cancelled === 2);
   assert.equal(faults.read('C_Sign', 'calls'), signed + 1);
-  await assertServes(keygate);
+  await assertServes(keygate.port());
   assert.equal((await tokenOf(keygate)).queueDepthEc, 0);
 });
 
@@ -194,7 +194,7 @@ it('a token that fails once costs no client its handshake', async (test) => {
       await test.test(`${call} returns ${name}`, async () => {
         const before = faults.read(call, 'injected');
         faults.fail(call, ckr, 1);
-        await assertServes(keygate);
+        await assertServes(keygate.port());
         assert.equal(faults.read(call, 'injected'), before + 1);
       });
     }
@@ -309,16 +309,10 @@ function pendingClient(keygate: Keygate): Socket {
   return connect({ host: '127.0.0.1', port: keygate.port(), rejectUnauthorized: false }).on('error', () => {});
 }
 
-async function assertServes(keygate: Keygate): Promise<void> {
-  const client = await tlsClient({ port: keygate.port() });
-  await assertEchoes(client);
-  client.destroy();
-}
-
 async function untilServed(keygate: Keygate): Promise<void> {
   await until('full handshake', async () => {
     try {
-      await assertServes(keygate);
+      await assertServes(keygate.port());
       return true;
     } catch (error) {
       assert.match(String((error as NodeJS.ErrnoException).code), internalError);

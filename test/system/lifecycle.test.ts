@@ -21,7 +21,7 @@ import { whyNotNobody } from '../support/nobody.ts';
 import { parseScrape } from '../support/prometheus-text.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
-import { assertEchoes, rawClient, tlsClient, untilRefused } from '../support/tls-client.ts';
+import { assertEchoes, assertServes, rawClient, tlsClient, untilRefused } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
 
@@ -108,7 +108,7 @@ it('a worker that crashes again and again is replaced ever later, and keygate is
   const { status, body } = await keygate.admin('/ready');
   assert.equal(status, 503);
   assert.match(body, /worker 0 has failed \d+ times in a row/);
-  await assertServes(keygate);
+  await assertServes(keygate.port());
 
   faults.clear();
   await keygate.logged({ event: 'worker_ready', worker: 0 }, { since: keygate.log.length, deadlineMs: 30_000 });
@@ -130,7 +130,7 @@ it('a PIN that was changed after the start is tried once, and no worker is start
     ['waiting', 'ready'],
   );
   // The sibling serves both queues.
-  for (let client = 0; client < 20; client++) await assertServes(keygate);
+  for (let client = 0; client < 20; client++) await assertServes(keygate.port());
 
   // Nobody is left who could serve.
   await killWorker(keygate, 1);
@@ -222,7 +222,7 @@ it('a killed primary costs nothing that is established, and the next keygate ser
   await untilRefused(keygate.port());
   const listeners = { https: { bind: [`127.0.0.1:${keygate.port()}`] } };
   const next = await start(test, { ...parts, document: { ...parts.document, listeners } });
-  for (let client = 0; client < 48; client++) await assertServes(next);
+  for (let client = 0; client < 48; client++) await assertServes(next.port());
   const lost = keygate.log.filter(({ event }) => event === 'primary_lost');
   assert.deepEqual(new Set(lost.map(({ worker }) => worker)), new Set([0, 1]));
 
@@ -252,7 +252,7 @@ it('the next keygate starts at once also while a worker of a killed primary hang
   for (const port of ports) await untilRefused(port);
   const bind = ports.map((port) => `127.0.0.1:${port}`);
   const next = await start(test, { ...parts, document: { ...parts.document, listeners: { https: { bind } } } });
-  await assertServes(next);
+  await assertServes(next.port());
   await assertEchoes(established);
   established.destroy();
 });
@@ -332,7 +332,7 @@ describe('started as root with a user', { skip: whyNotNobody() }, () => {
       prepare(token.directory);
       // Without the fault module, whose control file would have to be writable.
       const keygate = await start(test, { ...parts, document: { ...document, tokens: { hsm: token.settings } } });
-      for (let client = 0; client < 10; client++) await assertServes(keygate);
+      for (let client = 0; client < 10; client++) await assertServes(keygate.port());
       assert.equal(keygate.port(), port);
 
       const workers = [await pidOf(keygate, 0), await pidOf(keygate, 1)];
@@ -347,7 +347,7 @@ describe('started as root with a user', { skip: whyNotNobody() }, () => {
       const since = keygate.log.length;
       await killWorker(keygate, 0);
       await keygate.logged({ event: 'worker_ready', worker: 0 }, { since });
-      for (let client = 0; client < 10; client++) await assertServes(keygate);
+      for (let client = 0; client < 10; client++) await assertServes(keygate.port());
     });
   }
 });
@@ -439,7 +439,7 @@ function clientStream(keygate: Keygate): ClientStream {
     while (stream.isRunning()) {
       const mustBeServed = stream.workerStopped;
       try {
-        await assertServes(keygate);
+        await assertServes(keygate.port());
       } catch (error) {
         if (mustBeServed) failedAfterStop.push(error);
       }
@@ -485,19 +485,10 @@ async function ended(client: TLSSocket): Promise<void> {
   await closed.promise;
 }
 
-async function assertServes(keygate: Keygate): Promise<void> {
-  const client = await tlsClient({ port: keygate.port() });
-  try {
-    await assertEchoes(client);
-  } finally {
-    client.destroy();
-  }
-}
-
 /** Lanes open their PKCS#11 sessions when they are needed first. */
 async function useEveryLane(keygate: Keygate): Promise<void> {
   await until('PKCS#11 session of each lane', async () => {
-    await Promise.all(Array.from({ length: 20 }, () => assertServes(keygate)));
+    await Promise.all(Array.from({ length: 20 }, () => assertServes(keygate.port())));
     const [token] = (await keygate.status()).engine.tokens;
     return token !== undefined && token.lanesIdle === 2 * lanesPerWorker;
   });

@@ -22,7 +22,7 @@ import { Load } from '../support/load.ts';
 import { NameServer, whyNoNameServer } from '../support/name-server.ts';
 import { P11KitServer } from '../support/p11-kit.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
-import { assertEchoes, tlsClient, untilRefused } from '../support/tls-client.ts';
+import { assertServes, untilRefused } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
 import type { Upstream } from '../support/upstream.ts';
@@ -531,7 +531,7 @@ it('a PIN that was changed in the token, or mistyped for a while, is taken from 
   faults.only('C_SignInit', { pid: first?.pid ?? 0 });
   faults.fail('C_SignInit', cryptokiNotInitialized, { heal: 'initialize' });
   await until('refusal of the former PIN', async () => {
-    await fullHandshake(keygate).catch(() => {});
+    await assertServes(keygate.port()).catch(() => {});
     return (await tokenOf(keygate)).downReason?.includes('PIN') === true;
   });
   faults.clear();
@@ -543,7 +543,7 @@ it('a PIN that was changed in the token, or mistyped for a while, is taken from 
   assert.deepEqual([outcome, reasons], ['committed', []]);
   await keygate.logged({ event: 'worker_ready', worker: second?.slot }, { since });
   await until('token that is up', async () => (await tokenOf(keygate)).up);
-  for (let client = 0; client < 10; client++) await fullHandshake(keygate);
+  for (let client = 0; client < 10; client++) await assertServes(keygate.port());
 
   // A typo costs the next worker its start. The right one, put back, is no other than those who serve have.
   writeFileSync(provisioned.pinFile, 'mistyped\n');
@@ -582,26 +582,26 @@ it('one of two tokens that is away at the start, and again at a reload, is used 
   assert.match(warned.message, /^token far is used once it is back: .* is not in module/);
   const far = async (): Promise<TokenSnapshot> => tokenOf(keygate, 'far');
   assert.match((await far()).downReason ?? '', /its module shows no such token|it was away at the start/);
-  await fullHandshake(keygate);
+  await assertServes(keygate.port());
   assert.equal(signaturesOf(await far()), 0);
 
   await server.start();
   await until('token that is there', async () => (await far()).up);
-  await fullHandshake(keygate);
+  await assertServes(keygate.port());
   await until('signatures by it', async () => signaturesOf(await far()) > 0);
 
   await server.stop();
   await until('token that is away', async () => {
-    await fullHandshake(keygate);
+    await assertServes(keygate.port());
     return !(await far()).up;
   });
   const { outcome } = await keygate.reload({ ...document, listeners: { https: { limits: { connections: 1000 } } } });
   assert.equal(outcome, 'committed');
-  await fullHandshake(keygate);
+  await assertServes(keygate.port());
   await server.start();
   const signed = signaturesOf(await far());
   await until('token that is back', async () => (await far()).up);
-  await fullHandshake(keygate);
+  await assertServes(keygate.port());
   await until('signatures by it', async () => signaturesOf(await far()) > signed);
   await assertNeverRestarted(keygate);
 });
@@ -741,15 +741,6 @@ async function tokenOf(keygate: Keygate, name = 'hsm'): Promise<TokenSnapshot> {
 /** Signatures so far; a full handshake takes one. */
 function signaturesOf({ mechanisms }: TokenSnapshot): number {
   return mechanisms.reduce((sum, { ok }) => sum + ok, 0);
-}
-
-async function fullHandshake(keygate: Keygate): Promise<void> {
-  const client = await tlsClient({ port: keygate.port() });
-  try {
-    await assertEchoes(client);
-  } finally {
-    client.destroy();
-  }
 }
 
 async function assertNeverRestarted(keygate: Keygate, mayReplace = false): Promise<void> {

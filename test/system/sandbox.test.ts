@@ -16,14 +16,14 @@ import type { Keygate, KeygateDocument } from '../support/keygate.ts';
 import { P11KitServer } from '../support/p11-kit.ts';
 import { provisionedToken } from '../support/provisioned-token.ts';
 import type { ProvisionedToken } from '../support/provisioned-token.ts';
-import { assertEchoes, tlsClient } from '../support/tls-client.ts';
+import { assertServes } from '../support/tls-client.ts';
 import { until } from '../support/until.ts';
 import { echoUpstream } from '../support/upstream.ts';
 
 it('a module that misbehaves on a lane is refused everything, and signs on', async (test) => {
   const { keygate, faults, prey } = await service(test);
   faults.misbehave();
-  await assertServes(keygate);
+  await assertServes(keygate.port());
   assert.deepEqual(faults.deeds, {
     program: 'EPERM',
     exec: 'EPERM',
@@ -49,14 +49,14 @@ it('a module that misbehaves on a lane is refused everything, and signs on', asy
   });
   assert.deepEqual(readdirSync(prey), ['kept']);
   assert.equal(readFileSync(join(prey, 'kept'), 'utf8'), 'kept');
-  await assertServes(keygate);
+  await assertServes(keygate.port());
   assert.equal(keygate.log.filter(({ event }) => event === 'worker_lost').length, 0);
 });
 
 it('with the sandbox off a module can do what the user can, and a warning says so', async (test) => {
   const { keygate, faults, prey } = await service(test, { sandbox: { enabled: false } });
   faults.misbehave();
-  await assertServes(keygate);
+  await assertServes(keygate.port());
   const { program, exec, fork, create, overwrite, truncate, remove, listen, trace, signal, ...others } = faults.deeds;
   assert.deepEqual(
     { program, exec, fork, create, overwrite, truncate, remove, listen, trace, signal, bind: others['bind TCP'] },
@@ -86,7 +86,7 @@ it('with the sandbox off a module can do what the user can, and a warning says s
 
 it('every thread of a worker is in the sandbox, and none starts a debugger', async (test) => {
   const { keygate } = await service(test);
-  await assertServes(keygate);
+  await assertServes(keygate.port());
   const [worker] = await keygate.workers();
   assert.ok(worker !== undefined);
   const threads = readdirSync(`/proc/${worker.pid}/task`).map((thread) => {
@@ -104,7 +104,7 @@ it('every thread of a worker is in the sandbox, and none starts a debugger', asy
     [],
   );
   process.kill(worker.pid, 'SIGUSR1');
-  await assertServes(keygate);
+  await assertServes(keygate.port());
   const names = readdirSync(`/proc/${worker.pid}/task`).map((thread) =>
     readFileSync(`/proc/${worker.pid}/task/${thread}/comm`, 'utf8').trim(),
   );
@@ -126,7 +126,7 @@ it('what holds is in the log of each worker that starts, and in the status', asy
   await keygate.logged({ event: 'worker_ready', worker: 0 }, { since });
   const { workers } = await keygate.status();
   assert.deepEqual(workers[0]?.sandbox, { landlockAbi: first['landlockAbi'], seccomp: true });
-  await assertServes(keygate);
+  await assertServes(keygate.port());
 });
 
 it('a reload takes a new key in SoftHSM, a new chain, a new address and an upstream by its name', async (test) => {
@@ -149,21 +149,21 @@ it('a reload takes a new key in SoftHSM, a new chain, a new address and an upstr
   });
   assert.equal(report.outcome, 'committed', JSON.stringify(report));
   keygate.addresses = (await keygate.status()).listeners;
-  assert.match(await assertServes(keygate, 'more'), /renewed\.test/);
-  assert.match(await assertServes(keygate), /localhost/);
+  assert.match(await assertServes(keygate.port('more')), /renewed\.test/);
+  assert.match(await assertServes(keygate.port()), /localhost/);
 });
 
 it('a token that loses its login is logged in to again', async (test) => {
   const { keygate, faults } = await service(test);
-  await assertServes(keygate);
+  await assertServes(keygate.port());
   const logins = faults.read('C_Login', 'calls');
   const userNotLoggedIn = 0x101;
   faults.fail('C_SignInit', userNotLoggedIn, 1);
   await until('client that is served, and a new login', async () => {
-    await assertServes(keygate).catch(() => {});
+    await assertServes(keygate.port()).catch(() => {});
     return faults.read('C_Login', 'calls') > logins;
   });
-  await assertServes(keygate);
+  await assertServes(keygate.port());
 });
 
 it('SoftHSM that cannot write serves, also after a reload, and a restart of the worker shows it new keys', async (test) => {
@@ -181,14 +181,14 @@ it('SoftHSM that cannot write serves, also after a reload, and a restart of the 
     assert.equal(refused.reasons[0]?.code, 'token_key_not_found', JSON.stringify(refused));
     assert.match(refused.reasons[0]?.hint ?? '', /after a restart/);
     assert.equal((await keygate.reload(document)).outcome, 'committed');
-    assert.match(await assertServes(keygate), /localhost/);
+    assert.match(await assertServes(keygate.port()), /localhost/);
   }
   const [worker] = await keygate.workers();
   assert.ok(worker !== undefined);
   process.kill(worker.pid, 'SIGKILL');
   await keygate.logged({ event: 'worker_ready', worker: 0 }, { since });
   await until('reload that finds the key', async () => (await keygate.reload(renewed)).outcome === 'committed');
-  assert.match(await assertServes(keygate), /renewed\.test/);
+  assert.match(await assertServes(keygate.port()), /renewed\.test/);
   assert.deepEqual(changes(), before, 'something was written');
 });
 
@@ -198,7 +198,7 @@ it('a path that a module should be able to write, and that is not there, is a wa
   const { missing: reasons } = await keygate.logged({ event: 'sandbox_limited' });
   assert.match(String(reasons), /^nothing can be written to \/nonexistent\/state: /);
   faults.misbehave();
-  await assertServes(keygate);
+  await assertServes(keygate.port());
   assert.equal(faults.deeds.program, 'EPERM');
 });
 
@@ -215,7 +215,7 @@ it('a token behind the socket of p11-kit is served from', async (test) => {
   };
   await using keygate = await startKeygate(token, document, { env: server.env });
   assert.deepEqual((await keygate.logged({ event: 'sandbox_entered' }))['writable'], []);
-  for (let client = 0; client < 5; client++) await assertServes(keygate);
+  for (let client = 0; client < 5; client++) await assertServes(keygate.port());
 
   // SoftHSM itself could not write there, and would not see new keys: that is said, and not found out.
   const both = { ...document, tokens: { ...document.tokens, direct: token.settings } };
@@ -236,7 +236,7 @@ it('the sandbox cannot be changed by a reload, nor where log lines go', async (t
     assert.deepEqual([report.status, report.outcome, report.reasons[0]?.code], [422, 'refused', 'config_restart']);
     assert.match(report.reasons[0]?.message ?? '', place);
   }
-  await assertServes(keygate);
+  await assertServes(keygate.port());
 });
 
 /** Nothing else may be written: not even the token directory. */
@@ -295,12 +295,3 @@ async function service(
 }
 
 /** @returns the names in the certificate. */
-async function assertServes(keygate: Keygate, listener = 'https'): Promise<string> {
-  const client = await tlsClient({ port: keygate.port(listener) });
-  try {
-    await assertEchoes(client);
-    return client.getPeerCertificate().subjectaltname ?? '';
-  } finally {
-    client.destroy();
-  }
-}
