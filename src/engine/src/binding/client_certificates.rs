@@ -6,10 +6,10 @@ use std::sync::Arc;
 use napi::bindgen_prelude::Buffer;
 use napi_derive::napi;
 
-use super::ms;
 use super::verify::{lists_of, pins_of, roots_of};
-use crate::client_status::{ClientStatus, StatusPlan};
-use crate::listener::ListenerClients;
+use super::{ms, signed};
+use crate::client_status::{ClientStatus, STATUS_OUTCOMES, StatusPlan};
+use crate::listener::{ListenerClients, ListenerStats};
 use crate::verify::{ClientVerifier, ClientVerifyPlan, Clients, PeerSignatures};
 
 /// Certificates that clients show.
@@ -98,4 +98,15 @@ pub(super) fn clients_of(settings: &ClientsSettings, place: &str) -> std::result
         emails: settings.emails.iter().cloned().collect(),
         spki: pins_of(&settings.spki, &format!("{place}.spki"))?,
     })
+}
+
+pub(super) fn client_status_snapshots(stats: &ListenerStats) -> Vec<ClientStatusSnapshot> {
+    STATUS_OUTCOMES
+        .iter()
+        .zip(&stats.client_statuses)
+        .map(|(outcome, count)| ClientStatusSnapshot {
+            outcome: (*outcome).to_owned(),
+            count: signed(count.get()),
+        })
+        .collect()
 }

@@ -7,11 +7,12 @@ use napi::Result;
 use napi_derive::napi;
 
 use super::client_certificates::{
-    ClientCertificateSettings, ClientStatusSnapshot, ClientsSettings, clients_of, listener_clients,
+    ClientCertificateSettings, ClientStatusSnapshot, ClientsSettings, client_status_snapshots, clients_of,
+    listener_clients,
 };
 use super::policy::{PolicySettings, policy};
 use super::stats::{LatencySnapshot, latency};
-use super::{Shared, invalid, ms};
+use super::{Shared, invalid, ms, signed};
 use crate::certificates::{Certificates, UnknownName};
 use crate::client_rate::ClientRatePlan;
 use crate::generation::Generation;
@@ -204,7 +205,21 @@ fn client_rate_plan(settings: ClientRateSettings) -> ClientRatePlan {
     }
 }
 
-pub(super) fn handshake_snapshots(stats: &ListenerStats) -> Vec<HandshakeSnapshot> {
+pub(super) fn listener_snapshot(name: &str, stats: &ListenerStats) -> ListenerSnapshot {
+    ListenerSnapshot {
+        name: name.to_owned(),
+        accepted: signed(stats.accepted.get()),
+        accept_failures: signed(stats.accept_failures.get()),
+        connections_open: stats.connections_open.get(),
+        handshakes_in_flight: stats.handshakes_in_flight.get(),
+        to_upstream_bytes: signed(stats.relay_bytes.to_upstream.get()),
+        to_client_bytes: signed(stats.relay_bytes.to_client.get()),
+        handshakes: handshake_snapshots(stats),
+        client_statuses: client_status_snapshots(stats),
+    }
+}
+
+fn handshake_snapshots(stats: &ListenerStats) -> Vec<HandshakeSnapshot> {
     [(false, false), (false, true), (true, false), (true, true)]
         .map(|(tls13, resumed)| HandshakeSnapshot {
             protocol: if tls13 { "TLSv1.3" } else { "TLSv1.2" }.into(),

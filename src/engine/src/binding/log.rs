@@ -5,7 +5,7 @@ use napi::{Error, Result, Status};
 use napi_derive::napi;
 
 use super::{ms, signed};
-use crate::access_log::AccessPlan;
+use crate::access_log::{AccessCounts, AccessPlan};
 use crate::log::{LineCounts, Log, Target};
 
 /// A log: lines go into a bounded queue, and a thread of its own writes them. Nobody who says something waits.
@@ -103,5 +103,12 @@ pub(super) fn access_plan(settings: AccessSettings) -> AccessPlan {
         sample: settings.sample,
         rate: settings.rate,
         failures_always: settings.failures_always,
+    }
+}
+
+pub(super) fn access_snapshot(counts: &AccessCounts) -> AccessSnapshot {
+    AccessSnapshot {
+        sampled_out: signed(counts.sampled_out.get()),
+        rate_limited: signed(counts.rate_limited.get()),
     }
 }

@@ -26,27 +26,23 @@ use napi::bindgen_prelude::Buffer;
 use napi::{Error, Result, Status};
 use napi_derive::napi;
 
-use crate::client_status::STATUS_OUTCOMES;
 use crate::generation::{Generation, Staples};
 use crate::io_thread::{IoPlan, IoThread};
 use crate::key_log::KeyLog;
-use crate::policy::{group_name, suite_name};
 use crate::process::engine_runs;
 use crate::sockets::Sockets;
-use crate::ticket_keys::{TicketRotation, TicketStanding};
+use crate::ticket_keys::TicketRotation;
 use crate::tickets::{LIFETIME_MAX, Ticketer};
-use crate::upstream::CONNECT_OUTCOMES;
 use crate::verify::Findings;
 use certificates::{CertificateSettings, Staple, keep_staples, load_certificates, staple_changes};
-use client_certificates::ClientStatusSnapshot;
-use listener::{ListenerSettings, ListenerSnapshot, handshake_snapshots, listener_plan};
-use log::{AccessSettings, AccessSnapshot, LineLog, access_plan};
-use policy::{CipherSnapshot, GroupSnapshot};
-use stats::{CloseSnapshot, latency};
-use tickets::{TicketKeySettings, TicketSnapshot, load_ticket_key, use_secrets};
+use listener::{ListenerSettings, ListenerSnapshot, listener_plan, listener_snapshot};
+use log::{AccessSettings, AccessSnapshot, LineLog, access_plan, access_snapshot};
+use policy::{CipherSnapshot, GroupSnapshot, cipher_snapshots, group_snapshots};
+use stats::{CloseSnapshot, close_snapshots};
+use tickets::{TicketKeySettings, TicketSnapshot, load_ticket_key, ticket_snapshot, use_secrets};
 use token::{TokenSettings, TokenSnapshot, token_error, token_snapshot, wanted_token};
-use upstream::{ConnectSnapshot, ServerSnapshot, UpstreamSettings, UpstreamSnapshot, upstream_plan};
-use verify::{TlsaAnswer, TransparencySettings, finding_snapshots, tlsa_answer, transparency_policy};
+use upstream::{UpstreamSettings, UpstreamSnapshot, upstream_plan, upstream_snapshot};
+use verify::{TlsaAnswer, TransparencySettings, tlsa_answer, transparency_policy};
 
 #[napi(object)]
 pub struct EngineSettings {
@@ -306,89 +302,18 @@ impl Engine {
         let stats = &self.io.stats;
         EngineSnapshot {
             running: stats.running.load(std::sync::atomic::Ordering::SeqCst),
-            listeners: stats
-                .listeners
-                .iter()
-                .map(|(name, stats)| ListenerSnapshot {
-                    name: name.clone(),
-                    accepted: signed(stats.accepted.get()),
-                    accept_failures: signed(stats.accept_failures.get()),
-                    connections_open: stats.connections_open.get(),
-                    handshakes_in_flight: stats.handshakes_in_flight.get(),
-                    to_upstream_bytes: signed(stats.relay_bytes.to_upstream.get()),
-                    to_client_bytes: signed(stats.relay_bytes.to_client.get()),
-                    handshakes: handshake_snapshots(stats),
-                    client_statuses: STATUS_OUTCOMES
-                        .iter()
-                        .zip(&stats.client_statuses)
-                        .map(|(outcome, count)| ClientStatusSnapshot {
-                            outcome: (*outcome).to_owned(),
-                            count: signed(count.get()),
-                        })
-                        .collect(),
-                })
-                .collect(),
+            listeners: stats.listeners.iter().map(|(name, stats)| listener_snapshot(name, stats)).collect(),
             upstreams: stats
                 .upstreams
                 .iter()
-                .map(|upstream| UpstreamSnapshot {
-                    certificates_accepted: self
-                        .findings_of(&upstream.name)
-                        .map_or(0, |findings| signed(findings.accepted())),
-                    findings: self.findings_of(&upstream.name).map(finding_snapshots).unwrap_or_default(),
-                    name: upstream.name.clone(),
-                    servers: upstream
-                        .servers
-                        .iter()
-                        .map(|server| ServerSnapshot {
-                            address: server.address.clone(),
-                            up: server.up.get() == 1,
-                            connections_open: server.connections_open.get(),
-                            connects: CONNECT_OUTCOMES
-                                .iter()
-                                .zip(&server.connects)
-                                .map(|(outcome, count)| ConnectSnapshot {
-                                    outcome: (*outcome).to_owned(),
-                                    count: signed(count.get()),
-                                })
-                                .collect(),
-                            connect_latency: latency(server.connect_latency.snapshot()),
-                            full_handshake_latency: latency(server.handshake(false).snapshot()),
-                            resumed_handshake_latency: latency(server.handshake(true).snapshot()),
-                        })
-                        .collect(),
-                })
+                .map(|stats| upstream_snapshot(stats, self.findings_of(&stats.name)))
                 .collect(),
-            closes: stats
-                .closes
-                .counts()
-                .map(|(words, count)| CloseSnapshot {
-                    side: words.side.into(),
-                    phase: words.phase.into(),
-                    reason: words.reason.into(),
-                    count: signed(count),
-                })
-                .collect(),
+            closes: close_snapshots(&stats.closes),
             tokens: self.current.tokens().map(|token| token_snapshot(token)).collect(),
-            ciphers: stats
-                .negotiated
-                .cipher_suites()
-                .map(|(suite, count)| CipherSnapshot {
-                    protocol: if suite.tls13().is_some() { "TLSv1.3" } else { "TLSv1.2" }.into(),
-                    cipher: suite_name(suite),
-                    count: signed(count),
-                })
-                .collect(),
-            groups: stats
-                .negotiated
-                .groups()
-                .map(|(group, count)| GroupSnapshot { group: group_name(group), count: signed(count) })
-                .collect(),
-            access: AccessSnapshot {
-                sampled_out: signed(stats.access.sampled_out.get()),
-                rate_limited: signed(stats.access.rate_limited.get()),
-            },
-            tickets: self.ticket_snapshot(),
+            ciphers: cipher_snapshots(&stats.negotiated),
+            groups: group_snapshots(&stats.negotiated),
+            access: access_snapshot(&stats.access),
+            tickets: ticket_snapshot(self.shared.rotation.standing()),
             io_cpu_us: signed(stats.cpu.elapsed_us()),
         }
     }
@@ -396,11 +321,6 @@ impl Engine {
     fn findings_of(&self, upstream: &str) -> Option<&Findings> {
         let tls = self.current.upstream_tls.iter().find(|tls| tls.name == upstream)?;
         Some(&tls.findings)
-    }
-
-    fn ticket_snapshot(&self) -> TicketSnapshot {
-        let TicketStanding { wanted, epoch, deriving, failure } = self.shared.rotation.standing();
-        TicketSnapshot { wanted, epoch: epoch.map(signed), deriving, failure }
     }
 
     fn stop_tokens_of(&self, unused: &Generation) {

@@ -2,8 +2,8 @@
 
 use napi_derive::napi;
 
-use super::ms;
-use crate::policy::{Policy, PolicyWords, has_fips_module};
+use super::{ms, signed};
+use crate::policy::{NegotiatedCounters, Policy, PolicyWords, group_name, has_fips_module, suite_name};
 
 /// What may be agreed on in TLS. Of lists, what is preferred stands first, and an empty one means everything.
 #[napi(object)]
@@ -66,4 +66,22 @@ pub(super) fn policy(settings: &PolicySettings) -> std::result::Result<Policy, S
         fips: settings.fips,
         ..Policy::parse(&words)?
     })
+}
+
+pub(super) fn cipher_snapshots(negotiated: &NegotiatedCounters) -> Vec<CipherSnapshot> {
+    negotiated
+        .cipher_suites()
+        .map(|(suite, count)| CipherSnapshot {
+            protocol: if suite.tls13().is_some() { "TLSv1.3" } else { "TLSv1.2" }.into(),
+            cipher: suite_name(suite),
+            count: signed(count),
+        })
+        .collect()
+}
+
+pub(super) fn group_snapshots(negotiated: &NegotiatedCounters) -> Vec<GroupSnapshot> {
+    negotiated
+        .groups()
+        .map(|(group, count)| GroupSnapshot { group: group_name(group), count: signed(count) })
+        .collect()
 }

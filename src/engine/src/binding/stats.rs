@@ -4,7 +4,7 @@
 use napi_derive::napi;
 
 use super::signed;
-use crate::close::CLOSE_REASONS;
+use crate::close::{CLOSE_REASONS, CloseCounters};
 use crate::stats::{HistogramSnapshot, LATENCY_BOUNDS_US};
 
 /// Not cumulative; bucket i counts what is above bound i-1 and at most bound i, the last one what is above all bounds.
@@ -58,4 +58,16 @@ pub(super) fn latency(snapshot: HistogramSnapshot) -> LatencySnapshot {
         buckets: snapshot.buckets.into_iter().map(signed).collect(),
         sum_us: signed(snapshot.sum_us),
     }
+}
+
+pub(super) fn close_snapshots(closes: &CloseCounters) -> Vec<CloseSnapshot> {
+    closes
+        .counts()
+        .map(|(words, count)| CloseSnapshot {
+            side: words.side.into(),
+            phase: words.phase.into(),
+            reason: words.reason.into(),
+            count: signed(count),
+        })
+        .collect()
 }

@@ -7,8 +7,9 @@ use napi_derive::napi;
 use zeroize::{Zeroize, Zeroizing};
 
 use super::token::{KeyPlace, key_place, load_fault};
-use super::{Shared, invalid};
+use super::{Shared, invalid, signed};
 use crate::generation::Generation;
+use crate::ticket_keys::TicketStanding;
 use crate::tickets::EpochSecret;
 
 /// The secret key from which tokens derive the secrets of session tickets.
@@ -55,4 +56,9 @@ fn epoch_secret(mut buffer: Buffer) -> Result<EpochSecret> {
     let secret = <[u8; 32]>::try_from(buffer.as_ref()).map(Zeroizing::new);
     buffer.as_mut().zeroize();
     secret.map_err(|_| invalid(format!("ticket secret: expected 32 bytes, found {}", buffer.len())))
+}
+
+pub(super) fn ticket_snapshot(standing: TicketStanding) -> TicketSnapshot {
+    let TicketStanding { wanted, epoch, deriving, failure } = standing;
+    TicketSnapshot { wanted, epoch: epoch.map(signed), deriving, failure }
 }

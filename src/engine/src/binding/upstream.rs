@@ -8,13 +8,16 @@ use napi_derive::napi;
 use rustls::pki_types::ServerName;
 
 use super::policy::{PolicySettings, policy};
-use super::stats::LatencySnapshot;
-use super::verify::{FindingSnapshot, VerificationSettings, tlsa_answer, verification};
-use super::{Shared, invalid, ms, parse_address};
+use super::stats::{LatencySnapshot, latency};
+use super::verify::{FindingSnapshot, VerificationSettings, finding_snapshots, tlsa_answer, verification};
+use super::{Shared, invalid, ms, parse_address, signed};
 use crate::generation::Generation;
 use crate::policy::ClientPlan;
 use crate::proxy_header::ProxyVersion;
-use crate::upstream::{Balance, HealthPlan, PassivePlan, ServerAddress, UpstreamPlan};
+use crate::upstream::{
+    Balance, CONNECT_OUTCOMES, HealthPlan, PassivePlan, ServerAddress, ServerStats, UpstreamPlan,
+    UpstreamStats,
+};
 use crate::upstream_tls::{ServerTls, UpstreamTls};
 use crate::verify::{Findings, Policy as TransparencyPolicy, ServerVerifier, Standing, VerifyPlan};
 
@@ -200,4 +203,32 @@ fn upstream_tls(
         findings: verification.findings.clone(),
         deadline: ms(settings.deadline_ms),
     }))
+}
+
+pub(super) fn upstream_snapshot(stats: &UpstreamStats, findings: Option<&Findings>) -> UpstreamSnapshot {
+    UpstreamSnapshot {
+        name: stats.name.clone(),
+        servers: stats.servers.iter().map(|server| server_snapshot(server)).collect(),
+        certificates_accepted: findings.map_or(0, |findings| signed(findings.accepted())),
+        findings: findings.map(finding_snapshots).unwrap_or_default(),
+    }
+}
+
+fn server_snapshot(stats: &ServerStats) -> ServerSnapshot {
+    ServerSnapshot {
+        address: stats.address.clone(),
+        up: stats.up.get() == 1,
+        connections_open: stats.connections_open.get(),
+        connects: CONNECT_OUTCOMES
+            .iter()
+            .zip(&stats.connects)
+            .map(|(outcome, count)| ConnectSnapshot {
+                outcome: (*outcome).to_owned(),
+                count: signed(count.get()),
+            })
+            .collect(),
+        connect_latency: latency(stats.connect_latency.snapshot()),
+        full_handshake_latency: latency(stats.handshake(false).snapshot()),
+        resumed_handshake_latency: latency(stats.handshake(true).snapshot()),
+    }
 }
