@@ -366,6 +366,15 @@ export interface OpenedListener {
   address: string
 }
 
+/** Why a PIN must not be presented to a token now. */
+export interface PinObstacle {
+  /**
+   * The return code with which this token refused this PIN, in this process or in one beside it. Without one, the PIN was sent
+   * by somebody, and the token has not answered.
+   */
+  refused?: number
+}
+
 /** A PIN that a token refused, as the workers of one keygate know it. */
 export interface PinRefusal {
   /** Made with their secret. */
@@ -689,14 +698,14 @@ export declare function openListener(address: string, backlog: number, transpare
  */
 export declare function outliveParent(forSeconds: number): void
 
-/** What C_Login returned to somebody else than lanes, so that they and the processes beside this one know it. */
-export declare function pinAnswered(module: string, serial: string, pin: Uint8Array, ckr: number): void
+/** What C_Login returned, so that lanes and the processes beside this one know it; nothing where it was not called. */
+export declare function pinAnswered(module: string, serial: string, pin: Uint8Array, ckr?: number | undefined | null): void
 
 /** What this process knows, for those that come after it. */
 export declare function pinRefusals(): Array<PinRefusal>
 
-/** The return code with which this token refused this PIN, in this process or in one beside it: it must not be presented again. */
-export declare function pinRefusedBefore(module: string, serial: string, pin: Uint8Array): number | null
+/** To be called before a C_Login by somebody else than lanes; without an obstacle, `pin_answered` is to follow. */
+export declare function presentPin(module: string, serial: string, pin: Uint8Array): PinObstacle | null
 
 /** Throws if somebody already listens at the address, or if it cannot be bound. */
 export declare function probeAddress(address: string): void

@@ -30,12 +30,18 @@ export interface NativeModuleGuard {
    */
   lockLogin(modulePath: string, waitMs: number): () => void;
   /**
-   * The memory that this process and its siblings have of refused PINs: one is tried once. Asked before a login.
-   * @returns the return code (CKR_*) with which this PIN was refused, or undefined
+   * To be asked before a login: this process and its siblings remember which PINs were refused, and which the token has not
+   * answered yet. Without an obstacle, `pinAnswered` must follow.
+   * @returns why this PIN must not be sent now, or undefined
    */
-  pinRefusedBefore(token: PinOwner, pin: Buffer): number | undefined;
-  /** Told what C_Login answered: a return code, 0 for CKR_OK. */
-  pinAnswered(token: PinOwner, pin: Buffer, ckr: number): void;
+  presentPin(token: PinOwner, pin: Buffer): PinObstacle | undefined;
+  /** Told what C_Login answered: a return code, 0 for CKR_OK; undefined where the PIN was not sent. */
+  pinAnswered(token: PinOwner, pin: Buffer, ckr: number | undefined): void;
+}
+
+export interface PinObstacle {
+  /** The return code with which the token refused it; without one it has not answered a login with it. */
+  readonly refused?: number;
 }
 
 /** Whose PIN it is. */
@@ -173,35 +179,32 @@ export function closeSession(session: Session): void {
  * Logs in as the user, once, unless the process is logged in to the token already; then the PIN is not sent at all.
  * Refuses to send a PIN that could lock the token.
  * @param readPin asked only when the PIN is needed; the buffer is zeroed here.
- * @param guard remembers PINs that were refused, so that they are not sent again
+ * @param guard remembers PINs that were refused or not answered, so that they are not sent again
  * @returns warnings for the operator.
- * @throws TokenError `token_pin_locked` or `token_login`.
+ * @throws TokenError `token_pin_locked`, `token_login`, or `token_operation` where a login with this PIN is not answered yet.
  */
 export function login(
   session: Session,
   token: TokenInSlot,
   readPin: () => Buffer,
-  guard: Pick<NativeModuleGuard, 'pinRefusedBefore' | 'pinAnswered'>,
+  guard: Pick<NativeModuleGuard, 'presentPin' | 'pinAnswered'>,
 ): string[] {
   if (isLoggedIn(session)) return [];
   refuseDangerousLogin(token);
   const pin = readPin();
   const owner = { modulePath: token.slot.module.libFile, serial: token.serial };
   try {
-    const refused = guard.pinRefusedBefore(owner, pin);
-    if (refused !== undefined) {
-      throw new TokenError(
-        'token_login',
-        `token ${token.label}: it has refused this PIN before (CKR 0x${refused.toString(16)}), which is not sent again`,
-        { token: token.label, hint: 'correct it where it is kept, then reload' },
-      );
+    const obstacle = guard.presentPin(owner, pin);
+    if (obstacle !== undefined) throw refusePin(token.label, obstacle);
+    let ckr: number | undefined = 0;
+    try {
+      sendPin(session, token.label, pin, UserType.USER);
+    } catch (error) {
+      ckr = ckrCode(error);
+      throw error;
+    } finally {
+      guard.pinAnswered(owner, pin, ckr);
     }
-    sendPin(session, token.label, pin, UserType.USER);
-    guard.pinAnswered(owner, pin, 0);
-  } catch (error) {
-    const ckr = ckrCode(error);
-    if (ckr !== undefined) guard.pinAnswered(owner, pin, ckr);
-    throw error;
   } finally {
     pin.fill(0);
   }
@@ -340,6 +343,21 @@ function refuseDangerousLogin(token: TokenInSlot): void {
   if ((flags & TokenFlag.USER_PIN_INITIALIZED) === 0) {
     refuse('token_login', 'it has no user PIN', 'the security officer must set a user PIN');
   }
+}
+
+function refusePin(label: string, { refused }: PinObstacle): TokenError {
+  if (refused === undefined) {
+    return new TokenError(
+      'token_operation',
+      `token ${label}: it has not answered a login with this PIN yet, and the PIN is not sent again before it has`,
+      { token: label },
+    );
+  }
+  return new TokenError(
+    'token_login',
+    `token ${label}: it has refused this PIN before (CKR 0x${refused.toString(16)}), which is not sent again`,
+    { token: label, hint: 'correct it where it is kept, then reload' },
+  );
 }
 
 function moduleFailure(error: unknown, path: string): KeygateError {

@@ -1,6 +1,6 @@
 /**
  * Owns: what the engine does for graphene in the same process: isolation of the module, the login lock, and the memory of
- * refused PINs.
+ * PINs that were refused or are not answered yet.
  * Must not know: graphene, tokens.
  * Runs: main thread of a worker, and of the commands that use a token.
  */
@@ -20,7 +20,7 @@ export const nativeGuard: NativeModuleGuard = {
       lock.release();
     };
   },
-  pinRefusedBefore: ({ modulePath, serial }, pin) => engine().pinRefusedBefore(modulePath, serial, pin) ?? undefined,
+  presentPin: ({ modulePath, serial }, pin) => engine().presentPin(modulePath, serial, pin) ?? undefined,
   pinAnswered({ modulePath, serial }, pin, ckr) {
     engine().pinAnswered(modulePath, serial, pin, ckr);
   },

@@ -90,7 +90,7 @@ export function openDisposableToken(test: TestContext): {
 export const unguarded: NativeModuleGuard = {
   enter: () => () => {},
   lockLogin: () => () => {},
-  pinRefusedBefore: () => undefined,
+  presentPin: () => undefined,
   pinAnswered() {},
 };
 

@@ -11,7 +11,7 @@ use super::{invalid, ms, signed};
 use crate::signing::ckr::Ckr;
 use crate::signing::login_lock;
 use crate::signing::pkcs11::{Module, Visit};
-use crate::signing::refused_pins::{self, Pin as UserPin};
+use crate::signing::refused_pins::{self, Obstacle, Pin};
 
 /// Somebody else in this process who uses a PKCS#11 module: as long as it lasts, the engine does not initialise it again.
 #[napi]
@@ -92,20 +92,27 @@ pub fn pin_refusals() -> Vec<PinRefusal> {
     refusals.map(|(digest, ckr)| PinRefusal { digest: digest.to_vec().into(), ckr: signed(ckr.0) }).collect()
 }
 
-/// The return code with which this token refused this PIN, in this process or in one beside it: it must not be presented again.
-#[napi(catch_unwind)]
-pub fn pin_refused_before(module: String, serial: String, pin: &[u8]) -> Option<i64> {
-    let pin = UserPin { module: module.as_ref(), serial: &serial, pin };
-    pin.refused_before().map(|ckr| signed(ckr.0))
+/// Why a PIN must not be presented to a token now.
+#[napi(object)]
+pub struct PinObstacle {
+    /// The return code with which this token refused this PIN, in this process or in one beside it. Without one, the PIN was sent
+    /// by somebody, and the token has not answered.
+    pub refused: Option<i64>,
 }
 
-/// What C_Login returned to somebody else than lanes, so that they and the processes beside this one know it.
+/// To be called before a C_Login by somebody else than lanes; without an obstacle, `pin_answered` is to follow.
 #[napi(catch_unwind)]
-pub fn pin_answered(module: String, serial: String, pin: &[u8], ckr: i64) {
-    let pin = UserPin { module: module.as_ref(), serial: &serial, pin };
-    match Ckr(ckr.unsigned_abs()) {
-        Ckr::OK => pin.accepted(),
-        ckr if ckr.blames_pin() => pin.refused(ckr),
-        _ => {}
-    }
+pub fn present_pin(module: String, serial: String, pin: &[u8]) -> Option<PinObstacle> {
+    let pin = Pin { module: module.as_ref(), serial: &serial, pin };
+    pin.present().err().map(|obstacle| match obstacle {
+        Obstacle::Refused(ckr) => PinObstacle { refused: Some(signed(ckr.0)) },
+        Obstacle::Unanswered => PinObstacle { refused: None },
+    })
+}
+
+/// What C_Login returned, so that lanes and the processes beside this one know it; nothing where it was not called.
+#[napi(catch_unwind)]
+pub fn pin_answered(module: String, serial: String, pin: &[u8], ckr: Option<i64>) {
+    let pin = Pin { module: module.as_ref(), serial: &serial, pin };
+    pin.answered(ckr.map(|ckr| Ckr(ckr.unsigned_abs())));
 }

@@ -204,26 +204,19 @@ impl Login {
         let Some(anchor) = &self.anchor else { return Err(Problem::call("C_Login")(Ckr::NOT_INITIALIZED)) };
         let secret = self.secret();
         let pin = self.pin_of(&secret);
-        if let Some(ckr) = pin.refused_before() {
-            return Err(Problem::PinRefused(ckr));
-        }
-        match anchor.login(&secret) {
+        pin.present()?;
+        let answer = anchor.login(&secret);
+        pin.answered(Some(answer.err().unwrap_or(Ckr::OK)));
+        match answer {
             Ok(()) => {
                 self.stats.logged_in.add(1);
-                pin.accepted();
                 Ok(())
             }
             // Another thread of this process was faster.
             Err(Ckr::USER_ALREADY_LOGGED_IN) => Ok(()),
-            Err(ckr) if ckr.repair() == Repair::PinRefused => {
-                if ckr.blames_pin() {
-                    pin.refused(ckr);
-                }
-                match *self.secret() == *secret {
-                    true => Err(Problem::PinRefused(ckr)),
-                    // It was replaced meanwhile, and that one was not tried.
-                    false => Err(Problem::call("C_Login")(ckr)),
-                }
+            // Unless it was replaced meanwhile: that one was not tried.
+            Err(ckr) if ckr.repair() == Repair::PinRefused && *self.secret() == *secret => {
+                Err(Problem::PinRefused(ckr))
             }
             Err(ckr) => Err(Problem::call("C_Login")(ckr)),
         }

@@ -21,10 +21,7 @@ use std::time::{Duration, Instant};
 /// the same token.
 #[derive(Debug)]
 pub struct LoginLock {
-    /// Closing the only descriptor of this open file description releases the lock.
-    module: Arc<Mutex<Option<File>>>,
-    /// Ends the thread that watches over the time.
-    _held: Sender<()>,
+    _module: Held,
 }
 
 /// Longer than a login and a search take, and not longer than others wait by default.
@@ -39,7 +36,7 @@ impl LoginLock {
         let mut pause = PAUSE_MIN;
         loop {
             if try_lock(&file)? {
-                return Ok(LoginLock::hold(file));
+                return Ok(LoginLock { _module: Held::at_most(file, HELD_MAX) });
             }
             let left = give_up.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -53,30 +50,41 @@ impl LoginLock {
             pause = (pause * 2).min(PAUSE_MAX);
         }
     }
+}
 
-    fn hold(module: File) -> LoginLock {
-        let module = Arc::new(Mutex::new(Some(module)));
-        let (held, released) = channel::<()>();
-        let watched = module.clone();
+/// A locked file, until this is dropped or its time is over.
+#[derive(Debug)]
+pub struct Held {
+    /// Closing the only descriptor of this open file description releases the lock.
+    file: Arc<Mutex<Option<File>>>,
+    /// Ends the thread that watches over the time.
+    _dropped: Sender<()>,
+}
+
+impl Held {
+    pub fn at_most(file: File, time: Duration) -> Held {
+        let file = Arc::new(Mutex::new(Some(file)));
+        let (_dropped, dropped) = channel::<()>();
+        let watched = file.clone();
         let watch = move || {
-            if released.recv_timeout(HELD_MAX) == Err(RecvTimeoutError::Timeout) {
+            if dropped.recv_timeout(time) == Err(RecvTimeoutError::Timeout) {
                 close(&watched);
             }
         };
-        // Out of threads, nobody watches: the login is what counts.
-        let _ = thread::Builder::new().name("login-lock".into()).spawn(watch);
-        LoginLock { module, _held: held }
+        // Out of threads, nobody watches: what it is held for is what counts.
+        let _ = thread::Builder::new().name("lock-watch".into()).spawn(watch);
+        Held { file, _dropped }
     }
 }
 
-impl Drop for LoginLock {
+impl Drop for Held {
     fn drop(&mut self) {
-        close(&self.module);
+        close(&self.file);
     }
 }
 
-fn close(module: &Mutex<Option<File>>) {
-    *module.lock().unwrap_or_else(PoisonError::into_inner) = None;
+fn close(file: &Mutex<Option<File>>) {
+    *file.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }
 
 const PAUSE_MIN: Duration = Duration::from_micros(500);

@@ -1,15 +1,17 @@
-//! Owns the memory of PINs that a token refused: each is tried once, by all workers together, because a token locks after few.
-//! Must not know logins. Runs where logins are, under the login lock.
+//! Owns the memory of PINs that a token refused, and of those that it has not answered yet: a wrong one is tried once, by all
+//! workers together, because a token locks after few. Must not know logins. Runs where logins are, under the login lock.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use aws_lc_rs::hmac;
 
 use super::ckr::Ckr;
+use super::login_lock::Held;
 
 /// One token's PIN.
 pub struct Pin<'a> {
@@ -29,6 +31,30 @@ struct Refused {
     _mark: Option<File>,
 }
 
+/// Of this process; one for each token that it is logging in to.
+static PRESENTED: Mutex<Vec<Presented>> = Mutex::new(Vec::new());
+
+/// A PIN that was sent, and of which nobody knows yet whether it is right.
+struct Presented {
+    pin: [u8; 32],
+    at: Instant,
+    /// What siblings see.
+    _mark: Option<Held>,
+}
+
+/// A call that has not returned for so long went to a token that is gone: the process that takes the place of this one may try.
+/// Longer than whoever waits for the login lock does (`login_lock::HELD_MAX`).
+pub const ANSWER_MAX: Duration = Duration::from_secs(60);
+
+/// Why a PIN must not be sent now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Obstacle {
+    /// With what.
+    Refused(Ckr),
+    /// It was sent less than `ANSWER_MAX` ago, here or by a sibling.
+    Unanswered,
+}
+
 /// What the digests are made with: whoever does not know it cannot guess PINs by them.
 static SECRET: OnceLock<[u8; 32]> = OnceLock::new();
 
@@ -37,79 +63,104 @@ static SECRET: OnceLock<[u8; 32]> = OnceLock::new();
 pub fn share(secret: [u8; 32], known: impl IntoIterator<Item = ([u8; 32], Ckr)>) {
     // A second secret would make strangers of siblings.
     if SECRET.set(secret).is_ok() {
-        let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut refused = lock(&REFUSED);
         known.into_iter().for_each(|(pin, ckr)| remember(&mut refused, Refused { pin, ckr, _mark: None }));
     }
 }
 
 /// What this process knows, for those that come after it: digests under the secret.
 pub fn known() -> Vec<([u8; 32], Ckr)> {
-    let refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
+    let refused = lock(&REFUSED);
     refused.iter().map(|known| (known.pin, known.ckr)).collect()
 }
 
 impl Pin<'_> {
-    /// With what it was refused, here or in a sibling. To be asked before each login, also by others than lanes.
-    pub fn refused_before(&self) -> Option<Ckr> {
-        let ckr = self.would_be_refused()?;
+    /// To be called before each C_Login, also by others than lanes, and followed by `answered`.
+    pub fn present(&self) -> Result<(), Obstacle> {
         let pin = self.digest();
-        let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
-        if !refused.iter().any(|known| known.pin == pin) {
-            // For when the sibling is no more.
-            remember(&mut refused, Refused { pin, ckr, _mark: None });
+        if let Some(ckr) = self.would_be_refused() {
+            let mut refused = lock(&REFUSED);
+            if !refused.iter().any(|known| known.pin == pin) {
+                // For when the sibling is no more.
+                remember(&mut refused, Refused { pin, ckr, _mark: None });
+            }
+            return Err(Obstacle::Refused(ckr));
         }
-        Some(ckr)
+        let mut presented = lock(&PRESENTED);
+        presented.retain(|earlier| earlier.at.elapsed() < ANSWER_MAX);
+        if presented.iter().any(|earlier| earlier.pin == pin) {
+            return Err(Obstacle::Unanswered);
+        }
+        // First the mark, then the look: of two at once, at most one goes on.
+        let file = self.mark(Mark::Presented, 1).ok();
+        if let Some(file) = &file
+            && self.marked(Mark::Presented, file).is_some()
+        {
+            return Err(Obstacle::Unanswered);
+        }
+        let mark = file.map(|file| Held::at_most(file, ANSWER_MAX));
+        presented.push(Presented { pin, at: Instant::now(), _mark: mark });
+        Ok(())
     }
 
-    /// The same, of somebody who does not want to log in now, and is not held to the answer.
+    /// What C_Login returned; `None` where it was not called.
+    pub fn answered(&self, ckr: Option<Ckr>) {
+        let pin = self.digest();
+        match ckr {
+            // It may have been wrong before; the token has changed its mind.
+            Some(Ckr::OK) => lock(&REFUSED).retain(|known| known.pin != pin),
+            Some(ckr) if ckr.blames_pin() => {
+                let mark = self.mark(Mark::Refused, ckr.0).ok();
+                remember(&mut lock(&REFUSED), Refused { pin, ckr, _mark: mark });
+            }
+            _ => {}
+        }
+        // After the other mark: whoever comes now sees one of them.
+        lock(&PRESENTED).retain(|earlier| earlier.pin != pin);
+    }
+
+    /// With what it was refused, here or in a sibling. Of somebody who does not want to log in now, and is not held to the answer.
     pub fn would_be_refused(&self) -> Option<Ckr> {
         let pin = self.digest();
-        let refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = refused.iter().find(|known| known.pin == pin) {
+        if let Some(known) = lock(&REFUSED).iter().find(|known| known.pin == pin) {
             return Some(known.ckr);
         }
         // Without the file there is no module either: whoever logs in finds out.
-        self.marked().ok()?
+        self.marked(Mark::Refused, &File::open(self.module).ok()?)
     }
 
-    pub fn refused(&self, ckr: Ckr) {
-        let mut refused = REFUSED.lock().unwrap_or_else(PoisonError::into_inner);
-        remember(&mut refused, Refused { pin: self.digest(), ckr, _mark: self.mark(ckr).ok() });
-    }
-
-    /// It may have been wrong before; the token has changed its mind.
-    pub fn accepted(&self) {
-        let pin = self.digest();
-        REFUSED.lock().unwrap_or_else(PoisonError::into_inner).retain(|known| known.pin != pin);
-    }
-
-    /// The mark is a read lock on bytes of the module file far beyond its end, as many as the return code says. It needs no file
+    /// A mark is a read lock on bytes of the module file far beyond its end, as many as the return code says. It needs no file
     /// that somebody would have to name or clean up, and ends with the process. Everybody can see where it is, in /proc/locks;
     /// that says nothing to those who do not know the secret.
-    fn mark(&self, ckr: Ckr) -> io::Result<File> {
+    fn mark(&self, mark: Mark, bytes: u64) -> io::Result<File> {
         if SECRET.get().is_none() {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let file = File::open(self.module)?;
-        self.lock(&file, libc::F_OFD_SETLK, libc::F_RDLCK, ckr.0 as libc::off_t)?;
+        self.lock_bytes(&file, mark, libc::F_OFD_SETLK, libc::F_RDLCK, bytes as libc::off_t)?;
         Ok(file)
     }
 
-    fn marked(&self) -> io::Result<Option<Ckr>> {
-        if SECRET.get().is_none() {
-            return Ok(None);
-        }
-        let file = File::open(self.module)?;
-        let found = self.lock(&file, libc::F_OFD_GETLK, libc::F_WRLCK, 1)?;
-        Ok((i32::from(found.l_type) != libc::F_UNLCK).then_some(Ckr(found.l_len as u64)))
+    /// How many bytes somebody else than `file` has marked.
+    fn marked(&self, mark: Mark, file: &File) -> Option<Ckr> {
+        SECRET.get()?;
+        let found = self.lock_bytes(file, mark, libc::F_OFD_GETLK, libc::F_WRLCK, 1).ok()?;
+        (i32::from(found.l_type) != libc::F_UNLCK).then_some(Ckr(found.l_len as u64))
     }
 
-    fn lock(&self, file: &File, command: i32, kind: i32, bytes: libc::off_t) -> io::Result<libc::flock> {
+    fn lock_bytes(
+        &self,
+        file: &File,
+        mark: Mark,
+        command: i32,
+        kind: i32,
+        bytes: libc::off_t,
+    ) -> io::Result<libc::flock> {
         // SAFETY: a plain C struct, of which zero is a value; `l_pid` must be zero (fcntl(2), open file description locks).
         let mut lock: libc::flock = unsafe { std::mem::zeroed() };
         lock.l_type = kind as libc::c_short;
         lock.l_whence = libc::SEEK_SET as libc::c_short;
-        lock.l_start = self.place();
+        lock.l_start = self.place(mark);
         lock.l_len = bytes;
         // SAFETY: `lock` lives through the call, and `file` keeps the descriptor open.
         match unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) } {
@@ -118,10 +169,13 @@ impl Pin<'_> {
         }
     }
 
-    fn place(&self) -> libc::off_t {
+    fn place(&self, mark: Mark) -> libc::off_t {
         let digest = self.digest();
         let mut place = [0; 8];
-        place.copy_from_slice(&digest[..8]);
+        place.copy_from_slice(match mark {
+            Mark::Refused => &digest[..8],
+            Mark::Presented => &digest[8..16],
+        });
         // Beyond the end of any file, and with room behind it.
         (i64::from_be_bytes(place) & (i64::MAX >> 1)) | (1 << 60)
     }
@@ -138,6 +192,17 @@ impl Pin<'_> {
         digest.copy_from_slice(context.sign().as_ref());
         digest
     }
+}
+
+/// What siblings see of a PIN.
+#[derive(Clone, Copy)]
+enum Mark {
+    Refused,
+    Presented,
+}
+
+fn lock<T>(memory: &Mutex<T>) -> MutexGuard<'_, T> {
+    memory.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn remember(refused: &mut Vec<Refused>, entry: Refused) {

@@ -4,6 +4,7 @@
 use std::fmt;
 
 use super::ckr::Ckr;
+use super::refused_pins::Obstacle;
 
 /// What failed, and where: "token hsm-a" or "token hsm-a, key www". Never holds the PIN.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub enum Problem {
     PinFinalTry,
     /// The token refused the PIN, now or earlier in this process. It is not tried again.
     PinRefused(Ckr),
+    /// The PIN was sent, here or by another worker, and the token has not answered: it may be wrong, and is not sent again.
+    LoginUnanswered,
     /// A lane's thread could not be started.
     Thread(std::io::Error),
     PublicKey(String),
@@ -75,6 +78,7 @@ impl Problem {
             Problem::PinLocked => "pin_locked",
             Problem::PinFinalTry => "pin_final_try",
             Problem::PinRefused(_) => "pin_refused",
+            Problem::LoginUnanswered => "login_unanswered",
             Problem::Thread(_) => "thread",
             Problem::PublicKey(_) => "public_key",
             Problem::KeyUnnamed => "key_unnamed",
@@ -101,6 +105,15 @@ impl Problem {
         match self {
             Problem::Call { ckr, .. } | Problem::PinRefused(ckr) => Some(*ckr),
             _ => None,
+        }
+    }
+}
+
+impl From<Obstacle> for Problem {
+    fn from(obstacle: Obstacle) -> Problem {
+        match obstacle {
+            Obstacle::Refused(ckr) => Problem::PinRefused(ckr),
+            Obstacle::Unanswered => Problem::LoginUnanswered,
         }
     }
 }
@@ -133,6 +146,9 @@ impl fmt::Display for Problem {
             Problem::PinRefused(ckr) => {
                 write!(f, "it refused the PIN with {ckr}; it will not be tried again before the PIN changes or a restart")
             }
+            Problem::LoginUnanswered => f.write_str(
+                "it has not answered a login with this PIN yet, and the PIN is not sent again before it has",
+            ),
             Problem::Thread(reason) => write!(f, "cannot start a lane: {reason}"),
             Problem::PublicKey(reason) => write!(f, "the certificate's public key: {reason}"),
             Problem::KeyUnnamed => f.write_str("neither an id nor a label is given; expected at least one"),

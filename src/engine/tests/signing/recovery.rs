@@ -4,9 +4,10 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use keygate_engine::signing::SignError;
+use keygate_engine::signing::ckr::Ckr;
 use keygate_engine::signing::desk::{DownReason, Health};
 use keygate_engine::signing::pkcs11::Release;
-use keygate_engine::signing::refused_pins;
+use keygate_engine::signing::refused_pins::{self, Obstacle, Pin};
 use keygate_engine::signing::token::{StopOutcome, Token};
 
 use crate::control::{Damage, FOR_EVER, Function, Heal, Word};
@@ -247,6 +248,52 @@ token_tests! {
         world.meet("second", 4);
         assert!(login.calls.load(SeqCst) <= logins + 1);
         assert_eq!(login.injected.load(SeqCst), 2);
+    }
+
+    fn a_pin_that_the_token_has_not_answered_is_sent_by_nobody_else(world: World) {
+        let login = world.control.of(Function::Login);
+        if !world.is_copy() {
+            world.init_token("t");
+            login.fail(0xA0, FOR_EVER);
+            login.hang.store(1, SeqCst);
+            world.run_copies("recovery::a_pin_that_the_token_has_not_answered_is_sent_by_nobody_else", 2);
+            assert_eq!(world.calls(Function::Login), 1);
+            return;
+        }
+        refused_pins::share([7; 32], []);
+        let start = || {
+            let mut plan = world.plan("t");
+            plan.login_lock_wait = SOON;
+            Token::start(plan).err().unwrap().problem.code()
+        };
+        match start() {
+            // The other one was first, and waits for the token.
+            "login_unanswered" => {
+                assert_eq!(start(), "login_unanswered", "it is still so");
+                login.hang.store(0, SeqCst);
+                until("the refusal is known", || start() == "pin_refused");
+            }
+            first => assert_eq!(first, "pin_refused"),
+        }
+        // Marks end with their process.
+        world.meet("end", 2);
+    }
+
+    fn a_pin_that_was_not_sent_after_all_may_be_sent(world: World) {
+        world.init_token("t");
+        let plan = world.plan("t");
+        let pin = Pin { module: &plan.module, serial: "1", pin: b"1234" };
+        pin.present().unwrap();
+        assert_eq!(pin.present(), Err(Obstacle::Unanswered));
+        let another = Pin { pin: b"12345", ..pin };
+        another.present().unwrap();
+        pin.answered(None);
+        pin.present().unwrap();
+        pin.answered(Some(Ckr(0xA0)));
+        assert_eq!(pin.present(), Err(Obstacle::Refused(Ckr(0xA0))));
+        // A call that failed for another reason says nothing of the PIN.
+        another.answered(Some(Ckr(0x30)));
+        another.present().unwrap();
     }
 
     fn initialisations_follow_each_other_ever_more_slowly(world: World) {
