@@ -1,21 +1,15 @@
 //! Reading a PROXY header: every rule of the spec at, above and below its limit, every way of cutting it into pieces, and
 //! bytes that are none.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-#[path = "../fuzz/src/proxy_header.rs"]
-#[allow(dead_code, reason = "the writer's half of the judge has its own tests")]
-mod proxy_header;
-#[path = "../fuzz/src/proxy_header_in.rs"]
-mod proxy_header_in;
-
 use std::net::SocketAddr;
 
 use keygate_engine::proxy_header::{
     Endpoints, Fault, HEADER_IN_BYTES_MAX, Header, ProxyInfo, ProxyVersion, SslInfo, write, write_local,
 };
 use proptest::prelude::*;
-use proxy_header_in::{Read, check, fuzz_one};
+
+use crate::proxy_header_in::{Read, check, fuzz_one};
+use crate::{cases, proxy_header as judge};
 
 const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 /// What comes behind a header, and must stay where it is.
@@ -179,7 +173,7 @@ fn a_checksum_must_be_right_and_there_is_one_at_most() {
         let block = [&IPV4, values_before, &[0x03, 0, 4, 0, 0, 0, 0], values_behind].concat();
         let mut header = v2(0x21, 0x11, &block);
         let at = 16 + IPV4.len() + values_before.len() + 3;
-        let sum = proxy_header::crc32c(&header);
+        let sum = judge::crc32c(&header);
         header[at..at + 4].copy_from_slice(&sum.to_be_bytes());
         header
     };
@@ -295,7 +289,7 @@ fn damaged() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 4_096, ..ProptestConfig::default() })]
+    #![proptest_config(cases(4_096))]
 
     #[test]
     fn any_bytes_are_read_the_same_however_they_are_cut(bytes in prop::collection::vec(any::<u8>(), 0..300)) {

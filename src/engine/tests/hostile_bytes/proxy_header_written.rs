@@ -1,11 +1,6 @@
 //! The PROXY header against three judges: bytes from the spec, a parser written from the spec, and HAProxy itself
 //! as receiver and as sender.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-#[path = "../fuzz/src/proxy_header.rs"]
-mod fuzzed;
-
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -20,6 +15,8 @@ use keygate_engine::proxy_header::{
     UNIQUE_ID_BYTES_MAX, VALUE_BYTES_MAX, write, write_local,
 };
 use proptest::prelude::*;
+
+use crate::{cases, proxy_header as judge};
 
 #[test]
 fn version_1_is_the_line_of_the_spec() {
@@ -78,7 +75,7 @@ fn version_2_is_the_bytes_of_the_spec() {
     ]
     .concat();
     expected[15] = (expected.len() - 16) as u8;
-    let checksum = fuzzed::crc32c(&expected);
+    let checksum = judge::crc32c(&expected);
     let at = expected.len() - 4;
     expected[at..].copy_from_slice(&checksum.to_be_bytes());
     assert_eq!(header(ProxyVersion::V2, &info), expected);
@@ -86,13 +83,13 @@ fn version_2_is_the_bytes_of_the_spec() {
 
 #[test]
 fn the_judges_checksum_is_castagnolis() {
-    assert_eq!(fuzzed::crc32c(b"123456789"), 0xe306_9283);
+    assert_eq!(judge::crc32c(b"123456789"), 0xe306_9283);
 }
 
 #[test]
 fn a_client_without_addresses_is_local_and_keeps_its_values() {
     let info = ProxyInfo { authority: Some("a.example"), ..ProxyInfo::default() };
-    let parsed = fuzzed::parse(&header(ProxyVersion::V2, &info)).unwrap();
+    let parsed = judge::parse(&header(ProxyVersion::V2, &info)).unwrap();
     assert!(parsed.local);
     assert_eq!(parsed.endpoints, None);
     assert_eq!(parsed.values, [(0x02, b"a.example".to_vec())]);
@@ -111,7 +108,7 @@ fn a_certificate_is_flagged_by_where_it_was_presented_and_whether_it_was_verifie
     ] {
         let ssl = Some(SslInfo { version: "TLSv1.3", client_certificate, ..SslInfo::default() });
         let info = ProxyInfo { ssl, ..ProxyInfo::default() };
-        let ssl = fuzzed::parse(&header(ProxyVersion::V2, &info)).unwrap().ssl.unwrap();
+        let ssl = judge::parse(&header(ProxyVersion::V2, &info)).unwrap().ssl.unwrap();
         assert_eq!((ssl.client, ssl.verify), (client, verify));
     }
 }
@@ -136,7 +133,7 @@ fn a_value_over_its_limit_is_left_out_and_one_at_its_limit_is_not() {
             }),
             ..ProxyInfo::default()
         };
-        let parsed = fuzzed::parse(&header(ProxyVersion::V2, &info)).unwrap();
+        let parsed = judge::parse(&header(ProxyVersion::V2, &info)).unwrap();
         parsed.values.into_iter().chain(parsed.ssl.unwrap().values).map(|(kind, _)| kind).collect()
     };
     assert_eq!(kinds(NAME_BYTES_MAX), [0x01, 0x02, 0x05, 0x21, 0x22, 0x23, 0x24, 0x25]);
@@ -162,7 +159,7 @@ fn a_name_with_a_nul_is_left_out_because_c_strings_end_there() {
         }),
         ..ProxyInfo::default()
     };
-    let parsed = fuzzed::parse(&header(ProxyVersion::V2, &info)).unwrap();
+    let parsed = judge::parse(&header(ProxyVersion::V2, &info)).unwrap();
     assert_eq!(parsed.values, []);
     assert_eq!(parsed.ssl.unwrap().values, [(0x21, b"TLSv1.3".to_vec())]);
 }
@@ -209,18 +206,18 @@ fn a_connection_of_keygates_own_is_local_or_names_its_own_ends() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, cases: 4_096, ..ProptestConfig::default() })]
+    #![proptest_config(cases(4_096))]
 
     #[test]
     fn any_input_gives_a_header_that_says_just_that(bytes in prop::collection::vec(any::<u8>(), 0..2_048)) {
-        fuzzed::fuzz_one(&bytes);
+        judge::fuzz_one(&bytes);
     }
 
     #[test]
     fn any_printable_names_arrive(name in ".{0,80}", v1 in any::<bool>(), ip in any::<[u8; 16]>(), port in any::<u16>()) {
         let source = SocketAddr::from((ip, port));
         let version = if v1 { ProxyVersion::V1 } else { ProxyVersion::V2 };
-        fuzzed::check(version, &ProxyInfo {
+        judge::check(version, &ProxyInfo {
             endpoints: Some(Endpoints { source, destination: (Ipv4Addr::LOCALHOST, port).into() }),
             authority: Some(&name),
             ssl: Some(SslInfo { version: "TLSv1.2", cipher: Some(&name), ..SslInfo::default() }),
@@ -349,9 +346,9 @@ fn the_judge_understands_what_haproxy_sends_about_tls() {
     client.0.kill().unwrap();
 
     // HAProxy orders its values otherwise, the checksum before the rest, so they are compared and not the bytes.
-    let mut values = fuzzed::parse_values(&theirs[28..]).unwrap();
+    let mut values = judge::parse_values(&theirs[28..]).unwrap();
     let ssl = values.iter().position(|(kind, _)| *kind == 0x20).map(|at| values.remove(at).1).unwrap();
-    let mut ssl = fuzzed::parse_ssl(&ssl).unwrap();
+    let mut ssl = judge::parse_ssl(&ssl).unwrap();
     ssl.values.sort();
     values.sort();
 
@@ -373,12 +370,12 @@ fn the_judge_understands_what_haproxy_sends_about_tls() {
             }),
         }),
     };
-    let ours = fuzzed::parse(&header(ProxyVersion::V2, &ours)).unwrap();
+    let ours = judge::parse(&header(ProxyVersion::V2, &ours)).unwrap();
     assert_eq!(Some(ssl), ours.ssl);
     let checksum_at = theirs.windows(3).position(|window| window == [0x03, 0, 4]).unwrap() + 3;
     let checksum = theirs[checksum_at..checksum_at + 4].to_vec();
     theirs[checksum_at..checksum_at + 4].fill(0);
-    assert_eq!(fuzzed::crc32c(&theirs).to_be_bytes(), checksum[..]);
+    assert_eq!(judge::crc32c(&theirs).to_be_bytes(), checksum[..]);
     values.retain(|(kind, _)| *kind != 0x03);
     assert_eq!(values, ours.values);
 }
