@@ -25,7 +25,6 @@ import { closeSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
-import { ConfigError, ServiceError, TokenError } from '../errors.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import type {
@@ -42,6 +41,7 @@ import type { Listeners, ListeningSocket, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
+import { exitFailure, failureError, failureOf, forkFailure, hangFailure } from './worker-failures.ts';
 
 /** A worker that is not ready by then, beyond what its configuration lets it wait, hangs in a token and is killed. */
 const startDeadlineMs = 60_000;
@@ -510,7 +510,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     slot.doing = undefined;
     let failure: WorkerFailure | undefined;
     slot.timer = setTimeout(() => {
-      failure = hangFailure(slot);
+      failure = hangFailure(slot.index, slot.doing);
       worker.process.kill('SIGKILL');
     }, this.#startDeadlineMs());
     worker.on('message', (message: WorkerMessage) => {
@@ -836,38 +836,4 @@ function usesOf({ sockets }: Listeners, { index }: Slot): SocketUse[] {
 function orphansOf(listeners: Listeners, orphaned: Slot, sibling: Slot): SocketUse[] {
   const shared = new Set(usesOf(listeners, sibling).map(({ socket }) => socket));
   return usesOf(listeners, orphaned).filter(({ socket }) => !shared.has(socket));
-}
-
-function exitFailure(slot: number, code: number | null, signal: string | null): WorkerFailure {
-  const how = signal === null ? `exited with ${code}` : `was ended by ${signal}`;
-  return failureOf('worker_failed', `worker ${slot} ${how}`, 1);
-}
-
-function forkFailure(slot: number, error: Error): WorkerFailure {
-  const failure = failureOf('worker_failed', `worker ${slot} cannot be forked: ${error.message}`, 1);
-  if (!('code' in error) || error.code !== 'EACCES') return failure;
-  return {
-    ...failure,
-    hint: 'the user that workers run as must be allowed to read and execute what keygate consists of',
-  };
-}
-
-function hangFailure({ index, doing }: Slot): WorkerFailure {
-  const what = `worker ${index} hung while ${doing ?? 'it started'} and was killed`;
-  return {
-    ...failureOf('token_operation', what, 69),
-    hint: 'a token does not answer: try it with keygate token list, or pkcs11-tool',
-  };
-}
-
-function failureOf(code: WorkerFailure['code'], message: string, exitCode: number): WorkerFailure {
-  return { code, message, hint: undefined, exitCode, problems: undefined, haltsForking: false };
-}
-
-function failureError({ code, message, hint, exitCode, problems }: WorkerFailure): KeygateError {
-  const details = hint === undefined ? {} : { hint };
-  const [first, ...others] = problems ?? [];
-  if (first !== undefined) return new ConfigError([first, ...others], details);
-  if (/^(?:token|pin)_/.test(code)) return new TokenError(code, message, details);
-  return new ServiceError(code, message, { ...details, unavailable: exitCode === 69 });
 }
