@@ -17,34 +17,22 @@
  * While the PIN is not known to be good (at start, and after any loss) at most one worker is starting: a PIN that became
  * wrong is tried once, not once per worker.
  */
-import cluster from 'node:cluster';
-import type { Worker } from 'node:cluster';
 import { randomBytes } from 'node:crypto';
 import { EventEmitter } from 'node:events';
-import { closeSync } from 'node:fs';
-import { fileURLToPath } from 'node:url';
 import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type {
-  PinRefusal,
-  PrimaryMessage,
-  SocketUse,
-  Staple,
-  WorkerFailure,
-  WorkerMessage,
-  WorkerSandbox,
-} from '../messages.ts';
+import type { PinRefusal, SocketUse, Staple, WorkerFailure, WorkerSandbox } from '../messages.ts';
 import { closeSockets, shutSockets } from './listeners.ts';
 import type { Listeners, ListeningSocket, NextListeners } from './listeners.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
-import { exitFailure, failureError, failureOf, forkFailure, hangFailure } from './worker-failures.ts';
+import { failureError, failureOf } from './worker-failures.ts';
+import { WorkerProcess } from './worker-process.ts';
+import type { WorkerNews } from './worker-process.ts';
 
-/** A worker that is not ready by then, beyond what its configuration lets it wait, hangs in a token and is killed. */
-const startDeadlineMs = 60_000;
 /** Delay before the first replacement; doubled by each failure in a row. */
 const backoffMinMs = 100;
 const backoffMaxMs = 30_000;
@@ -58,15 +46,10 @@ const observeDeadlineMs = 250;
 const silenceMsMax = 5_000;
 /** And after this it will not answer any more, as when a module hangs in a reload: it is stuck. */
 const stuckSilenceMs = 15_000;
-/** What a worker may take beyond the drain deadline before it is killed. */
-const killGraceMs = 2_000;
 /** A worker that has prepared a reload commits it in no time; one that does not is killed, and its replacement is whole. */
 const commitDeadlineMs = 15_000;
 /** A worker accepts what waits at a socket in no time; one whose JavaScript thread hangs does not know that it should. */
 const retireDeadlineMs = 2_000;
-/** What a worker inherits before its sockets: three standard descriptors, the channel for messages, that for sockets. */
-const handoverFd = 4;
-const firstSocketFd = 5;
 /** A worker that has not said so again for this long is not stuck any more. */
 const stuckMsMax = 3_000;
 /** No observation has this number. */
@@ -77,21 +60,12 @@ export type SlotState = 'due' | 'starting' | 'ready' | 'waiting';
 interface Slot {
   readonly index: number;
   state: SlotState;
-  worker: Worker | undefined;
-  /** Of the worker that is there or was last. */
-  startedAt: Date | undefined;
+  worker: WorkerProcess | undefined;
   failure: WorkerFailure | undefined;
   failuresInRow: number;
   restarts: number;
-  /** Of the worker that is ready. */
-  sandbox: WorkerSandbox | undefined;
-  /** What the worker was last doing while it started or prepared a reload. */
-  doing: string | undefined;
-  /** The channel through which its worker is handed sockets. */
-  handover: number | undefined;
-  /** Of the state: start deadline, back-off, or becoming stable. */
+  /** Of the state: back-off, or becoming stable. */
   timer: NodeJS.Timeout | undefined;
-  killTimer: NodeJS.Timeout | undefined;
   /** Slot of the sibling that serves this slot's accept queue. */
   adoptedBy: Slot | undefined;
   /** Its worker cannot sign any more and will not again: why, and when it said so last. */
@@ -164,8 +138,6 @@ export class Workers extends EventEmitter<WorkersEvents> {
   readonly #slots: Slot[];
   /** Workers that have lost their slots to successors and end with their connections. */
   readonly #retired = new Set<Slot>();
-  /** Those that have not let go of sockets yet that nobody has any more. */
-  readonly #retiring = new Map<Slot, PromiseWithResolvers<void>>();
   readonly #book = new SnapshotBook();
   #observation = 0;
   #reloads = 0;
@@ -217,16 +189,16 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   get status(): readonly SlotStatus[] {
-    return this.#slots.map(({ index, state, worker, startedAt, restarts, failure, stuck, sandbox }) => ({
+    return this.#slots.map(({ index, state, worker, restarts, failure, stuck }) => ({
       slot: index,
       state,
-      pid: worker?.process.pid,
+      pid: worker?.pid,
       restarts,
-      startedAt: worker === undefined ? undefined : startedAt,
+      startedAt: worker?.startedAt,
       failure: failure?.message,
       stuck: isStuck(stuck) ? stuck.why : undefined,
       answers: (this.#book.silenceMs(index) ?? 0) < silenceMsMax,
-      sandbox: state === 'ready' ? sandboxStatus(sandbox) : undefined,
+      sandbox: state === 'ready' ? sandboxStatus(worker?.sandbox) : undefined,
     }));
   }
 
@@ -252,7 +224,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       id,
       asked.map(({ page }) => page),
     );
-    for (const slot of asked) this.#tell(slot, { type: 'observe', id });
+    for (const slot of asked) slot.worker?.tell({ type: 'observe', id });
     const deadline = Promise.withResolvers<void>();
     const timer = setTimeout(deadline.resolve, observeDeadlineMs);
     await Promise.race([answers, deadline.promise]);
@@ -286,7 +258,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (this.#draining) this.#refuse(reload, undefined, 'keygate drains');
     const late = setTimeout(() => {
       const slot = this.#slots.find(({ state }) => state === 'starting') ?? reload.answers.keys().next().value;
-      this.#refuse(reload, slot, `no answer within ${deadlineMs} ms; ${slot?.doing ?? 'it said nothing'}`);
+      this.#refuse(reload, slot, `no answer within ${deadlineMs} ms; ${slot?.worker?.doing ?? 'it said nothing'}`);
     }, deadlineMs);
     await this.#whenSettled();
     const ready = () => this.#slots.filter((slot) => slot.state === 'ready' && !reload.asked.has(slot));
@@ -314,11 +286,11 @@ export class Workers extends EventEmitter<WorkersEvents> {
     const commits = [...reload.asked].map(async (slot) => {
       const committed = Promise.withResolvers<void>();
       reload.commits.set(slot, committed);
-      this.#tell(slot, { type: 'commit', reload: reload.number });
+      slot.worker?.tell({ type: 'commit', reload: reload.number });
       return committed.promise;
     });
     const late = setTimeout(() => {
-      for (const { worker } of reload.commits.keys()) worker?.process.kill('SIGKILL');
+      for (const { worker } of reload.commits.keys()) worker?.kill();
     }, commitDeadlineMs);
     await Promise.all(commits);
     clearTimeout(late);
@@ -348,17 +320,11 @@ export class Workers extends EventEmitter<WorkersEvents> {
     const kept = this.#listeners.sockets.filter(({ socket }) => !numbers.includes(socket));
     this.#listeners = { ...this.#listeners, sockets: kept };
     const ready = this.#all.filter(({ state }) => state === 'ready');
-    const answers = ready.map(async (slot) => {
-      const retired = Promise.withResolvers<void>();
-      this.#retiring.set(slot, retired);
-      this.#tell(slot, { type: 'retire', sockets: numbers });
-      return retired.promise;
-    });
+    const answers = ready.map(async ({ worker }) => worker?.retire(numbers));
     const deadline = Promise.withResolvers<void>();
     const timer = setTimeout(deadline.resolve, retireDeadlineMs);
     await Promise.race([Promise.all(answers), deadline.promise]);
     clearTimeout(timer);
-    this.#retiring.clear();
     shutSockets(sockets, engine());
     closeSockets(sockets);
   }
@@ -367,30 +333,30 @@ export class Workers extends EventEmitter<WorkersEvents> {
   discard(): void {
     const reload = this.#reload;
     if (reload === undefined) return;
-    for (const slot of reload.asked) this.#tell(slot, { type: 'discard', reload: reload.number });
+    for (const slot of reload.asked) slot.worker?.tell({ type: 'discard', reload: reload.number });
     this.#endReload();
   }
 
   rotateTickets(): void {
     this.#epochs.rotate();
     for (const slot of this.#all) {
-      if (slot.state === 'ready') this.#tell(slot, { type: 'tickets', ticketSecrets: this.#epochs.secrets });
+      if (slot.state === 'ready') slot.worker?.tell({ type: 'tickets', ticketSecrets: this.#epochs.secrets });
     }
   }
 
   /** Also those who are starting: they have been given what there was when they were forked. */
   giveStaples(staples: readonly Staple[]): void {
-    for (const slot of this.#all) this.#tell(slot, { type: 'staples', staples });
+    for (const slot of this.#all) slot.worker?.tell({ type: 'staples', staples });
   }
 
   reopenLogs(): void {
-    for (const slot of this.#all) this.#tell(slot, { type: 'reopen-logs' });
+    for (const slot of this.#all) slot.worker?.tell({ type: 'reopen-logs' });
   }
 
   /** Of every worker there is or will be, until a reload commits its own. */
   setLogLevel(level: LogLevel): void {
     this.#config = { ...this.#config, log: { ...this.#config.log, level } };
-    for (const slot of this.#all) this.#tell(slot, { type: 'log-level', level });
+    for (const slot of this.#all) slot.worker?.tell({ type: 'log-level', level });
   }
 
   /**
@@ -402,19 +368,9 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (this.#reload !== undefined) this.#refuse(this.#reload, undefined, 'keygate drains');
     for (const slot of this.#all) {
       if (slot.state === 'waiting') clearTimeout(slot.timer);
-      this.#drain(slot, deadlineMs);
+      slot.worker?.drain(deadlineMs);
     }
     this.#sayWhatCameToPass();
-  }
-
-  #drain(slot: Slot, deadlineMs: number): void {
-    const { worker } = slot;
-    if (worker === undefined) return;
-    this.#tell(slot, { type: 'drain', deadlineMs });
-    // Its JavaScript thread may hang, and then would go on to accept beside whoever has its place.
-    if (slot.handover !== undefined) engine().sayFarewell(slot.handover);
-    clearTimeout(slot.killTimer);
-    slot.killTimer = setTimeout(() => worker.process.kill('SIGKILL'), deadlineMs + killGraceMs);
   }
 
   /** Whose process may be there: in a slot, about to have one, or no longer. */
@@ -431,23 +387,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
     const answer = Promise.withResolvers<WorkerFailure | undefined>();
     reload.asked.add(slot);
     reload.answers.set(slot, answer);
-    slot.doing = undefined;
-    const { opened } = reload.listeners;
+    const { listeners } = reload;
     try {
-      if (opened.length > 0) {
-        engine().handOver(
-          slot.handover ?? -1,
-          reload.number,
-          opened.map(({ fd }) => fd),
-        );
-      }
-      this.#tell(slot, {
-        type: 'prepare',
-        reload: reload.number,
-        config: reload.config,
-        sockets: opened.map(({ socket }) => socket),
-        accept: usesOf(reload.listeners, slot),
-      });
+      slot.worker?.prepare(
+        { reload: reload.number, config: reload.config, accept: usesOf(listeners, slot) },
+        listeners.opened,
+      );
     } catch (error) {
       answer.resolve(failureOf('worker_failed', `it cannot be handed the new sockets: ${String(error)}`, 1));
     }
@@ -489,96 +434,58 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   #fork(slot: Slot): void {
-    const { sockets } = this.#listeners;
-    const handover = engine().openHandover();
-    const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
-    // Before each fork: a reload changes what there is to inherit.
-    cluster.setupPrimary({
-      exec: fileURLToPath(new URL(`../worker/main.${extension}`, import.meta.url)),
-      args: [],
-      // Without it the same user can have any process of Node start a debugger, with a thread that no sandbox reaches.
-      execArgv: [...process.execArgv, '--disable-sigusr1'],
-      serialization: 'advanced',
-      stdio: ['inherit', 'inherit', 'inherit', 'ipc', handover.worker, ...sockets.map(({ fd }) => fd)],
-    });
-    const worker = cluster.fork({ KEYGATE_SLOT: String(slot.index) });
-    closeSync(handover.worker);
-    slot.handover = handover.primary;
-    slot.worker = worker;
-    slot.startedAt = new Date();
-    slot.state = 'starting';
-    slot.doing = undefined;
-    let failure: WorkerFailure | undefined;
-    slot.timer = setTimeout(() => {
-      failure = hangFailure(slot.index, slot.doing);
-      worker.process.kill('SIGKILL');
-    }, this.#startDeadlineMs());
-    worker.on('message', (message: WorkerMessage) => {
-      // Its last words may arrive after its end, when its counts have been kept and its slot is free already.
-      if (slot.worker !== worker) return;
-      switch (message.type) {
-        case 'doing':
-          slot.doing = message.what;
-          return;
-        case 'ready':
-          slot.sandbox = message.sandbox;
-          this.#ready(slot, message.warnings);
-          return;
-        case 'failed':
-          failure = message.failure;
-          for (const refusal of message.refusals)
-            this.#refusals.set(Buffer.from(refusal.digest).toString('hex'), refusal);
-          return;
-        case 'stuck':
-          this.#stuck(slot, message.why);
-          return;
-        case 'ended':
-          this.#book.enter(unasked, slot.page, message.snapshot);
-          this.#tell(slot, { type: 'leave' });
-          return;
-        case 'prepared':
-          if (this.#reload?.number !== message.reload) return;
-          for (const warning of message.warnings) this.#reload.warnings.add(warning);
-          this.#reload.answers.get(slot)?.resolve(undefined);
-          return;
-        case 'refused':
-          if (this.#reload?.number === message.reload) this.#reload.answers.get(slot)?.resolve(message.failure);
-          return;
-        case 'committed':
-          if (this.#reload?.number === message.reload) hasCommitted(this.#reload, slot);
-          return;
-        case 'retired':
-          this.#retiring.get(slot)?.resolve();
-          return;
-        case 'snapshot':
-          this.#book.enter(message.id, slot.page, message.snapshot);
-          return;
-      }
-    });
-    worker.on('error', (error) => {
-      // No process, so no exit event: out of descriptors or of processes, or not allowed to execute.
-      if (worker.process.pid === undefined) this.#gone(slot, worker, forkFailure(slot.index, error));
-      else this.#log.error({ event: 'worker_channel', worker: slot.index, error }, 'the channel to a worker failed');
-    });
-    worker.once('exit', (code: number | null, signal: string | null) => {
-      this.#gone(slot, worker, failure ?? exitFailure(slot.index, code, signal));
-    });
-    this.#tell(slot, {
-      type: 'start',
+    const start = {
       config: this.#config,
-      sockets: sockets.map(({ socket }) => socket),
-      firstFd: firstSocketFd,
-      handoverFd,
       accept: usesOf(this.#listeners, slot),
       ticketSecrets: this.#epochs.secrets,
       refusalSecret: this.#refusalSecret,
       refusals: [...this.#refusals.values()],
       staples: this.#staples(),
+    };
+    slot.worker = new WorkerProcess(slot.index, this.#listeners.sockets, start, this.#log, {
+      onNews: (news) => {
+        this.#hear(slot, news);
+      },
+      onEnd: (failure) => {
+        this.#gone(slot, failure);
+      },
     });
+    slot.state = 'starting';
+  }
+
+  #hear(slot: Slot, news: WorkerNews): void {
+    switch (news.type) {
+      case 'ready':
+        this.#ready(slot, news.warnings);
+        return;
+      case 'failed':
+        for (const refusal of news.refusals) this.#refusals.set(Buffer.from(refusal.digest).toString('hex'), refusal);
+        return;
+      case 'stuck':
+        this.#stuck(slot, news.why);
+        return;
+      case 'ended':
+        this.#book.enter(unasked, slot.page, news.snapshot);
+        slot.worker?.tell({ type: 'leave' });
+        return;
+      case 'prepared':
+        if (this.#reload?.number !== news.reload) return;
+        for (const warning of news.warnings) this.#reload.warnings.add(warning);
+        this.#reload.answers.get(slot)?.resolve(undefined);
+        return;
+      case 'refused':
+        if (this.#reload?.number === news.reload) this.#reload.answers.get(slot)?.resolve(news.failure);
+        return;
+      case 'committed':
+        if (this.#reload?.number === news.reload) hasCommitted(this.#reload, slot);
+        return;
+      case 'snapshot':
+        this.#book.enter(news.id, slot.page, news.snapshot);
+        return;
+    }
   }
 
   #ready(slot: Slot, warnings: readonly string[]): void {
-    clearTimeout(slot.timer);
     slot.state = 'ready';
     slot.failure = undefined;
     if (slot.replaces !== undefined) this.#succeed(slot.replaces, slot);
@@ -589,13 +496,13 @@ export class Workers extends EventEmitter<WorkersEvents> {
     slot.adoptedBy = undefined;
     if (adopter !== undefined) {
       const sockets = orphansOf(this.#listeners, slot, adopter).map(({ socket }) => socket);
-      this.#tell(adopter, { type: 'release', sockets });
+      adopter.worker?.tell({ type: 'release', sockets });
     }
     this.#warn(warnings);
-    this.#warnOfSandbox(slot.sandbox);
+    this.#warnOfSandbox(slot.worker?.sandbox);
     this.#everReady = true;
     this.#proved = true;
-    this.#log.info({ event: 'worker_ready', worker: slot.index, workerPid: slot.worker?.process.pid }, 'worker ready');
+    this.#log.info({ event: 'worker_ready', worker: slot.index, workerPid: slot.worker?.pid }, 'worker ready');
     this.#adoptOrphans();
     this.#forkDue();
     this.#sayWhatCameToPass();
@@ -615,7 +522,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     const isInOrder = !this.#draining && this.#halted === undefined && this.#reload === undefined;
     const isInTime = !this.#isStarting && performance.now() >= slot.successorAtMs;
     if (!isInOrder || !isInTime || this.#slots[slot.index] !== slot) return;
-    this.#log.error({ event: 'worker_stuck', worker: slot.index, workerPid: slot.worker?.process.pid }, why);
+    this.#log.error({ event: 'worker_stuck', worker: slot.index, workerPid: slot.worker?.pid }, why);
     slot.successor = {
       ...newSlot(slot.index),
       replaces: slot,
@@ -630,10 +537,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
     clearTimeout(former.timer);
     former.page = this.#book.move(former.page);
     this.#retired.add(former);
-    this.#drain(former, this.#config.drainDeadlineMs);
+    former.worker?.drain(this.#config.drainDeadlineMs);
     const { index, worker } = former;
     this.#log.warn(
-      { event: 'worker_replaced', worker: index, workerPid: worker?.process.pid, by: successor.worker?.process.pid },
+      { event: 'worker_replaced', worker: index, workerPid: worker?.pid, by: successor.worker?.pid },
       'a worker that was stuck has a successor, and ends with its connections',
     );
   }
@@ -658,16 +565,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
     }
   }
 
-  #gone(slot: Slot, worker: Worker, failure: WorkerFailure): void {
-    if (slot.worker !== worker) return;
+  #gone(slot: Slot, failure: WorkerFailure): void {
+    const pid = slot.worker?.pid;
     clearTimeout(slot.timer);
-    clearTimeout(slot.killTimer);
     slot.worker = undefined;
     slot.state = 'waiting';
-    this.#retiring.get(slot)?.resolve();
-    if (slot.handover !== undefined) closeSync(slot.handover);
-    slot.handover = undefined;
-    if (slot.replaces !== undefined) return this.#neverSucceeded(slot.replaces, worker, failure);
+    if (slot.replaces !== undefined) return this.#neverSucceeded(slot.replaces, pid, failure);
     if (this.#retired.delete(slot)) {
       this.#book.retire(slot.page, slot.index);
       this.#log.info({ event: 'worker_ended', worker: slot.index }, 'worker ended');
@@ -688,7 +591,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#proved = false;
     if (failure.haltsForking) this.#halted = failure;
     if (this.#everReady) {
-      this.#logLoss(slot, worker, failure);
+      this.#logLoss(slot, pid, failure);
       const { successor } = slot;
       for (const orphaned of this.#slots) if (orphaned.adoptedBy === slot) orphaned.adoptedBy = undefined;
       // The one that was to take its place is on its way.
@@ -699,25 +602,18 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#sayWhatCameToPass();
   }
 
-  #logLoss({ index, failuresInRow }: Slot, worker: Worker, failure: WorkerFailure): void {
-    const details = {
-      event: 'worker_lost',
-      worker: index,
-      workerPid: worker.process.pid,
-      code: failure.code,
-      failuresInRow,
-    } as const;
-    this.#log.error(details, failure.message);
+  #logLoss({ index, failuresInRow }: Slot, workerPid: number | undefined, { code, message }: WorkerFailure): void {
+    this.#log.error({ event: 'worker_lost', worker: index, workerPid, code, failuresInRow }, message);
   }
 
   /** The worker that is stuck serves on as well as it can, and waits longer for the next. */
-  #neverSucceeded(former: Slot, worker: Worker, failure: WorkerFailure): void {
+  #neverSucceeded(former: Slot, pid: number | undefined, failure: WorkerFailure): void {
     former.successor = undefined;
     former.failure = failure;
     former.failuresInRow += 1;
     former.successorAtMs = performance.now() + backoffMs(former);
     if (failure.haltsForking) this.#halted = failure;
-    this.#logLoss(former, worker, failure);
+    this.#logLoss(former, pid, failure);
     this.#forkDue();
     this.#sayWhatCameToPass();
   }
@@ -754,21 +650,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   #adopt(orphaned: Slot, adopter: Slot): void {
-    this.#tell(adopter, { type: 'adopt', accept: orphansOf(this.#listeners, orphaned, adopter) });
-  }
-
-  /** A worker waits for other processes' logins, once to prove a token and once to start it. */
-  #startDeadlineMs(): number {
-    const lockWaitMs = Object.values(this.#config.tokens).reduce(
-      (sum, { loginLockWaitMs }) => sum + 2 * loginLockWaitMs,
-      0,
-    );
-    return startDeadlineMs + lockWaitMs;
-  }
-
-  #tell(slot: Slot, message: PrimaryMessage): void {
-    // A worker that has just died, or was never there, cannot be told; its end is noticed by other means.
-    if (slot.worker?.isConnected() === true) slot.worker.send(message, undefined, () => {});
+    adopter.worker?.tell({ type: 'adopt', accept: orphansOf(this.#listeners, orphaned, adopter) });
   }
 
   #sayWhatCameToPass(): void {
@@ -795,15 +677,10 @@ function newSlot(index: number): Slot {
     index,
     state: 'due',
     worker: undefined,
-    startedAt: undefined,
     failure: undefined,
     failuresInRow: 0,
     restarts: 0,
-    sandbox: undefined,
-    doing: undefined,
-    handover: undefined,
     timer: undefined,
-    killTimer: undefined,
     adoptedBy: undefined,
     stuck: undefined,
     successor: undefined,

@@ -1,7 +1,7 @@
 /**
  * Owns: the life of a worker process: prove the tokens, start the engine, obey the primary, reload, drain, leave.
  * Must not know: the other workers; whatever happens per byte or per handshake.
- * Runs: main thread of a worker, forked by src/primary/workers.ts.
+ * Runs: main thread of a worker, forked by src/primary/worker-process.ts.
  */
 import cluster from 'node:cluster';
 import type { Engine, EngineSettings, Staple as EngineStaple } from '../engine/native.d.ts';

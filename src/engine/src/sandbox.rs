@@ -11,7 +11,7 @@
 //! and their timer (`node-V8Worker`, `DelayedTaskSche`), which collect garbage and compile. They run no script and no module,
 //! but they share the memory: who can write it can have them do what his own thread may not. So they are made to restrict
 //! themselves, by a signal. The thread that waits for SIGUSR1 to start the debugger blocks every signal; workers are started
-//! without it (src/primary/workers.ts). A thread that cannot be reached is reported as missing.
+//! without it (src/primary/worker-process.ts). A thread that cannot be reached is reported as missing.
 //!
 //! **What stays allowed.** Reading files, because modules are opaque and read what they like; connecting, because upstreams and
 //! network HSMs are reached so; ioctl on devices that may be opened; mapping code, because V8 compiles.
