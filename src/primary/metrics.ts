@@ -19,11 +19,11 @@ import { clientCertificatesOf } from '../config/policies.ts';
 import { fetchOutcomes } from '../ocsp/exchange.ts';
 import { reloadOutcomes } from './reload.ts';
 import type { Reloads } from './reload.ts';
+import type { SlotStatus } from './slot.ts';
 import type { Observation } from './snapshot-book.ts';
 import { stapleStates } from './stapler.ts';
 import type { StapleStatus } from './stapler.ts';
 import type { TicketEpoch } from './ticket-epochs.ts';
-import type { SlotStatus } from './workers.ts';
 
 export const metricsContentType = Registry.PROMETHEUS_CONTENT_TYPE;
 

@@ -16,7 +16,7 @@ import type {
 import { version } from '../version.ts';
 import type { History, Point } from './history.ts';
 import type { ReloadReport, Reloads } from './reload.ts';
-import type { SlotStatus } from './workers.ts';
+import type { SlotStatus } from './slot.ts';
 
 /** What a person looks through; `/status.json` has all of them. */
 const rowsMax = 100;

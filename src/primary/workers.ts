@@ -26,6 +26,8 @@ import type { Log } from '../log.ts';
 import type { PinRefusal, SocketUse, Staple, WorkerFailure, WorkerSandbox } from '../messages.ts';
 import { closeSockets, shutSockets } from './listeners.ts';
 import type { Listeners, ListeningSocket, NextListeners } from './listeners.ts';
+import { backoffMs, newSlot, newSuccessor, statusOf, whyStuck } from './slot.ts';
+import type { Slot, SlotStatus } from './slot.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
@@ -33,68 +35,20 @@ import { failureError, failureOf } from './worker-failures.ts';
 import { WorkerProcess } from './worker-process.ts';
 import type { WorkerNews } from './worker-process.ts';
 
-/** Delay before the first replacement; doubled by each failure in a row. */
-const backoffMinMs = 100;
-const backoffMaxMs = 30_000;
 /** A worker that has been ready this long has not failed "in a row". */
 const stableAfterMs = 60_000;
 /** This many failures in a row are a crash loop. */
 const crashLoopFailures = 4;
 /** Answers to `observe` that come later are not waited for; the last known snapshot serves. */
 const observeDeadlineMs = 250;
-/** A worker is asked each second; one that has not answered for so long is not up. */
-const silenceMsMax = 5_000;
-/** And after this it will not answer any more, as when a module hangs in a reload: it is stuck. */
+/** A worker is asked each second. One that has not answered for so long will not any more, as when a module hangs in a reload: it is stuck. */
 const stuckSilenceMs = 15_000;
 /** A worker that has prepared a reload commits it in no time; one that does not is killed, and its replacement is whole. */
 const commitDeadlineMs = 15_000;
 /** A worker accepts what waits at a socket in no time; one whose JavaScript thread hangs does not know that it should. */
 const retireDeadlineMs = 2_000;
-/** A worker that has not said so again for this long is not stuck any more. */
-const stuckMsMax = 3_000;
 /** No observation has this number. */
 const unasked = 0;
-
-export type SlotState = 'due' | 'starting' | 'ready' | 'waiting';
-
-interface Slot {
-  readonly index: number;
-  state: SlotState;
-  worker: WorkerProcess | undefined;
-  failure: WorkerFailure | undefined;
-  failuresInRow: number;
-  restarts: number;
-  /** Of the state: back-off, or becoming stable. */
-  timer: NodeJS.Timeout | undefined;
-  /** Slot of the sibling that serves this slot's accept queue. */
-  adoptedBy: Slot | undefined;
-  /** Its worker cannot sign any more and will not again: why, and when it said so last. */
-  stuck: { readonly why: string; readonly saidAtMs: number } | undefined;
-  /** Starts beside a worker that is stuck, to take its place. */
-  successor: Slot | undefined;
-  /** The other way round. */
-  replaces: Slot | undefined;
-  /** No successor before. */
-  successorAtMs: number;
-  /** In the book of snapshots: the slot's number, but of a worker that is retired. */
-  page: number;
-}
-
-export interface SlotStatus {
-  readonly slot: number;
-  readonly state: SlotState;
-  readonly pid: number | undefined;
-  readonly restarts: number;
-  /** When its process was forked; undefined while there is none. */
-  readonly startedAt: Date | undefined;
-  readonly failure: string | undefined;
-  /** Why it waits for another in its place. */
-  readonly stuck: string | undefined;
-  /** False when it is ready and says nothing any more: its JavaScript thread hangs, or the process was stopped. */
-  readonly answers: boolean;
-  /** What holds in the worker that is ready; `landlockAbi` is 0 without Landlock. */
-  readonly sandbox: { readonly landlockAbi: number; readonly seccomp: boolean } | undefined;
-}
 
 /** What a worker cannot serve, and so none will. */
 export interface Refusal {
@@ -189,17 +143,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   get status(): readonly SlotStatus[] {
-    return this.#slots.map(({ index, state, worker, restarts, failure, stuck }) => ({
-      slot: index,
-      state,
-      pid: worker?.pid,
-      restarts,
-      startedAt: worker?.startedAt,
-      failure: failure?.message,
-      stuck: isStuck(stuck) ? stuck.why : undefined,
-      answers: (this.#book.silenceMs(index) ?? 0) < silenceMsMax,
-      sandbox: state === 'ready' ? sandboxStatus(worker?.sandbox) : undefined,
-    }));
+    return this.#slots.map((slot) => statusOf(slot, this.#book.silenceMs(slot.index) ?? 0));
   }
 
   /** Why the service is not ready; undefined when it is. */
@@ -207,7 +151,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (this.#draining) return 'draining';
     if (this.#halted !== undefined) return `no worker may be forked any more: ${this.#halted.message}`;
     const looping = this.#slots.find(
-      ({ state, stuck, failuresInRow }) => (state !== 'ready' || isStuck(stuck)) && failuresInRow >= crashLoopFailures,
+      (slot) => (slot.state !== 'ready' || whyStuck(slot) !== undefined) && slot.failuresInRow >= crashLoopFailures,
     );
     if (looping !== undefined) return `worker ${looping.index} has failed ${looping.failuresInRow} times in a row`;
     const ready = this.#slots.filter(({ state }) => state === 'ready');
@@ -523,12 +467,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     const isInTime = !this.#isStarting && performance.now() >= slot.successorAtMs;
     if (!isInOrder || !isInTime || this.#slots[slot.index] !== slot) return;
     this.#log.error({ event: 'worker_stuck', worker: slot.index, workerPid: slot.worker?.pid }, why);
-    slot.successor = {
-      ...newSlot(slot.index),
-      replaces: slot,
-      restarts: slot.restarts + 1,
-      failuresInRow: slot.failuresInRow,
-    };
+    slot.successor = newSuccessor(slot);
     this.#fork(slot.successor);
   }
 
@@ -666,36 +605,6 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (this.#draining) this.emit('drained');
     else if (failure !== undefined) this.emit('failed', failureError(failure));
   }
-}
-
-function sandboxStatus(sandbox: WorkerSandbox | undefined): NonNullable<SlotStatus['sandbox']> {
-  return { landlockAbi: sandbox?.landlockAbi ?? 0, seccomp: sandbox?.seccomp ?? false };
-}
-
-function newSlot(index: number): Slot {
-  return {
-    index,
-    state: 'due',
-    worker: undefined,
-    failure: undefined,
-    failuresInRow: 0,
-    restarts: 0,
-    timer: undefined,
-    adoptedBy: undefined,
-    stuck: undefined,
-    successor: undefined,
-    replaces: undefined,
-    successorAtMs: 0,
-    page: index,
-  };
-}
-
-function backoffMs({ failuresInRow }: Slot): number {
-  return Math.min(backoffMinMs * 2 ** (failuresInRow - 1), backoffMaxMs);
-}
-
-function isStuck(stuck: Slot['stuck']): stuck is NonNullable<Slot['stuck']> {
-  return stuck !== undefined && performance.now() - stuck.saidAtMs < stuckMsMax;
 }
 
 /** Or has gone, and its replacement will have. */

@@ -10,10 +10,10 @@ import type { EngineSnapshot, LatencySnapshot } from '../../src/engine/native.d.
 import { parseConfig } from '../../src/config/load.ts';
 import type { WorkerSnapshot } from '../../src/messages.ts';
 import { metricsTable, renderMetrics } from '../../src/primary/metrics.ts';
+import type { SlotStatus } from '../../src/primary/slot.ts';
 import { SnapshotBook } from '../../src/primary/snapshot-book.ts';
 import type { Observation } from '../../src/primary/snapshot-book.ts';
 import type { StapleStatus } from '../../src/primary/stapler.ts';
-import type { SlotStatus } from '../../src/primary/workers.ts';
 import { parseScrape } from '../support/prometheus-text.ts';
 import type { ScrapedFamily } from '../support/prometheus-text.ts';
 

@@ -11,7 +11,7 @@ import type { EngineSnapshot } from '../../src/engine/native.d.ts';
 import { History } from '../../src/primary/history.ts';
 import { overviewOf } from '../../src/primary/overview.ts';
 import type { Overview, Subjects } from '../../src/primary/overview.ts';
-import type { SlotStatus } from '../../src/primary/workers.ts';
+import type { SlotStatus } from '../../src/primary/slot.ts';
 import { listenerOf, serverOf, snapshotOf, tokenOf, upstreamOf } from '../support/snapshot.ts';
 
 const config = parseConfig(

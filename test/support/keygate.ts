@@ -17,7 +17,7 @@ import { fileURLToPath } from 'node:url';
 import { stringify } from 'yaml';
 import type { EngineSnapshot } from '../../src/engine/native.d.ts';
 import type { ReloadReport } from '../../src/primary/reload.ts';
-import type { SlotStatus } from '../../src/primary/workers.ts';
+import type { SlotStatus } from '../../src/primary/slot.ts';
 import { parseScrape } from './prometheus-text.ts';
 import type { ProvisionedToken } from './provisioned-token.ts';
 import { until } from './until.ts';
