@@ -23,7 +23,8 @@ import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { PinRefusal, SocketUse, Staple, WorkerFailure, WorkerSandbox } from '../messages.ts';
+import type { PinRefusal, Staple, WorkerFailure, WorkerSandbox } from '../messages.ts';
+import { abandon, adoptAgain, adoptOrphans, takeBack, usesOf } from './accept-queues.ts';
 import { closeSockets, shutSockets } from './listeners.ts';
 import type { Listeners, ListeningSocket, NextListeners } from './listeners.ts';
 import { backoffMs, newSlot, newSuccessor, statusOf, whyStuck } from './slot.ts';
@@ -249,7 +250,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       slot.failuresInRow = 0;
       this.#replaceNow(slot);
     }
-    for (const slot of this.#slots) if (slot.adoptedBy !== undefined) this.#adopt(slot, slot.adoptedBy);
+    adoptAgain(this.#slots, this.#listeners);
     this.#endReload();
     return undefined;
   }
@@ -436,18 +437,13 @@ export class Workers extends EventEmitter<WorkersEvents> {
     slot.timer = setTimeout(() => {
       slot.failuresInRow = 0;
     }, stableAfterMs).unref();
-    const adopter = slot.adoptedBy;
-    slot.adoptedBy = undefined;
-    if (adopter !== undefined) {
-      const sockets = orphansOf(this.#listeners, slot, adopter).map(({ socket }) => socket);
-      adopter.worker?.tell({ type: 'release', sockets });
-    }
+    takeBack(slot, this.#listeners);
     this.#warn(warnings);
     this.#warnOfSandbox(slot.worker?.sandbox);
     this.#everReady = true;
     this.#proved = true;
     this.#log.info({ event: 'worker_ready', worker: slot.index, workerPid: slot.worker?.pid }, 'worker ready');
-    this.#adoptOrphans();
+    adoptOrphans(this.#slots, this.#listeners, this.#log);
     this.#forkDue();
     this.#sayWhatCameToPass();
   }
@@ -488,7 +484,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     former.successor = undefined;
     successor.replaces = undefined;
     this.#slots[former.index] = successor;
-    for (const orphaned of this.#slots) if (orphaned.adoptedBy === former) orphaned.adoptedBy = undefined;
+    abandon(this.#slots, former);
   }
 
   /** When it is not what was said last: as a rule every worker's is the same. */
@@ -532,10 +528,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (this.#everReady) {
       this.#logLoss(slot, pid, failure);
       const { successor } = slot;
-      for (const orphaned of this.#slots) if (orphaned.adoptedBy === slot) orphaned.adoptedBy = undefined;
+      abandon(this.#slots, slot);
       // The one that was to take its place is on its way.
       if (successor !== undefined) this.#takeSlot(slot, successor);
-      this.#adoptOrphans();
+      adoptOrphans(this.#slots, this.#listeners, this.#log);
       if (successor === undefined) this.#replaceLater(slot);
     }
     this.#sayWhatCameToPass();
@@ -573,25 +569,6 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#forkDue();
   }
 
-  /** Connections that wait in the queue of a worker that is not there are accepted by a sibling meanwhile. */
-  #adoptOrphans(): void {
-    const adopter = this.#slots.find(({ state }) => state === 'ready');
-    if (adopter === undefined) return;
-    for (const orphaned of this.#slots) {
-      if (orphaned.state === 'ready' || orphaned.adoptedBy !== undefined) continue;
-      orphaned.adoptedBy = adopter;
-      this.#adopt(orphaned, adopter);
-      this.#log.info(
-        { event: 'queue_adopted', worker: orphaned.index, by: adopter.index },
-        'a sibling serves the accept queue',
-      );
-    }
-  }
-
-  #adopt(orphaned: Slot, adopter: Slot): void {
-    adopter.worker?.tell({ type: 'adopt', accept: orphansOf(this.#listeners, orphaned, adopter) });
-  }
-
   #sayWhatCameToPass(): void {
     if (!this.#isStarting) this.#settled?.();
     if (!this.#allReadySaid && this.#slots.every(({ state }) => state === 'ready')) {
@@ -611,15 +588,4 @@ export class Workers extends EventEmitter<WorkersEvents> {
 function hasCommitted({ commits }: Reload, slot: Slot): void {
   commits.get(slot)?.resolve();
   commits.delete(slot);
-}
-
-/** What the worker in a slot accepts from by itself. */
-function usesOf({ sockets }: Listeners, { index }: Slot): SocketUse[] {
-  return sockets.filter(({ slots }) => slots.includes(index)).map(({ socket, listener }) => ({ socket, listener }));
-}
-
-/** Without those that the sibling shares: it accepts from them, before and after. */
-function orphansOf(listeners: Listeners, orphaned: Slot, sibling: Slot): SocketUse[] {
-  const shared = new Set(usesOf(listeners, sibling).map(({ socket }) => socket));
-  return usesOf(listeners, orphaned).filter(({ socket }) => !shared.has(socket));
 }
