@@ -27,12 +27,14 @@ import type { PinRefusal, Staple, WorkerFailure, WorkerSandbox } from '../messag
 import { abandon, adoptAgain, adoptOrphans, takeBack, usesOf } from './accept-queues.ts';
 import { closeSockets, shutSockets } from './listeners.ts';
 import type { Listeners, ListeningSocket, NextListeners } from './listeners.ts';
+import { ReloadPhases } from './reload-phases.ts';
+import type { Refusal } from './reload-phases.ts';
 import { backoffMs, newSlot, newSuccessor, statusOf, whyStuck } from './slot.ts';
 import type { Slot, SlotStatus } from './slot.ts';
 import { SnapshotBook } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
-import { failureError, failureOf } from './worker-failures.ts';
+import { failureError } from './worker-failures.ts';
 import { WorkerProcess } from './worker-process.ts';
 import type { WorkerNews } from './worker-process.ts';
 
@@ -44,36 +46,10 @@ const crashLoopFailures = 4;
 const observeDeadlineMs = 250;
 /** A worker is asked each second. One that has not answered for so long will not any more, as when a module hangs in a reload: it is stuck. */
 const stuckSilenceMs = 15_000;
-/** A worker that has prepared a reload commits it in no time; one that does not is killed, and its replacement is whole. */
-const commitDeadlineMs = 15_000;
 /** A worker accepts what waits at a socket in no time; one whose JavaScript thread hangs does not know that it should. */
 const retireDeadlineMs = 2_000;
 /** No observation has this number. */
 const unasked = 0;
-
-/** What a worker cannot serve, and so none will. */
-export interface Refusal {
-  /** Slot of the worker; undefined when it is about all of them. */
-  readonly worker: number | undefined;
-  readonly failure: WorkerFailure;
-}
-
-interface Reload {
-  readonly number: number;
-  readonly config: Config;
-  readonly listeners: NextListeners;
-  /** Workers that were told to prepare. */
-  readonly asked: Set<Slot>;
-  /** Those that have not answered yet. */
-  readonly answers: Map<Slot, PromiseWithResolvers<WorkerFailure | undefined>>;
-  readonly warnings: Set<string>;
-  /** Set once: the second phase has begun, and cannot be refused. */
-  committing: boolean;
-  /** Workers that have not said yet that they have committed. */
-  readonly commits: Map<Slot, PromiseWithResolvers<void>>;
-  /** Set once: this reload must not be committed. */
-  refusal: Refusal | undefined;
-}
 
 interface WorkersEvents {
   /** Every slot is ready, for the first time. */
@@ -97,7 +73,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   #observation = 0;
   #reloads = 0;
   /** While there is one nobody is forked: a worker is of one configuration. */
-  #reload: Reload | undefined;
+  #reload: ReloadPhases | undefined;
   #settled: (() => void) | undefined;
   #draining = false;
   #everReady = false;
@@ -182,37 +158,15 @@ export class Workers extends EventEmitter<WorkersEvents> {
   }
 
   /**
-   * First phase of a reload: every worker makes the configuration ready beside the one that serves. The first does it
-   * alone, so that what is wrong costs one worker's effort and one try of a PIN. Workers that are starting are waited for;
-   * those that wait to be forked will start with what is committed.
+   * First phase of a reload: every worker makes the configuration ready beside the one that serves. Workers that are
+   * starting are waited for; those that wait to be forked will start with what is committed.
    * @returns why it must be discarded, or undefined: then `commit` or `discard` ends it.
    */
   async prepare(config: Config, listeners: NextListeners, deadlineMs: number): Promise<Refusal | undefined> {
-    const reload: Reload = {
-      number: ++this.#reloads,
-      config,
-      listeners,
-      asked: new Set(),
-      answers: new Map(),
-      warnings: new Set(),
-      committing: false,
-      commits: new Map(),
-      refusal: undefined,
-    };
+    const reload = new ReloadPhases(++this.#reloads, config, listeners);
     this.#reload = reload;
-    if (this.#draining) this.#refuse(reload, undefined, 'keygate drains');
-    const late = setTimeout(() => {
-      const slot = this.#slots.find(({ state }) => state === 'starting') ?? reload.answers.keys().next().value;
-      this.#refuse(reload, slot, `no answer within ${deadlineMs} ms; ${slot?.worker?.doing ?? 'it said nothing'}`);
-    }, deadlineMs);
-    await this.#whenSettled();
-    const ready = () => this.#slots.filter((slot) => slot.state === 'ready' && !reload.asked.has(slot));
-    const [first] = ready();
-    if (first === undefined) this.#refuse(reload, undefined, 'no worker is ready to try it');
-    else await this.#ask(reload, first);
-    await Promise.all(ready().map(async (slot) => this.#ask(reload, slot)));
-    clearTimeout(late);
-    return reload.refusal;
+    if (this.#draining) reload.refuse(undefined, 'keygate drains');
+    return reload.prepare(this.#slots, this.#whenSettled(), deadlineMs);
   }
 
   /**
@@ -227,18 +181,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#config = reload.config;
     this.#listeners = reload.listeners;
     for (const { fd, backlog } of reload.listeners.resized) engine().setBacklog(fd, backlog);
-    reload.committing = true;
-    const commits = [...reload.asked].map(async (slot) => {
-      const committed = Promise.withResolvers<void>();
-      reload.commits.set(slot, committed);
-      slot.worker?.tell({ type: 'commit', reload: reload.number });
-      return committed.promise;
-    });
-    const late = setTimeout(() => {
-      for (const { worker } of reload.commits.keys()) worker?.kill();
-    }, commitDeadlineMs);
-    await Promise.all(commits);
-    clearTimeout(late);
+    await reload.commit();
     this.#book.keepOnly(reload.config);
     this.#warned.clear();
     this.#warn(reload.warnings);
@@ -278,7 +221,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   discard(): void {
     const reload = this.#reload;
     if (reload === undefined) return;
-    for (const slot of reload.asked) slot.worker?.tell({ type: 'discard', reload: reload.number });
+    reload.discard();
     this.#endReload();
   }
 
@@ -310,7 +253,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
    */
   drain(deadlineMs: number): void {
     this.#draining = true;
-    if (this.#reload !== undefined) this.#refuse(this.#reload, undefined, 'keygate drains');
+    this.#reload?.refuse(undefined, 'keygate drains');
     for (const slot of this.#all) {
       if (slot.state === 'waiting') clearTimeout(slot.timer);
       slot.worker?.drain(deadlineMs);
@@ -327,41 +270,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
     return this.#all.some(({ state }) => state === 'starting');
   }
 
-  async #ask(reload: Reload, slot: Slot): Promise<void> {
-    if (reload.refusal !== undefined) return;
-    const answer = Promise.withResolvers<WorkerFailure | undefined>();
-    reload.asked.add(slot);
-    reload.answers.set(slot, answer);
-    const { listeners } = reload;
-    try {
-      slot.worker?.prepare(
-        { reload: reload.number, config: reload.config, accept: usesOf(listeners, slot) },
-        listeners.opened,
-      );
-    } catch (error) {
-      answer.resolve(failureOf('worker_failed', `it cannot be handed the new sockets: ${String(error)}`, 1));
-    }
-    const failure = await answer.promise;
-    reload.answers.delete(slot);
-    if (failure !== undefined) this.#refuse(reload, slot, failure);
-  }
-
-  /** The first reason counts; nobody is waited for any more. */
-  #refuse(reload: Reload, slot: Slot | undefined, reason: WorkerFailure | string): void {
-    if (reload.committing) return;
-    const failure = typeof reason === 'string' ? failureOf('worker_failed', reason, 69) : reason;
-    reload.refusal ??= { worker: slot?.index, failure };
-    for (const { resolve } of reload.answers.values()) resolve(undefined);
-    this.#settled?.();
-  }
-
   /** Nobody is starting: whoever runs is ready. */
   async #whenSettled(): Promise<void> {
     if (!this.#isStarting) return;
     const { promise, resolve } = Promise.withResolvers<void>();
     this.#settled = resolve;
     await promise;
-    this.#settled = undefined;
   }
 
   #endReload(): void {
@@ -414,15 +328,9 @@ export class Workers extends EventEmitter<WorkersEvents> {
         slot.worker?.tell({ type: 'leave' });
         return;
       case 'prepared':
-        if (this.#reload?.number !== news.reload) return;
-        for (const warning of news.warnings) this.#reload.warnings.add(warning);
-        this.#reload.answers.get(slot)?.resolve(undefined);
-        return;
       case 'refused':
-        if (this.#reload?.number === news.reload) this.#reload.answers.get(slot)?.resolve(news.failure);
-        return;
       case 'committed':
-        if (this.#reload?.number === news.reload) hasCommitted(this.#reload, slot);
+        if (this.#reload?.number === news.reload) this.#reload.hear(slot, news);
         return;
       case 'snapshot':
         this.#book.enter(news.id, slot.page, news.snapshot);
@@ -511,10 +419,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
       this.#log.info({ event: 'worker_ended', worker: slot.index }, 'worker ended');
       return this.#sayWhatCameToPass();
     }
-    if (this.#reload?.asked.has(slot) === true) {
-      this.#refuse(this.#reload, slot, failure);
-      hasCommitted(this.#reload, slot);
-    }
+    this.#reload?.lost(slot, failure);
     this.#book.retire(slot.page, slot.index);
     if (this.#draining) {
       this.#log.info({ event: 'worker_ended', worker: slot.index }, 'worker ended');
@@ -582,10 +487,4 @@ export class Workers extends EventEmitter<WorkersEvents> {
     if (this.#draining) this.emit('drained');
     else if (failure !== undefined) this.emit('failed', failureError(failure));
   }
-}
-
-/** Or has gone, and its replacement will have. */
-function hasCommitted({ commits }: Reload, slot: Slot): void {
-  commits.get(slot)?.resolve();
-  commits.delete(slot);
 }
