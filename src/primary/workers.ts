@@ -23,7 +23,7 @@ import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
 import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
-import type { PinRefusal, Staple, WorkerFailure, WorkerSandbox } from '../messages.ts';
+import type { PinRefusal, Staple, WorkerFailure } from '../messages.ts';
 import { abandon, adoptAgain, adoptOrphans, takeBack, usesOf } from './accept-queues.ts';
 import { closeSockets, shutSockets } from './listeners.ts';
 import type { Listeners, ListeningSocket, NextListeners } from './listeners.ts';
@@ -37,6 +37,7 @@ import type { TicketEpochs } from './ticket-epochs.ts';
 import { failureError } from './worker-failures.ts';
 import { WorkerProcess } from './worker-process.ts';
 import type { WorkerNews } from './worker-process.ts';
+import { WorkerWarnings } from './worker-warnings.ts';
 
 /** A worker that has been ready this long has not failed "in a row". */
 const stableAfterMs = 60_000;
@@ -81,10 +82,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
   readonly #refusalSecret = randomBytes(32);
   /** Of workers that could not start, by their digests: a reload lets others try, and not the same PIN. */
   readonly #refusals = new Map<string, PinRefusal>();
-  /** What was said of the tokens since the configuration was committed. */
-  readonly #warned = new Set<string>();
-  /** What is missing in the sandbox, as it was logged last. */
-  #sandboxSaid = JSON.stringify([]);
+  readonly #warnings: WorkerWarnings;
   #allReadySaid = false;
   /** A worker has logged in since the last loss. */
   #proved = false;
@@ -106,6 +104,7 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#epochs = epochs;
     this.#staples = staples;
     this.#log = log;
+    this.#warnings = new WorkerWarnings(log);
     this.#slots = Array.from({ length: slots }, (_, index) => newSlot(index));
   }
 
@@ -183,8 +182,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
     for (const { fd, backlog } of reload.listeners.resized) engine().setBacklog(fd, backlog);
     await reload.commit();
     this.#book.keepOnly(reload.config);
-    this.#warned.clear();
-    this.#warn(reload.warnings);
+    this.#warnings.forgetTokens();
+    this.#warnings.ofTokens(reload.warnings);
     // What kept them from starting may be mended. A PIN that was refused is not tried again, and another one by one worker for all.
     if (this.#halted !== undefined) this.#proved = false;
     this.#halted = undefined;
@@ -346,22 +345,14 @@ export class Workers extends EventEmitter<WorkersEvents> {
       slot.failuresInRow = 0;
     }, stableAfterMs).unref();
     takeBack(slot, this.#listeners);
-    this.#warn(warnings);
-    this.#warnOfSandbox(slot.worker?.sandbox);
+    this.#warnings.ofTokens(warnings);
+    this.#warnings.ofSandbox(slot.worker?.sandbox);
     this.#everReady = true;
     this.#proved = true;
     this.#log.info({ event: 'worker_ready', worker: slot.index, workerPid: slot.worker?.pid }, 'worker ready');
     adoptOrphans(this.#slots, this.#listeners, this.#log);
     this.#forkDue();
     this.#sayWhatCameToPass();
-  }
-
-  /** Each worker says it; a token that was away for one only is told of, too. */
-  #warn(warnings: Iterable<string>): void {
-    for (const warning of warnings) {
-      if (!this.#warned.has(warning)) this.#log.warn({ event: 'token_warning' }, warning);
-      this.#warned.add(warning);
-    }
   }
 
   /** A worker serves on, and another is started beside it, unless one that was failed a moment ago. */
@@ -393,19 +384,6 @@ export class Workers extends EventEmitter<WorkersEvents> {
     successor.replaces = undefined;
     this.#slots[former.index] = successor;
     abandon(this.#slots, former);
-  }
-
-  /** When it is not what was said last: as a rule every worker's is the same. */
-  #warnOfSandbox(sandbox: WorkerSandbox | undefined): void {
-    const said = JSON.stringify(sandbox?.missing ?? 'off');
-    if (said === this.#sandboxSaid) return;
-    this.#sandboxSaid = said;
-    if (sandbox === undefined) {
-      this.#log.warn({ event: 'sandbox_off' }, 'workers are in no sandbox: `sandbox.enabled` is false');
-    } else if (sandbox.missing.length > 0) {
-      const { landlockAbi, seccomp, missing } = sandbox;
-      this.#log.warn({ event: 'sandbox_limited', landlockAbi, seccomp, missing }, 'the sandbox is not as it should be');
-    }
   }
 
   #gone(slot: Slot, failure: WorkerFailure): void {
