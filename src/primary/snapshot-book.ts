@@ -18,6 +18,11 @@ import type {
   TokenSnapshot,
 } from '../engine/native.d.ts';
 
+/** Answers that come later are not waited for; the last known snapshot serves. */
+const observeDeadlineMs = 250;
+/** No observation has this number. */
+export const unasked = 0;
+
 /** All workers as one, living and dead. */
 export interface Observation {
   readonly engine: EngineSnapshot;
@@ -39,23 +44,33 @@ export class SnapshotBook {
   /** By slot. */
   readonly #retiredCpu = new Map<number, CpuUse>();
   readonly #answeredAt = new Map<number, number>();
-  #awaited = { id: 0, slots: new Set<number>(), done: () => {} };
+  #awaited = { id: unasked, pages: new Set<number>(), done: () => {} };
 
-  /** Resolves when each of `slots` has answered observation `id`. A later call supersedes an earlier one. */
-  async expect(id: number, slots: readonly number[]): Promise<void> {
+  /**
+   * Begins observation `id`, and ends the one before. `answered` resolves when each of `pages` has been entered for it, or
+   * at its deadline.
+   */
+  expect(pages: readonly number[]): { readonly id: number; readonly answered: Promise<void> } {
     this.#awaited.done();
-    const { promise, resolve } = Promise.withResolvers<void>();
-    this.#awaited = { id, slots: new Set(slots), done: resolve };
-    if (slots.length === 0) resolve();
-    return promise;
+    const { promise: answered, resolve } = Promise.withResolvers<void>();
+    const timer = setTimeout(resolve, observeDeadlineMs);
+    const done = (): void => {
+      clearTimeout(timer);
+      resolve();
+    };
+    const id = this.#awaited.id + 1;
+    this.#awaited = { id, pages: new Set(pages), done };
+    if (pages.length === 0) done();
+    return { id, answered };
   }
 
-  enter(id: number, slot: number, snapshot: WorkerSnapshot): void {
-    this.#living.set(slot, snapshot);
-    this.#answeredAt.set(slot, performance.now());
+  /** @param id of the observation that it answers, or `unasked` */
+  enter(id: number, page: number, snapshot: WorkerSnapshot): void {
+    this.#living.set(page, snapshot);
+    this.#answeredAt.set(page, performance.now());
     if (id !== this.#awaited.id) return;
-    this.#awaited.slots.delete(slot);
-    if (this.#awaited.slots.size === 0) this.#awaited.done();
+    this.#awaited.pages.delete(page);
+    if (this.#awaited.pages.size === 0) this.#awaited.done();
   }
 
   /** Milliseconds since the worker said what it has measured; undefined when it has not yet. */

@@ -31,7 +31,7 @@ import { ReloadPhases } from './reload-phases.ts';
 import type { Refusal } from './reload-phases.ts';
 import { backoffMs, newSlot, newSuccessor, statusOf, whyStuck } from './slot.ts';
 import type { Slot, SlotStatus } from './slot.ts';
-import { SnapshotBook } from './snapshot-book.ts';
+import { SnapshotBook, unasked } from './snapshot-book.ts';
 import type { Observation } from './snapshot-book.ts';
 import type { TicketEpochs } from './ticket-epochs.ts';
 import { failureError } from './worker-failures.ts';
@@ -43,14 +43,10 @@ import { WorkerWarnings } from './worker-warnings.ts';
 const stableAfterMs = 60_000;
 /** This many failures in a row are a crash loop. */
 const crashLoopFailures = 4;
-/** Answers to `observe` that come later are not waited for; the last known snapshot serves. */
-const observeDeadlineMs = 250;
 /** A worker is asked each second. One that has not answered for so long will not any more, as when a module hangs in a reload: it is stuck. */
 const stuckSilenceMs = 15_000;
 /** A worker accepts what waits at a socket in no time; one whose JavaScript thread hangs does not know that it should. */
 const retireDeadlineMs = 2_000;
-/** No observation has this number. */
-const unasked = 0;
 
 interface WorkersEvents {
   /** Every slot is ready, for the first time. */
@@ -71,7 +67,6 @@ export class Workers extends EventEmitter<WorkersEvents> {
   /** Workers that have lost their slots to successors and end with their connections. */
   readonly #retired = new Set<Slot>();
   readonly #book = new SnapshotBook();
-  #observation = 0;
   #reloads = 0;
   /** While there is one nobody is forked: a worker is of one configuration. */
   #reload: ReloadPhases | undefined;
@@ -138,17 +133,10 @@ export class Workers extends EventEmitter<WorkersEvents> {
 
   /** What all workers measured, living and dead, as one; a worker that does not answer in time counts with its last answer. */
   async observe(): Promise<Observation> {
-    const id = ++this.#observation;
     const asked = [...this.#slots.filter(({ state }) => state === 'ready'), ...this.#retired];
-    const answers = this.#book.expect(
-      id,
-      asked.map(({ page }) => page),
-    );
-    for (const slot of asked) slot.worker?.tell({ type: 'observe', id });
-    const deadline = Promise.withResolvers<void>();
-    const timer = setTimeout(deadline.resolve, observeDeadlineMs);
-    await Promise.race([answers, deadline.promise]);
-    clearTimeout(timer);
+    const { id, answered } = this.#book.expect(asked.map(({ page }) => page));
+    for (const { worker } of asked) worker?.tell({ type: 'observe', id });
+    await answered;
     for (const slot of this.#slots) {
       const silenceMs = slot.state === 'ready' ? (this.#book.silenceMs(slot.index) ?? 0) : 0;
       if (silenceMs > stuckSilenceMs) this.#stuck(slot, 'its JavaScript thread hangs, perhaps in a token');
