@@ -92,11 +92,6 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   const stapler = new Stapler(config, log);
   const workers = new Workers(config, slots, listeners, epochs, () => stapler.staples, log);
   stapler.on('changed', (staples) => workers.giveStaples(staples));
-  const ended = Promise.withResolvers<void>();
-  const allReady = Promise.withResolvers<void>();
-  workers.once('allReady', allReady.resolve);
-  workers.once('drained', ended.resolve);
-  workers.once('failed', ended.reject);
   const rotateEvery = (intervalMs: number) =>
     setInterval(() => {
       workers.rotateTickets();
@@ -220,7 +215,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
   // What is in the cache is there before the first client; whatever is not comes when it comes.
   void stapler.follow(config);
   workers.start();
-  const end = ended.promise.finally(async () => {
+  const end = workers.ended.finally(async () => {
     clearInterval(observation);
     clearInterval(rotation);
     stapler.stop();
@@ -229,7 +224,7 @@ export async function serve(config: Config, { allowKeyLog = false }: ServeOption
     const cut = measured.closes.find(({ side, phase }) => side === 'proxy' && phase === 'drain')?.count ?? 0;
     log.info({ event: 'ended', cut }, cut === 0 ? 'no worker is left' : 'connections were cut at the deadline');
   });
-  await Promise.race([allReady.promise, end]);
+  await Promise.race([workers.allReady, end]);
   if (predecessor !== undefined && workers.unreadiness === undefined) {
     await predecessor.prepared();
     await openOwnAdmin();

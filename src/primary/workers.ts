@@ -18,10 +18,8 @@
  * wrong is tried once, not once per worker.
  */
 import { randomBytes } from 'node:crypto';
-import { EventEmitter } from 'node:events';
 import type { Config, LogLevel } from '../config/config.ts';
 import { engine } from '../engine/binding.ts';
-import type { KeygateError } from '../errors.ts';
 import type { Log } from '../log.ts';
 import type { PinRefusal, Staple, WorkerFailure } from '../messages.ts';
 import { abandon, adoptAgain, adoptOrphans, takeBack, usesOf } from './accept-queues.ts';
@@ -48,16 +46,7 @@ const stuckSilenceMs = 15_000;
 /** A worker accepts what waits at a socket in no time; one whose JavaScript thread hangs does not know that it should. */
 const retireDeadlineMs = 2_000;
 
-interface WorkersEvents {
-  /** Every slot is ready, for the first time. */
-  allReady: [];
-  /** A drain has ended: no worker is left. */
-  drained: [];
-  /** No worker is left and none may be forked: before the first was ready, or after a PIN was refused. */
-  failed: [KeygateError];
-}
-
-export class Workers extends EventEmitter<WorkersEvents> {
+export class Workers {
   #config: Config;
   #listeners: Listeners;
   readonly #epochs: TicketEpochs;
@@ -78,7 +67,8 @@ export class Workers extends EventEmitter<WorkersEvents> {
   /** Of workers that could not start, by their digests: a reload lets others try, and not the same PIN. */
   readonly #refusals = new Map<string, PinRefusal>();
   readonly #warnings: WorkerWarnings;
-  #allReadySaid = false;
+  readonly #allReady = Promise.withResolvers<void>();
+  readonly #ended = Promise.withResolvers<void>();
   /** A worker has logged in since the last loss. */
   #proved = false;
   /** Until a reload: no process may be forked any more. */
@@ -93,7 +83,6 @@ export class Workers extends EventEmitter<WorkersEvents> {
     staples: () => readonly Staple[],
     log: Log,
   ) {
-    super();
     this.#config = config;
     this.#listeners = listeners;
     this.#epochs = epochs;
@@ -103,9 +92,22 @@ export class Workers extends EventEmitter<WorkersEvents> {
     this.#slots = Array.from({ length: slots }, (_, index) => newSlot(index));
   }
 
-  /** Forks the first worker, and the others once it is ready. What becomes of them is told by events. */
+  /** Forks the first worker, and the others once it is ready. */
   start(): void {
     this.#forkDue();
+  }
+
+  /** Resolves when every slot is ready, for the first time. */
+  get allReady(): Promise<void> {
+    return this.#allReady.promise;
+  }
+
+  /**
+   * Resolves when a drain has ended: no worker is left. Rejects when no worker is left and none may be forked: before the
+   * first was ready, or after a PIN was refused.
+   */
+  get ended(): Promise<void> {
+    return this.#ended.promise;
   }
 
   /** What those who are forked from now on listen on. */
@@ -442,15 +444,12 @@ export class Workers extends EventEmitter<WorkersEvents> {
 
   #sayWhatCameToPass(): void {
     if (!this.#isStarting) this.#settled?.();
-    if (!this.#allReadySaid && this.#slots.every(({ state }) => state === 'ready')) {
-      this.#allReadySaid = true;
-      this.emit('allReady');
-    }
+    if (this.#slots.every(({ state }) => state === 'ready')) this.#allReady.resolve();
     if (this.#all.some(({ worker }) => worker !== undefined)) return;
     const failure =
       this.#halted ??
       (this.#everReady ? undefined : this.#slots.find(({ failure: found }) => found !== undefined)?.failure);
-    if (this.#draining) this.emit('drained');
-    else if (failure !== undefined) this.emit('failed', failureError(failure));
+    if (this.#draining) this.#ended.resolve();
+    else if (failure !== undefined) this.#ended.reject(failureError(failure));
   }
 }
