@@ -1,6 +1,6 @@
 /**
  * Owns: what is known of a worker slot, and what follows from that alone.
- * Must not know: what brings a slot from one state to the next (workers.ts, which draws them).
+ * Must not know: what brings a slot from one state to the next (slots.ts, which draws them).
  * Runs: main thread of the primary.
  */
 import type { WorkerFailure, WorkerSandbox } from '../messages.ts';

@@ -24,7 +24,7 @@ const handoverFd = 4;
 const firstSocketFd = 5;
 
 /** What a worker is told first, but for the sockets. */
-type WorkerStart = Omit<MessageOf<'start'>, 'type' | 'sockets' | 'firstFd' | 'handoverFd'>;
+export type WorkerStart = Omit<MessageOf<'start'>, 'type' | 'sockets' | 'firstFd' | 'handoverFd'>;
 
 type MessageOf<Type extends PrimaryMessage['type']> = Extract<PrimaryMessage, { type: Type }>;
 
