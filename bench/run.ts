@@ -134,7 +134,7 @@ async function main(): Promise<void> {
     contenders:
       values.contenders === undefined
         ? values.full
-          ? all
+          ? all.filter((name) => name !== 'keygate-before')
           : mostTelling
         : chosen('contenders', values.contenders, all),
   };

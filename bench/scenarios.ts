@@ -92,7 +92,11 @@ const usual: Setting = {
   sandbox: true,
 };
 
-const all = (...names: readonly ContenderName[]): Subject[] => names.map((contender) => ({ contender }));
+/** Wherever keygate is one of several, the one of another checkout can be another. */
+const all = (...names: readonly ContenderName[]): Subject[] =>
+  names
+    .flatMap((name): ContenderName[] => (name === 'keygate' ? [name, 'keygate-before'] : [name]))
+    .map((contender) => ({ contender }));
 
 const handshakeSubjects = all(
   'keygate',

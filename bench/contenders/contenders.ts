@@ -10,13 +10,14 @@
 import type { Contender } from './contender.ts';
 import { haproxyFile } from './haproxy.ts';
 import { hitchFile } from './hitch.ts';
-import { keygate } from './keygate.ts';
+import { keygate, keygateBefore } from './keygate.ts';
 import { nginxFile, nginxSoftHsm } from './nginx.ts';
 import { nodeFile } from './node.ts';
 import { stunnelSoftHsm } from './stunnel.ts';
 
 export const contenders = {
   keygate,
+  'keygate-before': keygateBefore,
   'nginx-softhsm': nginxSoftHsm,
   'nginx-file': nginxFile,
   'haproxy-file': haproxyFile,

@@ -1,30 +1,41 @@
 /**
- * Owns: keygate as a contender: what must be built, how it is configured and started.
+ * Owns: keygate as a contender, also of another checkout: what must be built, how it is configured and started.
  * Must not know: how it is measured.
  * Runs: in the benchmark's process.
  */
-import { join } from 'node:path';
+import { join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { suiteOf } from '../negotiation.ts';
 import type { Command } from '../processes.ts';
 import { keygateVersion, softHsmVersion } from '../versions.ts';
 import { backlog, connectionsMax, filesOf, idleSeconds, write } from './contender.ts';
-import type { Contender, Need, Place } from './contender.ts';
+import type { Contender, Place } from './contender.ts';
 import { softHsmNeed } from './openssl.ts';
 
 const root = fileURLToPath(new URL('../..', import.meta.url));
-const engineNeed: Need = { files: [join(root, 'src/engine/keygate-engine.node')], from: 'scripts/bootstrap' };
 
-export const keygate: Contender = {
-  title: 'keygate, key in SoftHSM',
-  needs: [softHsmNeed, engineNeed],
-  versions: () => ({ ...keygateVersion(root), softhsm: softHsmVersion() }),
-  cannot: () => undefined,
-  command,
-};
+export const keygate = keygateIn(root, 'keygate, key in SoftHSM');
+
+/** Without another checkout it is the same keygate, and the ratio of the two is what noise makes. */
+const before = process.env['KEYGATE_BENCH_BEFORE'];
+export const keygateBefore = keygateIn(
+  resolve(before ?? root),
+  before === undefined ? 'keygate, once more' : 'keygate before',
+);
+
+/** @param checkout is built: the file of its engine is there, and its packages are installed */
+function keygateIn(checkout: string, title: string): Contender {
+  return {
+    title,
+    needs: [softHsmNeed, { files: [join(checkout, 'src/engine/keygate-engine.node')], from: 'scripts/bootstrap' }],
+    versions: () => ({ ...keygateVersion(checkout), softhsm: softHsmVersion() }),
+    cannot: () => undefined,
+    command: (place) => command(join(checkout, 'bin/keygate'), place),
+  };
+}
 
 /** Its defaults, but for what all are told. */
-function command(place: Place): Command {
+function command(program: string, place: Place): Command {
   const { setting, token } = place;
   const key = filesOf(place);
   const chains = chainsOf(place);
@@ -54,7 +65,7 @@ function command(place: Place): Command {
     `    certificates: [${chains.map(({ name }) => name).join(', ')}]`,
   ]);
   return {
-    file: join(root, 'bin/keygate'),
+    file: program,
     args: ['serve', '-c', config],
     env: token.env,
     cwd: place.directory,
