@@ -26,7 +26,7 @@ import { backoffMs, newSlot, newSuccessor } from './slot.ts';
 import type { Slot } from './slot.ts';
 import { unasked } from './snapshot-book.ts';
 import type { SnapshotBook } from './snapshot-book.ts';
-import { failureError } from './worker-failures.ts';
+import { failureError, forkFailure } from './worker-failures.ts';
 import { WorkerProcess } from './worker-process.ts';
 import type { WorkerNews } from './worker-process.ts';
 import { WorkerWarnings } from './worker-warnings.ts';
@@ -114,15 +114,19 @@ export class Slots {
 
   #fork(slot: Slot): void {
     const { listeners } = this.#served;
-    slot.worker = new WorkerProcess(slot.index, listeners.sockets, this.#served.startOf(slot), this.#log, {
-      onNews: (news) => {
-        this.#hear(slot, news);
-      },
-      onEnd: (failure) => {
-        this.#gone(slot, failure);
-      },
-    });
     slot.state = 'starting';
+    try {
+      slot.worker = new WorkerProcess(slot.index, listeners.sockets, this.#served.startOf(slot), this.#log, {
+        onNews: (news) => {
+          this.#hear(slot, news);
+        },
+        onEnd: (failure) => {
+          this.#gone(slot, failure);
+        },
+      });
+    } catch (error) {
+      this.#gone(slot, forkFailure(slot.index, error));
+    }
   }
 
   #hear(slot: Slot, news: WorkerNews): void {

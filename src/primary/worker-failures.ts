@@ -13,9 +13,10 @@ export function exitFailure(slot: number, code: number | null, signal: string | 
   return failureOf('worker_failed', `worker ${slot} ${how}`, 1);
 }
 
-export function forkFailure(slot: number, error: Error): WorkerFailure {
-  const failure = failureOf('worker_failed', `worker ${slot} cannot be forked: ${error.message}`, 1);
-  if (!('code' in error) || error.code !== 'EACCES') return failure;
+export function forkFailure(slot: number, error: unknown): WorkerFailure {
+  const { code, message } = error as NodeJS.ErrnoException;
+  const failure = failureOf('worker_failed', `worker ${slot} cannot be forked: ${message}`, 1);
+  if (code !== 'EACCES') return failure;
   return {
     ...failure,
     hint: 'the user that workers run as must be allowed to read and execute what keygate consists of',

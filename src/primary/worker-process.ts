@@ -52,7 +52,10 @@ export class WorkerProcess {
   #failure: WorkerFailure | undefined;
   #hasRetired = (): void => {};
 
-  /** @param sockets all of all workers */
+  /**
+   * @param sockets all of all workers
+   * @throws Error there can be no process: out of descriptors. Other reasons are told by `onEnd`.
+   */
   constructor(slot: number, sockets: readonly ListeningSocket[], start: WorkerStart, log: Log, listening: Listening) {
     const handover = engine().openHandover();
     const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
@@ -65,8 +68,7 @@ export class WorkerProcess {
       serialization: 'advanced',
       stdio: ['inherit', 'inherit', 'inherit', 'ipc', handover.worker, ...sockets.map(({ fd }) => fd)],
     });
-    const worker = cluster.fork({ KEYGATE_SLOT: String(slot) });
-    closeSync(handover.worker);
+    const worker = forked(slot, handover);
     this.startedAt = new Date();
     this.#worker = worker;
     this.#handover = handover.primary;
@@ -178,6 +180,17 @@ export class WorkerProcess {
     this.#hasRetired();
     closeSync(this.#handover);
     this.#listening.onEnd(failure);
+  }
+}
+
+function forked(slot: number, handover: { readonly primary: number; readonly worker: number }): Worker {
+  try {
+    return cluster.fork({ KEYGATE_SLOT: String(slot) });
+  } catch (error) {
+    closeSync(handover.primary);
+    throw error;
+  } finally {
+    closeSync(handover.worker);
   }
 }
 

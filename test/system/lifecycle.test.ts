@@ -5,6 +5,7 @@
  * Runs: against a real `keygate serve` on SoftHSM behind the fault module, one token and one keygate per test.
  */
 import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
 import { once } from 'node:events';
 import { chmodSync, chownSync, lstatSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:net';
@@ -113,6 +114,32 @@ it('a worker that crashes again and again is replaced ever later, and keygate is
   faults.clear();
   await keygate.logged({ event: 'worker_ready', worker: 0 }, { since: keygate.log.length, deadlineMs: 30_000 });
   await until('readiness', async () => (await keygate.admin('/ready')).status === 200, { deadlineMs: 30_000 });
+});
+
+it('a primary without descriptors loses nothing, and replaces a worker once it has some again', async (test) => {
+  const { keygate } = await service(test, { workers: 2 });
+  const established = await Promise.all(Array.from({ length: 12 }, () => tlsClient({ port: keygate.port() })));
+  // A new one must be below the limit: none at all, or two for a channel and none for a process.
+  for (const limit of [1, freeDescriptors(keygate.pid)[1] ?? 0]) {
+    const since = keygate.log.length;
+    // Without a descriptor for the connection the admin server is out of reach.
+    const worker = await pidOf(keygate, 1);
+    const before = limitDescriptors(keygate.pid, limit);
+    process.kill(worker, 'SIGKILL');
+    await until('word of a worker that cannot be forked', () =>
+      keygate.log
+        .slice(since)
+        .some(({ event, message }) => event === 'worker_lost' && /cannot be forked/.test(message)),
+    );
+    await assertServes(keygate.port());
+    limitDescriptors(keygate.pid, before);
+    await keygate.logged({ event: 'worker_ready', worker: 1 }, { since });
+  }
+  const echoes = await Promise.allSettled(established.map(async (client) => assertEchoes(client)));
+  const survivors = echoes.filter(({ status }) => status === 'fulfilled').length;
+  assert.ok(survivors > 0);
+  await until('only those of the other worker', async () => (await connectionsOpen(keygate)) === survivors);
+  for (const client of established) client.destroy();
 });
 
 it('a PIN that was changed after the start is tried once, and no worker is started any more', async (test) => {
@@ -456,6 +483,19 @@ async function echoWhile(goesOn: () => boolean, client: TLSSocket): Promise<bool
   } catch {
     return false;
   }
+}
+
+/** Numbers that it has not given to a file, lowest first. */
+function freeDescriptors(pid: number): number[] {
+  const taken = new Set(readdirSync(`/proc/${pid}/fd`).map(Number));
+  return Array.from({ length: taken.size + 10 }, (_, number) => number).filter((number) => !taken.has(number));
+}
+
+/** @returns what the limit was */
+function limitDescriptors(pid: number, limit: number): number {
+  const [, soft] = /^Max open files +(\d+)/m.exec(readFileSync(`/proc/${pid}/limits`, 'utf8')) ?? [];
+  execFileSync('prlimit', ['--pid', String(pid), `--nofile=${limit}:`]);
+  return Number(soft);
 }
 
 /** How many clients are in the accept queue: the rx_queue of a listening socket. */
