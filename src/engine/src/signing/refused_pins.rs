@@ -44,7 +44,7 @@ struct Presented {
 
 /// A call that has not returned for so long went to a token that is gone: the process that takes the place of this one may try.
 /// Longer than whoever waits for the login lock does (`login_lock::HELD_MAX`).
-pub const ANSWER_MAX: Duration = Duration::from_secs(60);
+pub const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// Why a PIN must not be sent now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
