@@ -116,6 +116,17 @@ it('a worker that crashes again and again is replaced ever later, and keygate is
   await until('readiness', async () => (await keygate.admin('/ready')).status === 200, { deadlineMs: 30_000 });
 });
 
+it('a module that crashes costs its worker the connections, and nobody else any', async (test) => {
+  const { keygate, faults } = await service(test, { workers: 2 });
+  const since = keygate.log.length;
+  faults.set('crashLeft', 1);
+  await assert.rejects(assertServes(keygate.port()), 'who was signed for');
+  const { message, worker } = await keygate.logged({ event: 'worker_lost' }, { since });
+  assert.match(message, /was ended by SIGSEGV$/);
+  for (let client = 0; client < 10; client++) await assertServes(keygate.port());
+  await keygate.logged({ event: 'worker_ready', worker }, { since });
+});
+
 it('a primary without descriptors loses nothing, and replaces a worker once it has some again', async (test) => {
   const { keygate } = await service(test, { workers: 2 });
   const established = await Promise.all(Array.from({ length: 12 }, () => tlsClient({ port: keygate.port() })));
