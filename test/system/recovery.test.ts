@@ -282,6 +282,8 @@ interface Finding {
   readonly refused: number;
   /** Workers that keygate itself put in the place of others. */
   readonly replaced: number;
+  /** Processes that were not there before, and that neither keygate nor its service manager started. */
+  readonly byHand: number;
   readonly descriptors: readonly [number, number];
   readonly megabytes: readonly [number, number];
 }
@@ -289,10 +291,20 @@ const findings: Finding[] = [];
 
 after(() => {
   const heads = ['fault', 'established lost', 'healed after', 'wrong signatures', 'refused', 'workers replaced'];
-  const lines = findings.map(({ fault, lost, healed, wrong, refused, replaced, descriptors, megabytes }) =>
-    [fault, lost, healed, wrong, refused, replaced, descriptors.join(' → '), `${megabytes.join(' → ')} MB`].join(' | '),
+  heads.push('restarted by hand', 'descriptors', 'memory');
+  const lines = findings.map(({ fault, lost, healed, wrong, refused, replaced, byHand, descriptors, megabytes }) =>
+    [
+      fault,
+      lost,
+      healed,
+      wrong,
+      refused,
+      replaced,
+      byHand,
+      descriptors.join(' → '),
+      `${megabytes.join(' → ')} MB`,
+    ].join(' | '),
   );
-  heads.push('descriptors', 'memory');
   const table = [heads.join(' | '), heads.map(() => '---').join(' | '), ...lines].map((line) => `| ${line} |\n`);
   const artifacts = join(import.meta.dirname, '../../.keygate/artifacts');
   mkdirSync(artifacts, { recursive: true });
@@ -300,25 +312,40 @@ after(() => {
   process.stdout.write(`\n${table.join('')}\n`);
 });
 
-function findingOf(
+function record(
   fault: string,
   { keygate, load }: UnderLoad,
-  measured: { readonly before: Vitals; readonly now: Vitals; readonly healedMs: number; readonly fromStart: boolean },
-): Finding {
-  const { before, now, healedMs, fromStart } = measured;
-  return {
+  { before, now, healedMs, fromStart, byServiceManager = [] }: Measured,
+): void {
+  const replaced = keygate.log.filter(({ event }) => event === 'worker_replaced').length;
+  const known = [...before.pids, ...byServiceManager];
+  const byHand = now.pids.filter((pid) => !known.includes(pid)).length - replaced;
+  findings.push({
     fault,
     lost: load.lost,
     healed: `${Math.ceil(healedMs)} ms${fromStart ? ' from its start' : ''}`,
     wrong: load.unexpected.length,
     refused: load.refused,
-    replaced: keygate.log.filter(({ event }) => event === 'worker_replaced').length,
+    replaced,
+    byHand,
     descriptors: [before.descriptors.length, now.descriptors.length],
     megabytes: [before.bytes, now.bytes].map((bytes) => Math.round(bytes / 1e6)) as [number, number],
-  };
+  });
+  assert.equal(byHand, 0);
+}
+
+interface Measured {
+  readonly before: Vitals;
+  readonly now: Vitals;
+  readonly healedMs: number;
+  /** Not from the moment at which the fault was lifted. */
+  readonly fromStart: boolean;
+  /** The next keygate and its workers. */
+  readonly byServiceManager?: readonly number[];
 }
 
 interface Vitals {
+  readonly pids: readonly number[];
   /** What each of them is of, as /proc says it. */
   readonly descriptors: readonly string[];
   readonly bytes: number;
@@ -331,6 +358,7 @@ async function vitalsOf(keygate: Keygate): Promise<Vitals> {
     ...(await keygate.status()).workers.flatMap(({ pid }) => (pid === undefined ? [] : [pid])),
   ];
   return {
+    pids,
     descriptors: pids.flatMap(descriptorsOf),
     bytes: pids.reduce((sum, pid) => sum + residentBytes(pid), 0),
   };
@@ -395,9 +423,11 @@ for (const fault of faultTable) {
       const [resumedBefore, echoesBefore] = [load.resumed.length, load.echoes];
       await until('echoes', () => load.echoes > echoesBefore + 20);
       if (fault.turnsAway !== true) await until('resumed handshakes', () => load.resumed.length > resumedBefore + 5);
+      let byServiceManager: readonly number[] = [];
       if (healedMs === undefined) {
         if (fault.lift === undefined) faults.clear();
         else keygate = (await fault.lift(parts)) ?? keygate;
+        if (keygate !== parts.keygate) byServiceManager = (await vitalsOf(keygate)).pids;
         healedMs = await load.healed({ deadlineMs: 20_000 });
       }
       await assertHealed(test, load, healedMs, { mayRefuse: fault.refuses ?? false });
@@ -406,7 +436,7 @@ for (const fault of faultTable) {
       assert.deepEqual(faults.broken, []);
       const now = await assertNoGrowth(keygate, before);
       const fromStart = fault.liftedByNobody === true;
-      findings.push(findingOf(name, { keygate, load }, { before, now, healedMs, fromStart }));
+      record(name, { keygate, load }, { before, now, healedMs, fromStart, byServiceManager });
     });
   }
 }
@@ -522,7 +552,7 @@ for (const { name, break: breakIt, mend, moduleLosesMax } of outOfProcess) {
     );
     const now = await assertNoGrowth(keygate, vitals, moduleLosesMax);
     const measured = { before: vitals, now, healedMs, fromStart: mend === undefined };
-    findings.push(findingOf(`a token behind a socket ${name}`, { keygate, load }, measured));
+    record(`a token behind a socket ${name}`, { keygate, load }, measured);
   });
 }
 
