@@ -128,7 +128,7 @@ async function start(
     setting,
     pinned: new Pinned(title, cores.subject, command),
     address: `127.0.0.1:${port}`,
-    adminAddress: subject.contender.startsWith('keygate') ? `127.0.0.1:${adminPort}` : undefined,
+    adminAddress: contender.isKeygate === true ? `127.0.0.1:${adminPort}` : undefined,
     cores,
     keys: bed.keys,
     loadProgram: bed.loadProgram,

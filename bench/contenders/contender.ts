@@ -14,6 +14,8 @@ import type { UpstreamKind } from '../workloads/workload.ts';
 
 export interface Contender {
   readonly title: string;
+  /** It has keygate's admin server, which is asked what it measured. */
+  readonly isKeygate?: true;
   /** Debian's packages, and a file that each of them must have put there. */
   readonly needs: readonly Need[];
   readonly versions: () => Versions;

@@ -27,6 +27,7 @@ export const keygateBefore = keygateIn(
 function keygateIn(checkout: string, title: string): Contender {
   return {
     title,
+    isKeygate: true,
     needs: [softHsmNeed, { files: [join(checkout, 'src/engine/keygate-engine.node')], from: 'scripts/bootstrap' }],
     versions: () => ({ ...keygateVersion(checkout), softhsm: softHsmVersion() }),
     cannot: () => undefined,
