@@ -63,7 +63,7 @@ export class ReloadPhases {
     }, deadlineMs);
     const refused = Promise.withResolvers<void>();
     this.#waitNoMore = refused.resolve;
-    await Promise.race([settled, refused.promise]);
+    if (this.#refusal === undefined) await Promise.race([settled, refused.promise]);
     const ready = () => slots.filter((slot) => slot.state === 'ready' && !this.#asked.has(slot));
     const [first] = ready();
     if (first === undefined) this.refuse(undefined, 'no worker is ready to try it');
