@@ -334,6 +334,10 @@ function describeFailure(error: unknown): WorkerFailure {
     const exitCode = exitCodes.pin;
     return { code: 'token_login', message, hint: undefined, exitCode, problems: undefined, haltsForking: true };
   }
+  if (message.startsWith('token_fault ')) {
+    const exitCode = exitCodes.unavailable;
+    return { code: 'token_operation', message, hint: undefined, exitCode, problems: undefined, haltsForking: false };
+  }
   return { code: 'engine_failed', message, hint: undefined, exitCode: 1, problems: undefined, haltsForking: false };
 }
 
