@@ -42,7 +42,7 @@ export type PrimaryMessage =
       /** Those of the worker's own slot. */
       readonly accept: readonly SocketUse[];
       readonly ticketSecrets: readonly Uint8Array[];
-      /** 32 bytes with which workers tell each other of refused PINs. */
+      /** 32 bytes with which workers tell each other of PINs that were presented. */
       readonly refusalSecret: Uint8Array;
       /** What workers that are no more knew of them. */
       readonly refusals: readonly PinRefusal[];

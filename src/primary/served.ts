@@ -1,6 +1,6 @@
 /**
  * Owns: what is served from now on, as a worker that is forked gets it: configuration, listening sockets, secrets of session
- * tickets, staples, and what former workers knew of refused PINs.
+ * tickets, staples, and what former workers knew of PINs that were refused.
  * Must not know: what workers that run already have of it.
  * Runs: main thread of the primary.
  */

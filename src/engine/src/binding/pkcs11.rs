@@ -1,5 +1,5 @@
 //! Owns what JavaScript needs to use a PKCS#11 module itself, beside lanes and other processes: the gate of the module, the lock
-//! around a login, the PINs that were refused. Must not know the settings of tokens. JavaScript thread only; it may block.
+//! around a login, what is known of PINs. Must not know the settings of tokens. JavaScript thread only; it may block.
 
 use std::path::PathBuf;
 

@@ -22,7 +22,7 @@ fn cases(cases: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(cases(2048))]
+    #![proptest_config(cases(2_048))]
 
     #[test]
     fn nothing_but_the_certificate_that_dns_names_is_accepted(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
@@ -36,7 +36,7 @@ fn the_certificate_that_dns_names_is_accepted() {
 }
 
 proptest! {
-    #![proptest_config(cases(4096))]
+    #![proptest_config(cases(4_096))]
 
     #[test]
     fn nothing_but_a_ticket_that_was_given_out_is_taken_back(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
