@@ -27,8 +27,8 @@ import type { Slot } from './slot.ts';
 import { unasked } from './snapshot-book.ts';
 import type { SnapshotBook } from './snapshot-book.ts';
 import { failureError, forkFailure } from './worker-failures.ts';
-import { WorkerProcess } from './worker-process.ts';
-import type { WorkerNews } from './worker-process.ts';
+import { forkWorker, WorkerProcess } from './worker-process.ts';
+import type { ForkedWorker, WorkerNews } from './worker-process.ts';
 import { WorkerWarnings } from './worker-warnings.ts';
 
 /** A worker that has been ready this long has not failed "in a row". */
@@ -50,6 +50,8 @@ export class Slots {
   /** Until a reload: no process may be forked any more. */
   #halted: WorkerFailure | undefined;
   #everReady = false;
+  /** `ended` has been said. */
+  #isOver = false;
   #settled: (() => void) | undefined;
   readonly #allReady = Promise.withResolvers<void>();
   readonly #ended = Promise.withResolvers<void>();
@@ -101,7 +103,7 @@ export class Slots {
   /** Forks who is due and may be forked now: the first worker, and the others once it is ready. */
   forkDue(): void {
     for (const slot of this.#current) {
-      if (this.#draining || this.#halted !== undefined || this.#reload !== undefined) return;
+      if (this.#isOver || this.#draining || this.#halted !== undefined || this.#reload !== undefined) return;
       if (slot.state !== 'due') continue;
       if (!this.#proved && this.#isStarting) return;
       this.#fork(slot);
@@ -113,20 +115,21 @@ export class Slots {
   }
 
   #fork(slot: Slot): void {
-    const { listeners } = this.#served;
     slot.state = 'starting';
+    let forked: ForkedWorker;
     try {
-      slot.worker = new WorkerProcess(slot.index, listeners.sockets, this.#served.startOf(slot), this.#log, {
-        onNews: (news) => {
-          this.#hear(slot, news);
-        },
-        onEnd: (failure) => {
-          this.#gone(slot, failure);
-        },
-      });
+      forked = forkWorker(slot.index, this.#served.listeners.sockets);
     } catch (error) {
-      this.#gone(slot, forkFailure(slot.index, error));
+      return this.#gone(slot, forkFailure(slot.index, error));
     }
+    slot.worker = new WorkerProcess(slot.index, forked, this.#served.startOf(slot), this.#log, {
+      onNews: (news) => {
+        this.#hear(slot, news);
+      },
+      onEnd: (failure) => {
+        this.#gone(slot, failure);
+      },
+    });
   }
 
   #hear(slot: Slot, news: WorkerNews): void {
@@ -227,17 +230,6 @@ export class Slots {
     this.forkDue();
   }
 
-  /** A worker serves on, and another is started beside it, unless one that was failed a moment ago. */
-  stuck(slot: Slot, why: string): void {
-    slot.stuck = { why, saidAtMs: performance.now() };
-    const isInOrder = !this.#draining && this.#halted === undefined && this.#reload === undefined;
-    const isInTime = !this.#isStarting && performance.now() >= slot.successorAtMs;
-    if (!isInOrder || !isInTime || this.#current[slot.index] !== slot) return;
-    this.#log.error({ event: 'worker_stuck', worker: slot.index, workerPid: slot.worker?.pid }, why);
-    slot.successor = newSuccessor(slot);
-    this.#fork(slot.successor);
-  }
-
   #succeed(former: Slot, successor: Slot): void {
     this.#takeSlot(former, successor);
     clearTimeout(former.timer);
@@ -268,6 +260,17 @@ export class Slots {
     this.#logLoss(former, pid, failure);
     this.forkDue();
     this.#sayWhatCameToPass();
+  }
+
+  /** A worker serves on, and another is started beside it, unless one that was failed a moment ago. */
+  stuck(slot: Slot, why: string): void {
+    slot.stuck = { why, saidAtMs: performance.now() };
+    const isInOrder = !this.#draining && this.#halted === undefined && this.#reload === undefined;
+    const isInTime = !this.#isStarting && performance.now() >= slot.successorAtMs;
+    if (!isInOrder || !isInTime || this.#current[slot.index] !== slot) return;
+    this.#log.error({ event: 'worker_stuck', worker: slot.index, workerPid: slot.worker?.pid }, why);
+    slot.successor = newSuccessor(slot);
+    this.#fork(slot.successor);
   }
 
   /** Nobody is forked until it ends. */
@@ -323,6 +326,7 @@ export class Slots {
     const failure =
       this.#halted ??
       (this.#everReady ? undefined : this.#current.find(({ failure: found }) => found !== undefined)?.failure);
+    this.#isOver = this.#draining || failure !== undefined;
     if (this.#draining) this.#ended.resolve();
     else if (failure !== undefined) this.#ended.reject(failureError(failure));
   }

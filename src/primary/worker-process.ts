@@ -31,10 +31,44 @@ type MessageOf<Type extends PrimaryMessage['type']> = Extract<PrimaryMessage, { 
 /** What a worker says that is not for its process alone. */
 export type WorkerNews = Exclude<WorkerMessage, { type: 'doing' | 'retired' }>;
 
+export interface ForkedWorker {
+  readonly worker: Worker;
+  /** The channel through which it is handed sockets. */
+  readonly handover: number;
+  /** What it inherits, in this order. */
+  readonly sockets: readonly ListeningSocket[];
+}
+
 interface Listening {
   readonly onNews: (news: WorkerNews) => void;
   /** Once, after the last news: there is no process any more, or never was one. */
   readonly onEnd: (failure: WorkerFailure) => void;
+}
+
+/**
+ * @param sockets all of all workers
+ * @throws Error there is nothing to fork it with: out of descriptors. Other reasons are told by `onEnd`.
+ */
+export function forkWorker(slot: number, sockets: readonly ListeningSocket[]): ForkedWorker {
+  const handover = engine().openHandover();
+  const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
+  try {
+    // Before each fork: a reload changes what there is to inherit.
+    cluster.setupPrimary({
+      exec: fileURLToPath(new URL(`../worker/main.${extension}`, import.meta.url)),
+      args: [],
+      // Without it the same user can have any process of Node start a debugger, with a thread that no sandbox reaches.
+      execArgv: [...process.execArgv, '--disable-sigusr1'],
+      serialization: 'advanced',
+      stdio: ['inherit', 'inherit', 'inherit', 'ipc', handover.worker, ...sockets.map(({ fd }) => fd)],
+    });
+    return { worker: cluster.fork({ KEYGATE_SLOT: String(slot) }), handover: handover.primary, sockets };
+  } catch (error) {
+    closeSync(handover.primary);
+    throw error;
+  } finally {
+    closeSync(handover.worker);
+  }
 }
 
 export class WorkerProcess {
@@ -52,26 +86,11 @@ export class WorkerProcess {
   #failure: WorkerFailure | undefined;
   #hasRetired = (): void => {};
 
-  /**
-   * @param sockets all of all workers
-   * @throws Error there can be no process: out of descriptors. Other reasons are told by `onEnd`.
-   */
-  constructor(slot: number, sockets: readonly ListeningSocket[], start: WorkerStart, log: Log, listening: Listening) {
-    const handover = engine().openHandover();
-    const extension = import.meta.url.endsWith('.ts') ? 'ts' : 'js';
-    // Before each fork: a reload changes what there is to inherit.
-    cluster.setupPrimary({
-      exec: fileURLToPath(new URL(`../worker/main.${extension}`, import.meta.url)),
-      args: [],
-      // Without it the same user can have any process of Node start a debugger, with a thread that no sandbox reaches.
-      execArgv: [...process.execArgv, '--disable-sigusr1'],
-      serialization: 'advanced',
-      stdio: ['inherit', 'inherit', 'inherit', 'ipc', handover.worker, ...sockets.map(({ fd }) => fd)],
-    });
-    const worker = forked(slot, handover);
+  constructor(slot: number, forked: ForkedWorker, start: WorkerStart, log: Log, listening: Listening) {
+    const { worker, sockets } = forked;
     this.startedAt = new Date();
     this.#worker = worker;
-    this.#handover = handover.primary;
+    this.#handover = forked.handover;
     this.#listening = listening;
     this.#startTimer = setTimeout(() => {
       this.#failure = hangFailure(slot, this.#doing);
@@ -180,17 +199,6 @@ export class WorkerProcess {
     this.#hasRetired();
     closeSync(this.#handover);
     this.#listening.onEnd(failure);
-  }
-}
-
-function forked(slot: number, handover: { readonly primary: number; readonly worker: number }): Worker {
-  try {
-    return cluster.fork({ KEYGATE_SLOT: String(slot) });
-  } catch (error) {
-    closeSync(handover.primary);
-    throw error;
-  } finally {
-    closeSync(handover.worker);
   }
 }
 
