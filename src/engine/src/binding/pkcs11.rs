@@ -11,7 +11,7 @@ use super::{invalid, ms, signed};
 use crate::signing::ckr::Ckr;
 use crate::signing::login_lock;
 use crate::signing::pkcs11::{Module, Visit};
-use crate::signing::refused_pins::{self, Obstacle, Pin};
+use crate::signing::presented_pins::{self, Obstacle, Pin};
 
 /// Somebody else in this process who uses a PKCS#11 module: as long as it lasts, the engine does not initialise it again.
 #[napi]
@@ -81,14 +81,14 @@ pub fn share_refusals(secret: &[u8], known: Vec<PinRefusal>) -> Result<()> {
     };
     let known =
         known.into_iter().map(|PinRefusal { digest, ckr }| Ok((bytes(&digest)?, Ckr(ckr.unsigned_abs()))));
-    refused_pins::share(bytes(secret)?, known.collect::<Result<Vec<_>>>()?);
+    presented_pins::share(bytes(secret)?, known.collect::<Result<Vec<_>>>()?);
     Ok(())
 }
 
 /// What this process knows, for those that come after it.
 #[napi(catch_unwind)]
 pub fn pin_refusals() -> Vec<PinRefusal> {
-    let refusals = refused_pins::known().into_iter();
+    let refusals = presented_pins::known().into_iter();
     refusals.map(|(digest, ckr)| PinRefusal { digest: digest.to_vec().into(), ckr: signed(ckr.0) }).collect()
 }
 

@@ -314,6 +314,10 @@ impl Lane<'_> {
                             (reason, false) => Probed::Never(reason),
                         };
                     }
+                    // It waits for somebody else; nothing is wrong with the module.
+                    LoginFault::Problem(problem @ Problem::LoginUnanswered) => {
+                        return Probed::Still(login_trouble(&problem), None);
+                    }
                     // The module may have to be initialised again for that, too.
                     LoginFault::Problem(problem) if reset.is_none() => {
                         not_logged_in = Some(login_trouble(&problem));

@@ -14,7 +14,7 @@ use super::ckr::{Ckr, Repair};
 use super::login_lock::LoginLock;
 use super::pace::Pace;
 use super::pkcs11::{Module, ResetFault, Session, TokenInfo};
-use super::refused_pins::Pin;
+use super::presented_pins::Pin;
 use super::token_error::Problem;
 use super::token_stats::TokenStats;
 
@@ -166,7 +166,7 @@ impl Login {
     pub fn may_log_in_again(&self, entered: &Entered) -> bool {
         let Some(module) = entered.get() else { return true };
         let is_risky = module.token_info(self.place.slot).is_ok_and(|token| refuse_risk(&token).is_err());
-        !is_risky && self.pin_of(&self.secret()).would_be_refused().is_none()
+        !is_risky && self.pin_of(&self.secret()).obstacle().is_none()
     }
 
     pub fn is_in(&self) -> bool {

@@ -71,7 +71,7 @@ impl Held {
                 close(&watched);
             }
         };
-        // Out of threads, nobody watches: what it is held for is what counts.
+        // Out of threads, nobody watches, and only whoever has it ends it.
         let _ = thread::Builder::new().name("lock-watch".into()).spawn(watch);
         Held { file, _dropped }
     }

@@ -4,7 +4,7 @@
 use std::fmt;
 
 use super::ckr::Ckr;
-use super::refused_pins::Obstacle;
+use super::presented_pins::Obstacle;
 
 /// What failed, and where: "token hsm-a" or "token hsm-a, key www". Never holds the PIN.
 #[derive(Debug)]

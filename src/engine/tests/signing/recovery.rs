@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use keygate_engine::signing::SignError;
 use keygate_engine::signing::ckr::Ckr;
 use keygate_engine::signing::desk::{DownReason, Health};
-use keygate_engine::signing::pkcs11::Release;
-use keygate_engine::signing::refused_pins::{self, Obstacle, Pin};
+use keygate_engine::signing::pkcs11::{Module, Release};
+use keygate_engine::signing::presented_pins::{self, Obstacle, Pin};
 use keygate_engine::signing::token::{StopOutcome, Token};
 
 use crate::control::{Damage, FOR_EVER, Function, Heal, Word};
@@ -225,7 +225,7 @@ token_tests! {
             assert_eq!(world.control.of(Function::Login).injected.load(SeqCst), 2);
             return;
         }
-        refused_pins::share([7; 32], []);
+        presented_pins::share([7; 32], []);
         let token = Token::start(world.plan("t")).unwrap();
         let key = find(&token, world.made_key("t", "k", "A1")).unwrap();
         // All have logged in before anybody is refused.
@@ -260,7 +260,7 @@ token_tests! {
             assert_eq!(world.calls(Function::Login), 1);
             return;
         }
-        refused_pins::share([7; 32], []);
+        presented_pins::share([7; 32], []);
         let start = || {
             let mut plan = world.plan("t");
             plan.login_lock_wait = SOON;
@@ -279,18 +279,41 @@ token_tests! {
         world.meet("end", 2);
     }
 
+    fn a_login_that_another_worker_awaits_is_no_reason_to_initialise_the_module_again(world: World) {
+        let (token, keys) = world.start(&[Kind::P256], |plan| plan.queue_age_max = SOON);
+        let plan = world.plan("t");
+        let module = Module::load(&plan.module, plan.isolate).unwrap();
+        let serials = module.slots().unwrap().into_iter().map(|slot| module.token_info(slot).unwrap());
+        let serial = serials.filter(|info| info.label == "t").map(|info| info.serial).next().unwrap();
+        let other = Pin { module: &plan.module, serial: &serial, pin: PIN.as_bytes() };
+        other.present().unwrap();
+        let logins = world.calls(Function::Login);
+        crate::bystander::log_out();
+        assert!(is_shed(keys[0].sign()));
+        until("the reason is said", || {
+            matches!(token.down_reason(), Some(DownReason::Call(why)) if why.contains("has not answered a login"))
+        });
+        assert_eq!((world.calls(Function::Login), token.stats().reinitialized.get()), (logins, 0));
+        other.answered(Some(Ckr::OK));
+        until_signs(&keys[0]);
+        assert_eq!((world.calls(Function::Login), token.stats().reinitialized.get()), (logins + 1, 0));
+    }
+
     fn a_pin_that_was_not_sent_after_all_may_be_sent(world: World) {
         world.init_token("t");
         let plan = world.plan("t");
         let pin = Pin { module: &plan.module, serial: "1", pin: b"1234" };
         pin.present().unwrap();
         assert_eq!(pin.present(), Err(Obstacle::Unanswered));
+        assert_eq!(pin.obstacle(), Some(Obstacle::Unanswered));
         let another = Pin { pin: b"12345", ..pin };
         another.present().unwrap();
         pin.answered(None);
+        assert_eq!(pin.obstacle(), None);
         pin.present().unwrap();
         pin.answered(Some(Ckr(0xA0)));
         assert_eq!(pin.present(), Err(Obstacle::Refused(Ckr(0xA0))));
+        assert_eq!(pin.obstacle(), Some(Obstacle::Refused(Ckr(0xA0))));
         // A call that failed for another reason says nothing of the PIN.
         another.answered(Some(Ckr(0x30)));
         another.present().unwrap();

@@ -1,5 +1,5 @@
-//! Owns the memory of PINs that a token refused, and of those that it has not answered yet: a wrong one is tried once, by all
-//! workers together, because a token locks after few. Must not know logins. Runs where logins are, under the login lock.
+//! Owns what is known of PINs that were presented: which a token refused, and which it has not answered yet. A wrong one is tried
+//! once, by all workers together, because a token locks after few. Must not know logins. Runs where logins are.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use aws_lc_rs::hmac;
 
 use super::ckr::Ckr;
-use super::login_lock::Held;
+use super::login_lock::{HELD_MAX, Held};
 
 /// One token's PIN.
 pub struct Pin<'a> {
@@ -22,7 +22,7 @@ pub struct Pin<'a> {
 
 /// For the life of the process. Digests only; bounded, because every entry is a refusal.
 static REFUSED: Mutex<Vec<Refused>> = Mutex::new(Vec::new());
-const REFUSED_MAX: usize = 256;
+const KNOWN_MAX: usize = 256;
 
 struct Refused {
     pin: [u8; 32],
@@ -31,19 +31,23 @@ struct Refused {
     _mark: Option<File>,
 }
 
+/// PINs that were right when they were presented last, by this process.
+static ACCEPTED: Mutex<Vec<[u8; 32]>> = Mutex::new(Vec::new());
+
 /// Of this process; one for each token that it is logging in to.
 static PRESENTED: Mutex<Vec<Presented>> = Mutex::new(Vec::new());
 
 /// A PIN that was sent, and of which nobody knows yet whether it is right.
 struct Presented {
     pin: [u8; 32],
-    at: Instant,
+    /// From then on others may try it.
+    until: Instant,
     /// What siblings see.
-    _mark: Option<Held>,
+    mark: Option<Held>,
 }
 
 /// A call that has not returned for so long went to a token that is gone: the process that takes the place of this one may try.
-/// Longer than whoever waits for the login lock does (`login_lock::HELD_MAX`).
+/// A PIN that was right is tried as soon as the login lock is free.
 pub const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// Why a PIN must not be sent now.
@@ -51,7 +55,7 @@ pub const ANSWER_MAX: Duration = Duration::from_secs(30);
 pub enum Obstacle {
     /// With what.
     Refused(Ckr),
-    /// It was sent less than `ANSWER_MAX` ago, here or by a sibling.
+    /// It was sent a moment ago, here or by a sibling, or nobody can be asked whether it was.
     Unanswered,
 }
 
@@ -78,29 +82,51 @@ impl Pin<'_> {
     /// To be called before each C_Login, also by others than lanes, and followed by `answered`.
     pub fn present(&self) -> Result<(), Obstacle> {
         let pin = self.digest();
-        if let Some(ckr) = self.would_be_refused() {
-            let mut refused = lock(&REFUSED);
-            if !refused.iter().any(|known| known.pin == pin) {
-                // For when the sibling is no more.
-                remember(&mut refused, Refused { pin, ckr, _mark: None });
-            }
-            return Err(Obstacle::Refused(ckr));
-        }
+        let wait = if lock(&ACCEPTED).contains(&pin) { HELD_MAX } else { ANSWER_MAX };
         let mut presented = lock(&PRESENTED);
-        presented.retain(|earlier| earlier.at.elapsed() < ANSWER_MAX);
+        presented.retain(|earlier| earlier.until > Instant::now());
         if presented.iter().any(|earlier| earlier.pin == pin) {
             return Err(Obstacle::Unanswered);
         }
-        // First the mark, then the look: of two at once, at most one goes on.
-        let file = self.mark(Mark::Presented, 1).ok();
-        if let Some(file) = &file
-            && self.marked(Mark::Presented, file).is_some()
-        {
-            return Err(Obstacle::Unanswered);
+        presented.push(Presented { pin, until: Instant::now() + wait, mark: None });
+        // Others need not wait for the file.
+        drop(presented);
+        match self.mark_presented(wait) {
+            Ok(mark) => {
+                let mut presented = lock(&PRESENTED);
+                if let Some(own) = presented.iter_mut().find(|earlier| earlier.pin == pin) {
+                    own.mark = mark;
+                }
+                Ok(())
+            }
+            Err(obstacle) => {
+                lock(&PRESENTED).retain(|earlier| earlier.pin != pin);
+                Err(obstacle)
+            }
         }
-        let mark = file.map(|file| Held::at_most(file, ANSWER_MAX));
-        presented.push(Presented { pin, at: Instant::now(), _mark: mark });
-        Ok(())
+    }
+
+    fn mark_presented(&self, wait: Duration) -> Result<Option<Held>, Obstacle> {
+        let mark = match self.mark(Mark::Presented, 1) {
+            // First the mark, then the look: of two at once, at most one goes on.
+            Ok(file) if self.marked(Mark::Presented, &file).is_some() => return Err(Obstacle::Unanswered),
+            Ok(file) => Some(Held::at_most(file, wait)),
+            // Nobody to tell.
+            Err(error) if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::NotFound) => {
+                None
+            }
+            // As out of descriptors.
+            Err(_) => return Err(Obstacle::Unanswered),
+        };
+        // After that look: who was refused meanwhile had said so before its mark of a presented one was gone.
+        let Some(ckr) = self.refused_with() else { return Ok(mark) };
+        let pin = self.digest();
+        let mut refused = lock(&REFUSED);
+        if !refused.iter().any(|known| known.pin == pin) {
+            // For when the sibling is no more.
+            remember(&mut refused, Refused { pin, ckr, _mark: None });
+        }
+        Err(Obstacle::Refused(ckr))
     }
 
     /// What C_Login returned; `None` where it was not called.
@@ -108,24 +134,42 @@ impl Pin<'_> {
         let pin = self.digest();
         match ckr {
             // It may have been wrong before; the token has changed its mind.
-            Some(Ckr::OK) => lock(&REFUSED).retain(|known| known.pin != pin),
+            Some(Ckr::OK) => {
+                lock(&REFUSED).retain(|known| known.pin != pin);
+                let mut accepted = lock(&ACCEPTED);
+                accepted.retain(|known| *known != pin);
+                accepted.truncate(KNOWN_MAX - 1);
+                accepted.push(pin);
+            }
             Some(ckr) if ckr.blames_pin() => {
+                lock(&ACCEPTED).retain(|known| *known != pin);
                 let mark = self.mark(Mark::Refused, ckr.0).ok();
                 remember(&mut lock(&REFUSED), Refused { pin, ckr, _mark: mark });
             }
             _ => {}
         }
-        // After the other mark: whoever comes now sees one of them.
+        // Last: whoever finds it gone is to find the other mark.
         lock(&PRESENTED).retain(|earlier| earlier.pin != pin);
     }
 
-    /// With what it was refused, here or in a sibling. Of somebody who does not want to log in now, and is not held to the answer.
-    pub fn would_be_refused(&self) -> Option<Ckr> {
+    /// What `present` would say now, of somebody who does not want to log in yet.
+    pub fn obstacle(&self) -> Option<Obstacle> {
+        if let Some(ckr) = self.refused_with() {
+            return Some(Obstacle::Refused(ckr));
+        }
+        let pin = self.digest();
+        let now = Instant::now();
+        let is_presented = lock(&PRESENTED).iter().any(|earlier| earlier.pin == pin && earlier.until > now)
+            || File::open(self.module).is_ok_and(|file| self.marked(Mark::Presented, &file).is_some());
+        is_presented.then_some(Obstacle::Unanswered)
+    }
+
+    /// Here or in a sibling.
+    fn refused_with(&self) -> Option<Ckr> {
         let pin = self.digest();
         if let Some(known) = lock(&REFUSED).iter().find(|known| known.pin == pin) {
             return Some(known.ckr);
         }
-        // Without the file there is no module either: whoever logs in finds out.
         self.marked(Mark::Refused, &File::open(self.module).ok()?)
     }
 
@@ -206,7 +250,7 @@ fn lock<T>(memory: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn remember(refused: &mut Vec<Refused>, entry: Refused) {
-    if refused.len() >= REFUSED_MAX {
+    if refused.len() >= KNOWN_MAX {
         refused.remove(0);
     }
     refused.push(entry);
