@@ -108,6 +108,25 @@ const faultTable: readonly Fault[] = [
     during: ({ loggedIn }) => loggedIn === 2,
   },
   {
+    name: 'a login that takes a second, and all are logged out',
+    inject({ faults }) {
+      faults.slow('C_Login', { delayMs: 1000 });
+      faults.set('logoutLeft', 1);
+    },
+    during: ({ loggedIn }) => loggedIn === 2,
+  },
+  {
+    name: 'a login that hangs, and all are logged out',
+    token: { signDeadline: '300ms', queue: { age: '300ms' } },
+    inject({ faults }) {
+      faults.hang('C_Login');
+      faults.set('logoutLeft', 1);
+    },
+    during: ({ up, loggedIn }, { refused }) => !up && loggedIn === 1 && refused > 0,
+    mayReplace: true,
+    refuses: true,
+  },
+  {
     name: 'a session that is closed behind our back',
     inject: ({ faults }) => faults.set('closeLeft', 1),
     liftedByNobody: true,
